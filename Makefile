@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo | make test | make lint. PYTHON chooses the interpreter of a new .venv.
+
+PYTHON ?= python3
+SEED ?= 0
+# A volume to plant the demonstration's synapses in, instead of generated texture.
+BACKGROUND ?=
+DEMO ?= demo
+VENV := .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test lint clean
+
+# One environment for one interpreter: another PYTHON, or changed requirements, make
+# it anew.
+STAMP = $(VENV)/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synister_jax needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Every stage skips what is already done: interrupt it and type make demo again.
+demo: $(STAMP)
+	$(BIN)/python tools/make_demo.py --output=$(DEMO)/data --seed=$(SEED) $(if $(BACKGROUND),--background=$(BACKGROUND))
+	$(BIN)/python tools/shard_crops.py --config=configs/demo.py --synapses=$(DEMO)/data --volume=$(DEMO)/data/volume.n5/volumes/raw/s0 --output=$(DEMO)/shards --shard_mib=8 --verify
+	$(BIN)/python -m synister_jax.train --config=configs/demo.py --config.shards=$(DEMO)/shards --config.seed=$(SEED) --workdir=$(DEMO)/run
+	$(BIN)/python -m synister_jax.evaluate --workdir=$(DEMO)/run --part=validation --steps=all
+	$(BIN)/python -m synister_jax.evaluate --workdir=$(DEMO)/run --part=test --steps=best
+	$(BIN)/python -m synister_jax.predict --workdir=$(DEMO)/run --step=best --synapses=$(DEMO)/data --volume=$(DEMO)/data/volume.n5/volumes/raw/s0 --output=$(DEMO)/predictions
+	$(BIN)/python -m synister_jax.aggregate --predictions=$(DEMO)/predictions/predictions.feather --by=neuron --output=$(DEMO)/neurons.feather
+	$(BIN)/python -m synister_jax.report --workdir=$(DEMO)/run --predictions=$(DEMO)/predictions/predictions.feather --output=$(DEMO)/report.html
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration: the published recipe on small crops, for two CPU cores.
+
+    make demo
+
+Two minutes of training. Expected on the generated volume (tools/make_demo.py, seed
+0): see README.md, which holds the measured numbers.
+"""
+
+import ml_collections
+
+from configs import skeleton
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = skeleton.get_config()
+    config.crop_shape_zyx = (8, 48, 48)  # 320 × 192 × 192 nm
+
+    config.model.features = 8
+    config.model.convolutions = (1, 2, 2, 2)  # the first level costs most on a CPU
+    config.model.dense_features = 128
+
+    config.augment.jitter_vx_zyx = (0, 3, 3)
+
+    config.learning_rate = 1e-3
+    config.batch_size = 16
+    config.num_train_steps = 400
+
+    config.log_every_steps = 10
+    config.eval_every_steps = 100
+    config.checkpoint_every_steps = 100
+    config.keep_latest = 4
+    config.keep_every_steps = 400
+    return config

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command shares: how it starts, reports progress, and fails."""
+
+import collections
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message names it and says how."""
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        arguments = flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        _exit(f"flags: {error}", 2)
+    except (OSError, SyntaxError, ImportError) as error:  # an unreadable config file
+        _exit(f"--config: {error}", 2)
+    if len(arguments) > 1:
+        _exit(f"flags: unexpected argument {arguments[1]!r}; options start with --", 2)
+    return arguments
+
+
+def _exit(message: str, code: int) -> None:
+    one_line = " ".join(message.split())
+    print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {one_line}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags, runs `main`; exit code 0 done, 1 a `UserError`, 2 wrong flags."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        del argv  # _parse_flags allows none beyond the flags
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+        try:
+            main()
+        except UserError as error:
+            _exit(str(error), 1)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+class Progress:
+    """Prints `what: done/total, rate, ETA` at most every `every_seconds`."""
+
+    def __init__(
+        self, what: str, total: int, unit: str, done: int = 0, every_seconds: float = 5
+    ) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done = done
+        self._every = every_seconds
+        self._start = self._printed = time.monotonic()
+        # The rate is that of the last lines: a compilation at the start, or a pause
+        # for validation, does not spoil the ETA for long.
+        self._recent = collections.deque([(self._start, done)], maxlen=6)
+
+    def add(self, count: int = 1, note: str = "") -> None:
+        """Counts `count` more units done and prints when a line is due."""
+        self._done += count
+        now = time.monotonic()
+        finished = self._done >= self._total
+        if now - self._printed < self._every and not finished:
+            return
+        self._printed = now
+        elapsed = max(now - self._start, 1e-9)
+        since, done_before = self._recent[0]
+        rate = (self._done - done_before) / max(now - since, 1e-9)
+        self._recent.append((now, self._done))
+        if finished:
+            left = f"in {_duration(elapsed)}"
+        elif rate > 0:
+            left = f"ETA {_duration((self._total - self._done) / rate)}"
+        else:
+            left = "ETA unknown"
+        line = (
+            f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, "
+            f"{rate:,.1f}/s, {left}"
+        )
+        print(f"{line}, {note}" if note else line, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    )

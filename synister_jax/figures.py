@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures for people: confusion matrices, curves, contact sheets of crops."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.figure import Figure  # noqa: E402
+
+_RIGHT, _WRONG = "#1a7f37", "#cf222e"
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """Rows true, columns predicted; colour is the row's fraction, text adds counts."""
+    rows = counts.sum(axis=1, keepdims=True)
+    fraction = counts / np.maximum(rows, 1)
+    figure, axes = plt.subplots(figsize=(5.6, 4.8), layout="constrained")
+    axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*counts.shape):
+        if not counts[row, column]:
+            continue
+        axes.text(
+            column,
+            row,
+            f"{fraction[row, column]:.2f}\n{counts[row, column]:,}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if fraction[row, column] > 0.55 else "black",
+        )
+    axes.set_xticks(range(len(classes)), classes, rotation=35, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(title, fontsize=11)
+    return figure
+
+
+def curves(lines: Sequence[Mapping[str, float]]) -> Figure:
+    """Loss and accuracies of a run's metrics.jsonl against step."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axes, ends in ((left, "loss"), (right, "accuracy")):
+        names = sorted({name for x in lines for name in x if name.endswith(ends)})
+        for name in names:
+            points = [(x["step"], x[name]) for x in lines if name in x]
+            is_train = name.startswith("train/")
+            style = {"alpha": 0.5, "linewidth": 1} if is_train else {"marker": "o"}
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+        axes.set_xlabel("step")
+        axes.set_ylabel(ends)
+        axes.grid(alpha=0.3)
+        if names:
+            axes.legend(fontsize=7)
+    right.set_ylim(0, 1.02)
+    return figure
+
+
+def contact_sheet(
+    rows: Mapping[str, Sequence[tuple[np.ndarray, str, bool]]], columns: int
+) -> Figure:
+    """A row of sections [y, x] for each name: (section, caption, call is right)."""
+    figure, grid = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(1.35 * columns, 1.6 * len(rows)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes_row, (name, tiles) in zip(grid, rows.items(), strict=True):
+        for axes in axes_row:
+            axes.axis("off")
+        axes_row[0].set_title(name, fontsize=8, loc="left", fontweight="bold", y=1.14)
+        for axes, (section, caption, right) in zip(axes_row, tiles, strict=False):
+            axes.imshow(section, cmap="gray", vmin=0, vmax=255)
+            colour = _RIGHT if right else _WRONG
+            axes.text(
+                0.5,
+                1.02,
+                caption,
+                ha="center",
+                va="bottom",
+                fontsize=6.5,
+                color=colour,
+                transform=axes.transAxes,
+            )
+    return figure
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as PNG; it is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    plt.close(figure)
+    return buffer.getvalue()

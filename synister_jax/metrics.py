@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Confusion counts → numbers, and the files that a run writes its numbers to."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from synister_jax import files
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Counts [classes, classes], rows true; entries below 0 are not counted."""
+    known = (truth >= 0) & (predicted >= 0)
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (truth[known], predicted[known]), 1)
+    return counts
+
+
+def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """Numbers of a confusion matrix (rows true).
+
+    `accuracy`: fraction of all right. `mean_class_accuracy`: mean recall over the
+    classes that occur; both as the original's `get_accuracy`. None where undefined.
+    """
+    support, right = counts.sum(axis=1), np.diag(counts)
+    recall = [r / s if s else None for r, s in zip(right, support, strict=True)]
+    occurring = [value for value in recall if value is not None]
+    return {
+        "count": int(counts.sum()),
+        "accuracy": float(right.sum() / counts.sum()) if counts.sum() else None,
+        "mean_class_accuracy": float(np.mean(occurring)) if occurring else None,
+        "class_accuracy": {
+            name: None if value is None else float(value)
+            for name, value in zip(classes, recall, strict=True)
+        },
+        "confusion": counts.tolist(),
+    }
+
+
+class Writer:
+    """Scalars of a run → `metrics.jsonl` and TensorBoard event files.
+
+    A resumed run starts at a step that may have been written before: lines of later
+    steps are removed first, so that the files tell one story.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
+        self._path = workdir / "metrics.jsonl"
+        kept = (
+            [line for line in read(workdir) if line["step"] <= first_step]
+            if self._path.exists()
+            else []
+        )
+        files.write_text(self._path, "".join(json.dumps(x) + "\n" for x in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        line = {"step": step} | dict(scalars)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The synapse table: one row a synapse, the same columns whatever it came from.
+
+`synapse_id` int64, unique · `z_nm`, `y_nm`, `x_nm` float64 in the volume's frame ·
+`neuron_id` int64? · `neurotransmitter` string? (several known ones joined by `+`) ·
+`hemilineage`, `brain_region`, `cell_type` string? · one `split_<name>` string? a
+scheme, with the values train, validation and test.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv, feather, parquet
+
+from synister_jax import files
+from synister_jax.command import UserError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("synapse_id", pa.int64(), nullable=False),
+        pa.field("z_nm", pa.float64(), nullable=False),
+        pa.field("y_nm", pa.float64(), nullable=False),
+        pa.field("x_nm", pa.float64(), nullable=False),
+        ("neuron_id", pa.int64()),
+        ("neurotransmitter", pa.string()),
+        ("hemilineage", pa.string()),
+        ("brain_region", pa.string()),
+        ("cell_type", pa.string()),
+    ]
+)
+PARTS = ("train", "validation", "test")
+# Every class that a network of the family has had as an output.
+NEUROTRANSMITTERS = (
+    "gaba",
+    "acetylcholine",
+    "glutamate",
+    "serotonin",
+    "octopamine",
+    "dopamine",
+    "histamine",
+    "tyramine",
+    "neither",
+)
+POSITION = ("z_nm", "y_nm", "x_nm")
+_REQUIRED = ("synapse_id", *POSITION)
+# Names that the original system reads as "no hemilineage" (synister_db.py).
+_NO_HEMILINEAGE = re.compile(r"(|NA|NONE|NEW|UNKNOWN\d?)", re.IGNORECASE)
+
+
+def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> pa.Table:
+    """Reads an export v3 folder, Feather, Parquet or CSV as a checked synapse table.
+
+    Args:
+      uri: a folder with `synapses_v3.json`, `skeletons_v3.json` and
+        `hemi_lineages_v3.json`, or a file whose name tells its format.
+      allow_bad_positions: keep rows whose coordinates are missing or not finite, as
+        NaN, for a reader that answers every row.
+
+    Raises:
+      UserError: names the first offending rows and the reason.
+    """
+    path = pathlib.Path(uri)
+    if not path.exists():
+        raise UserError(f"synapse table {uri} does not exist")
+    try:
+        if path.is_dir():
+            table = _from_export_v3(path)
+        elif path.suffix in _READERS:
+            table = _READERS[path.suffix](path)
+        else:
+            raise UserError(
+                f"cannot tell the format of synapse table {uri}; give an export v3 "
+                f"folder or a file ending in {', '.join(_READERS)}"
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cannot read synapse table {uri}: {error}") from None
+    return _conform(table, str(uri), allow_bad_positions)
+
+
+def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Writes a synapse table as Feather."""
+    files.write_feather(path, table)
+
+
+def positions_nm_zyx(table: pa.Table) -> np.ndarray:
+    """[n, 3] float64."""
+    return np.stack([table[name].to_numpy() for name in POSITION], axis=1)
+
+
+def labels(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
+    """Index of each row's neurotransmitter in `classes`, [n] int32; -1 for no class.
+
+    Rows without a known transmitter, with several, or with one outside `classes`
+    have none.
+    """
+    return index_in(table["neurotransmitter"], classes)
+
+
+def index_in(column: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
+    """Index of each entry in `values`, [n] int32; -1 where it is not among them."""
+    index = pc.index_in(column, value_set=pa.array(values, pa.string()))
+    return pc.fill_null(index, -1).to_numpy().astype(np.int32)
+
+
+def in_part(table: pa.Table, split: str, part: str) -> np.ndarray:
+    """[n] bool: the rows of `part` of the split; a name unknown here is a UserError."""
+    column = f"split_{split}"
+    if column not in table.column_names:
+        known = [n.removeprefix("split_") for n in split_columns(table)]
+        raise UserError(
+            f"no split {split!r} here; the table has {', '.join(known) or 'none'}"
+        )
+    if part not in PARTS:
+        raise UserError(f"no part {part!r}; it is one of {', '.join(PARTS)}")
+    return pc.fill_null(pc.equal(table[column], part), False).to_numpy()
+
+
+def split_columns(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if name.startswith("split_")]
+
+
+def _from_csv(path: pathlib.Path) -> pa.Table:
+    types = {field.name: field.type for field in SCHEMA}
+    # Coordinates as text first, so that a bad one is named like any other bad row.
+    types |= {name: pa.string() for name in POSITION}
+    options = csv.ConvertOptions(
+        column_types=types, strings_can_be_null=True, null_values=["", "NA", "NULL"]
+    )
+    table = csv.read_csv(path, convert_options=options)
+    for name in set(POSITION) & set(table.column_names):
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, _numbers(table[name], name, path))
+    return table
+
+
+def _numbers(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.Array:
+    values = []
+    for row, text in enumerate(column.to_pylist()):
+        try:
+            values.append(None if text is None else float(text))
+        except ValueError:
+            raise UserError(
+                f"{path}, row {row}: {name} is {text!r}, not a number"
+            ) from None
+    return pa.array(values, pa.float64())
+
+
+_READERS = {
+    ".feather": feather.read_table,
+    ".parquet": parquet.read_table,
+    ".csv": _from_csv,
+}
+
+
+def _from_export_v3(folder: pathlib.Path) -> pa.Table:
+    """The published export: three JSON objects keyed by id (data/fafb_v3/README.md)."""
+    synapses = files.read_json(folder / "synapses_v3.json")
+    neurons = files.read_json(folder / "skeletons_v3.json")
+    hemilineages = files.read_json(folder / "hemi_lineages_v3.json")
+    schemes = sorted(
+        {name for s in synapses.values() for name in s.get("splits") or ()}
+    )
+    rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    rows |= {f"split_{name}": [] for name in schemes}
+    for synapse_id, synapse in synapses.items():
+        try:
+            neuron_id = synapse["skeleton_id"]
+            neuron = {} if neuron_id is None else neurons[str(neuron_id)]
+            hemilineage_id = neuron.get("hemi_lineage_id")
+            hemilineage = hemilineages.get(str(hemilineage_id), {})
+            rows["synapse_id"].append(int(synapse_id))
+            for axis in "zyx":
+                rows[f"{axis}_nm"].append(synapse[axis])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder}/synapses_v3.json, synapse {synapse_id}: {error!r} is not "
+                "there or not usable; skeleton_id (listed in skeletons_v3.json), x, y "
+                "and z are needed"
+            ) from None
+        name = hemilineage.get("hemi_lineage_name") or ""
+        rows["neuron_id"].append(neuron_id)
+        rows["neurotransmitter"].append("+".join(neuron.get("nt_known") or ()) or None)
+        rows["hemilineage"].append(None if _NO_HEMILINEAGE.fullmatch(name) else name)
+        rows["brain_region"].append(synapse.get("brain_region") or None)
+        rows["cell_type"].append(neuron.get("type"))
+        parts = synapse.get("splits") or {}
+        for scheme in schemes:
+            rows[f"split_{scheme}"].append(parts.get(scheme))
+    return pa.table(rows)
+
+
+def _conform(table: pa.Table, source: str, allow_bad_positions: bool) -> pa.Table:
+    """The table with the contract's columns and types, or a UserError."""
+    for name in _REQUIRED:
+        if name not in table.column_names:
+            raise UserError(
+                f"{source} has no column {name}; it has {', '.join(table.column_names)}"
+            )
+    fields = list(SCHEMA)
+    fields += [pa.field(name, pa.string()) for name in split_columns(table)]
+    columns = []
+    for field in fields:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(len(table), field.type))
+            continue
+        columns.append(_cast(table[field.name], field, source))
+    metadata = {"space": "volume frame, nm", "source": source, "version": 1}
+    metadata |= json.loads((table.schema.metadata or {}).get(b"synister_jax", b"{}"))
+    if allow_bad_positions:
+        fields = [
+            field.with_nullable(True) if field.name in POSITION else field
+            for field in fields
+        ]
+    schema = pa.schema(fields, {"synister_jax": json.dumps(metadata)})
+    _check(dict(zip(schema.names, columns, strict=True)), source, allow_bad_positions)
+    if allow_bad_positions:
+        for name in POSITION:
+            place = schema.names.index(name)
+            columns[place] = pc.fill_null(columns[place], np.nan)
+    return pa.table(columns, schema=schema)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.ChunkedArray:
+    if field.name.endswith("_id") and pa.types.is_floating(column.type):
+        raise UserError(
+            f"{source}: column {field.name} is {column.type}; ids must be integers, "
+            "floats have lost digits of large ones"
+        )
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        raise UserError(f"{source}: column {field.name}: {error}") from None
+
+
+def _check(
+    columns: dict[str, pa.ChunkedArray], source: str, allow_bad_positions: bool
+) -> None:
+    ids = columns["synapse_id"]
+    _refuse(source, "synapse_id is missing", pc.is_null(ids), ids)
+    values = ids.to_numpy()
+    order = np.argsort(values, kind="stable")
+    again = np.zeros(len(values), bool)
+    again[order[1:]] = values[order[1:]] == values[order[:-1]]
+    _refuse(source, "duplicate synapse_id", again, ids)
+    if not allow_bad_positions:
+        for name in POSITION:
+            bad = pc.invert(pc.fill_null(pc.is_finite(columns[name]), False))
+            _refuse(source, f"{name} is missing or not finite", bad, columns[name])
+    column = columns["neurotransmitter"]
+    for value in pc.unique(column).to_pylist():
+        for name in [] if value is None else value.split("+"):
+            if name not in NEUROTRANSMITTERS:
+                why = f"unknown neurotransmitter {name!r} (known: "
+                why += f"{', '.join(NEUROTRANSMITTERS)})"
+                _refuse(source, why, pc.equal(column, value), column)
+    for name, column in columns.items():
+        if name.startswith("split_"):
+            bad = pc.invert(pc.is_in(column, value_set=pa.array([*PARTS, None])))
+            _refuse(source, f"{name} is not one of {', '.join(PARTS)}", bad, column)
+
+
+def _refuse(source: str, why: str, bad: Any, column: pa.ChunkedArray) -> None:
+    """Raises UserError naming the rows (from 0) where `bad` holds, if any."""
+    rows = np.flatnonzero(np.asarray(pc.fill_null(pa.array(bad), False)))
+    if not len(rows):
+        return
+    shown = ", ".join(f"row {r} ({column[int(r)].as_py()!r})" for r in rows[:5])
+    more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+    raise UserError(f"{source}: {why}: {shown}{more}; mend or remove these rows")

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EM volumes as (z, y, x) through TensorStore, and crops read from them chunk by chunk.
+
+Everything that depends on how a container orders its axes happens in `open` and
+`write_n5`; the rest of the project sees (z, y, x) only.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from synister_jax import files
+from synister_jax.command import UserError
+
+OK = "ok"
+PARTLY_OUTSIDE = "partly_outside"
+OUTSIDE = "outside"
+MISSING_DATA = "missing_data"
+
+# Which file names a container by its presence, and TensorStore's driver for it.
+_METADATA = {
+    "attributes.json": "n5",
+    "zarr.json": "zarr3",
+    ".zarray": "zarr",
+    "info": "neuroglancer_precomputed",
+}
+_NM_PER_UNIT = {
+    "nm": 1.0,
+    "nanometer": 1.0,
+    "um": 1e3,
+    "µm": 1e3,
+    "micrometer": 1e3,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A uint8 volume whose index (0, 0, 0) lies at `offset_nm_zyx`."""
+
+    uri: str
+    voxel_size_nm_zyx: tuple[float, ...]
+    offset_nm_zyx: tuple[float, ...]
+    store: ts.TensorStore  # domain [0, shape), axes z, y, x
+
+    @property
+    def shape_zyx(self) -> tuple[int, ...]:
+        return tuple(self.store.shape)
+
+    @property
+    def chunk_shape_zyx(self) -> tuple[int, ...]:
+        return tuple(self.store.chunk_layout.read_chunk.shape)
+
+    def read(
+        self, start_vx_zyx: Sequence[int], stop_vx_zyx: Sequence[int]
+    ) -> np.ndarray:
+        """The box [start, stop), which must lie inside; a missing chunk raises."""
+        return self.store[_box(start_vx_zyx, stop_vx_zyx)].read().result()
+
+
+def open(  # noqa: A001 - volumes.open reads well
+    uri: str,
+    voxel_size_nm_zyx: Sequence[float] | None = None,
+    cache_bytes: int = 1 << 30,
+) -> Volume:
+    """Opens an N5, Zarr 2, Zarr 3 or precomputed volume.
+
+    Args:
+      uri: a local path, a TensorStore key-value URL (`file://`, `http://`, `gs://`,
+        `s3://`) of the array itself, or a TensorStore spec as JSON text.
+      voxel_size_nm_zyx: what the caller believes; compared with the container, and
+        used where the container does not say.
+      cache_bytes: memory for decoded chunks.
+
+    Raises:
+      UserError: nothing there, not three-dimensional uint8, unknown or different
+        voxel size.
+    """
+    spec, metadata = _find(uri)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    if spec["driver"] in _METADATA.values():
+        # A missing chunk must be an error here: TensorStore would read it as zeros.
+        spec = {**spec, "fill_missing_data_reads": False, "recheck_cached_data": "open"}
+    try:
+        store = ts.open(spec, context=context, open=True, read=True).result()
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise UserError(f"cannot open volume {uri}: {error}") from None
+    driver = spec["driver"]
+    store, offset_vx_zyx = _as_zyx(store, driver, uri)
+    if store.dtype != ts.uint8:
+        raise UserError(
+            f"volume {uri} holds {store.dtype.name}; only uint8 is supported"
+        )
+    stated, offset_nm = _physical(store, driver, metadata, uri)
+    voxel_size = _agreed_voxel_size(stated, voxel_size_nm_zyx, uri)
+    offset = tuple(
+        o + v * s for o, v, s in zip(offset_nm, offset_vx_zyx, voxel_size, strict=True)
+    )
+    return Volume(uri, voxel_size, offset, store)
+
+
+def write_n5(
+    path: str | pathlib.Path,
+    array_zyx: np.ndarray,
+    voxel_size_nm_zyx: Sequence[float],
+    offset_nm_zyx: Sequence[float] = (0, 0, 0),
+    chunk_shape_zyx: Sequence[int] = (16, 128, 128),
+) -> None:
+    """Writes a uint8 array (z, y, x) as an N5 data set (on disk x, y, z)."""
+    path = pathlib.Path(path)
+    store = ts.open(
+        {
+            "driver": "n5",
+            "kvstore": {"driver": "file", "path": f"{path}/"},
+            "metadata": {
+                "dimensions": list(array_zyx.shape[::-1]),
+                "blockSize": list(chunk_shape_zyx[::-1]),
+                "dataType": "uint8",
+                "compression": {"type": "gzip", "level": 1},
+                "axes": ["x", "y", "z"],
+                "units": ["nm"] * 3,
+                "resolution": [float(v) for v in voxel_size_nm_zyx[::-1]],
+            },
+        },
+        create=True,
+        delete_existing=True,
+    ).result()
+    store.T.write(array_zyx).result()
+    attributes_path = path / "attributes.json"
+    attributes = files.read_json(attributes_path)
+    # TensorStore writes neither: N5 readers want the version, daisy reads the offset.
+    attributes["n5"] = "2.0.0"
+    attributes["offset"] = [float(v) for v in offset_nm_zyx[::-1]]
+    files.write_json(attributes_path, attributes)
+
+
+def crop_starts_vx_zyx(
+    positions_nm_zyx: np.ndarray, crop_shape_zyx: Sequence[int], volume: Volume
+) -> np.ndarray:
+    """First voxel of each crop, [n, 3] int64, for positions [n, 3] in nm.
+
+    The original's rule: `rint((position - size//2 * voxel) / voxel)`, half to even,
+    in the container's frame; for even sizes the synapse lies at index size/2.
+    """
+    voxel = np.asarray(volume.voxel_size_nm_zyx)
+    half = np.asarray(crop_shape_zyx) // 2 * voxel
+    corner_nm = positions_nm_zyx - np.asarray(volume.offset_nm_zyx) - half
+    return np.rint(corner_nm / voxel).astype(np.int64)
+
+
+def border_status(
+    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
+) -> np.ndarray:
+    """`ok`, `partly_outside` or `outside` for each box, [n] of str objects."""
+    stops = starts_vx_zyx + np.asarray(shape_zyx)
+    bounds = np.asarray(volume.shape_zyx)
+    inside = ((starts_vx_zyx >= 0) & (stops <= bounds)).all(axis=1)
+    touching = ((starts_vx_zyx < bounds) & (stops > 0)).all(axis=1)
+    return np.where(inside, OK, np.where(touching, PARTLY_OUTSIDE, OUTSIDE)).astype(
+        object
+    )
+
+
+def chunk_order(
+    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
+) -> np.ndarray:
+    """Permutation [n] that visits crops along a Z-order curve over chunks.
+
+    Crops whose centres share a chunk are neighbours, and so are neighbouring
+    chunks: with a cache of a few chunks each chunk is decoded about once. The order
+    depends on nothing but the arguments.
+    """
+    shape, chunk = np.asarray(shape_zyx), np.asarray(volume.chunk_shape_zyx)
+    centres = np.clip(starts_vx_zyx + shape // 2, 0, np.asarray(volume.shape_zyx) - 1)
+    cells = centres // chunk
+    code = np.zeros(len(cells), np.int64)
+    for bit in range(21):
+        for axis in range(3):
+            code |= ((cells[:, axis] >> bit) & 1) << (3 * bit + 2 - axis)
+    z, y, x = centres.T
+    return np.lexsort((x, y, z, code))
+
+
+def read_crops(
+    volume: Volume,
+    starts_vx_zyx: np.ndarray,
+    shape_zyx: Sequence[int],
+    bytes_in_flight: int = 256 << 20,
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yields (uint8 crop, whole) for each start, in the order given.
+
+    Voxels outside the volume and voxels of missing chunks are 0; `whole` is False
+    when a chunk that the crop needs is missing. Reads run ahead of the consumer by
+    at most `bytes_in_flight`.
+    """
+    ahead = max(1, bytes_in_flight // math.prod(shape_zyx))
+    bounds = np.asarray(volume.shape_zyx)
+    waiting: collections.deque[tuple[np.ndarray, np.ndarray, Any]] = collections.deque()
+    pending = iter(starts_vx_zyx)
+    for start in pending:
+        low, high = np.maximum(start, 0), np.minimum(start + shape_zyx, bounds)
+        future = None
+        if (high > low).all():
+            future = volume.store[_box(low, high)].read()
+        waiting.append((start, np.stack([low, high]), future))
+        if len(waiting) >= ahead:
+            yield _finish(volume, shape_zyx, *waiting.popleft())
+    while waiting:
+        yield _finish(volume, shape_zyx, *waiting.popleft())
+
+
+def _finish(
+    volume: Volume,
+    shape_zyx: Sequence[int],
+    start: np.ndarray,
+    box: np.ndarray,
+    future: Any,
+) -> tuple[np.ndarray, bool]:
+    crop = np.zeros(shape_zyx, np.uint8)
+    if future is None:
+        return crop, True
+    into = crop[_box(*(box - start))]
+    try:
+        into[...] = future.result()
+    except ValueError as error:
+        if not _is_missing_chunk(error):
+            raise UserError(f"cannot read {volume.uri}: {error}") from None
+        _read_present_chunks(volume, box, into)
+        return crop, False
+    return crop, True
+
+
+def _read_present_chunks(volume: Volume, box: np.ndarray, into: np.ndarray) -> None:
+    """Fills `into` from those chunks of `box` that exist."""
+    chunk = np.asarray(volume.chunk_shape_zyx)
+    # The grid's origin is not 0 where the container's domain did not start at 0.
+    origin = np.asarray(volume.store.chunk_layout.grid_origin)
+    first, last = (box[0] - origin) // chunk, (box[1] - 1 - origin) // chunk
+    for cell in np.ndindex(*(last - first + 1)):
+        corner = origin + (first + cell) * chunk
+        low, high = np.maximum(box[0], corner), np.minimum(box[1], corner + chunk)
+        try:
+            data = volume.read(low, high)
+        except ValueError as error:
+            if not _is_missing_chunk(error):
+                raise UserError(f"cannot read {volume.uri}: {error}") from None
+        else:
+            into[_box(low - box[0], high - box[0])] = data
+
+
+def _is_missing_chunk(error: ValueError) -> bool:
+    # TensorStore's Python errors carry their status code as text only.
+    return str(error).startswith("NOT_FOUND")
+
+
+def _box(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+
+
+def _find(uri: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The TensorStore spec of `uri` and the container's own metadata."""
+    if uri.lstrip().startswith("{"):
+        try:
+            spec = json.loads(uri)
+        except json.JSONDecodeError as error:
+            raise UserError(f"volume spec is not valid JSON: {error}") from None
+        if "driver" not in spec:
+            raise UserError('volume spec has no "driver"')
+        kvstore = spec.get("kvstore")
+        base = None if kvstore is None else _open_kvstore(kvstore, uri)
+        names = [n for n, d in _METADATA.items() if d == spec["driver"]]
+        return spec, _read_metadata(base, names[0], uri) if base and names else {}
+    url = uri if "://" in uri else pathlib.Path(uri).resolve().as_uri()
+    base = _open_kvstore(url.rstrip("/") + "/", uri)
+    for name, driver in _METADATA.items():
+        metadata = _read_metadata(base, name, uri)
+        if not metadata:
+            continue
+        is_group = (driver == "n5" and "dimensions" not in metadata) or (
+            driver == "zarr3" and metadata.get("node_type") == "group"
+        )
+        if is_group:
+            raise UserError(
+                f"{uri} is a {driver} container, not an array in it; name the data "
+                "set too, for example volumes/raw/s0"
+            )
+        return {"driver": driver, "kvstore": base.spec().to_json()}, metadata
+    raise UserError(
+        f"no volume at {uri}: none of {', '.join(_METADATA)} is there "
+        "(N5, Zarr 3, Zarr 2, precomputed)"
+    )
+
+
+def _open_kvstore(kvstore: Any, uri: str) -> ts.KvStore:
+    try:
+        return ts.KvStore.open(kvstore).result()
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise UserError(f"cannot open volume {uri}: {error}") from None
+
+
+def _read_metadata(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
+    try:
+        read = base.read(name).result()
+        text = read.value if read.state == "value" else b"{}"
+        metadata = json.loads(text)
+        if name == ".zarray" and metadata:
+            read = base.read(".zattrs").result()
+            text = read.value if read.state == "value" else b"{}"
+            metadata["attributes"] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} of volume {uri} is not valid JSON: {error}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read {name} of volume {uri}: {error}") from None
+    return metadata
+
+
+def _as_zyx(
+    store: ts.TensorStore, driver: str, uri: str
+) -> tuple[ts.TensorStore, tuple[int, ...]]:
+    """The store as (z, y, x) from 0, and where its domain began in voxels."""
+    if driver == "neuroglancer_precomputed":
+        if store.shape[-1] != 1:
+            raise UserError(f"volume {uri} has several channels; one is needed")
+        store = store[ts.d["channel"][0]][ts.d["z", "y", "x"].transpose[:]]
+    elif store.rank != 3:
+        raise UserError(
+            f"volume {uri} has {store.rank} dimensions {tuple(store.shape)}; "
+            "three (z, y, x) are needed"
+        )
+    elif driver == "n5" or store.domain.labels == ("x", "y", "z"):
+        store = store.T
+    origin = tuple(store.domain.origin)
+    return store[ts.d[:].translate_to[0]], origin
+
+
+def _physical(
+    store: ts.TensorStore, driver: str, metadata: dict[str, Any], uri: str
+) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
+    """Voxel size (None if not stated) and offset in nm (z, y, x), as the file says."""
+    if driver == "neuroglancer_precomputed":
+        return tuple(u.multiplier for u in store.dimension_units), (0.0, 0.0, 0.0)
+    attributes = metadata if driver == "n5" else metadata.get("attributes", {})
+    # N5 attributes are x, y, z; Zarr attributes are in the array's own order.
+    turn = slice(None, None, -1) if driver == "n5" else slice(None)
+    units = attributes.get("units", ["nm"] * 3)
+    resolution = attributes.get("resolution")
+    if resolution is None and "pixelResolution" in attributes:
+        pixel = attributes["pixelResolution"]
+        resolution = pixel.get("dimensions")
+        units = [pixel.get("unit", "nm")] * 3
+    try:
+        scale = [_NM_PER_UNIT[unit] for unit in units][turn]
+        offset = _triple(attributes.get("offset", (0, 0, 0)))[turn]
+        if resolution is None:
+            return None, offset
+        size = _triple(resolution)[turn]
+        return tuple(v * s for v, s in zip(size, scale, strict=True)), offset
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"volume {uri}: cannot understand resolution {resolution}, units {units}, "
+            f"offset {attributes.get('offset')}"
+        ) from None
+
+
+def _triple(values: Sequence[float]) -> tuple[float, ...]:
+    triple = tuple(float(v) for v in values)
+    if len(triple) != 3:
+        raise ValueError(f"{len(triple)} values")
+    return triple
+
+
+def _agreed_voxel_size(
+    stated: tuple[float, ...] | None, expected: Sequence[float] | None, uri: str
+) -> tuple[float, ...]:
+    if stated is None and expected is None:
+        raise UserError(
+            f"volume {uri} does not state its voxel size; give voxel_size_nm_zyx"
+        )
+    if stated is None:
+        return tuple(float(v) for v in expected)
+    if expected is not None and not np.allclose(stated, expected, rtol=1e-6):
+        raise UserError(
+            f"volume {uri} has voxels of {_text(stated)} nm (z, y, x) but "
+            f"{_text(expected)} nm are expected; use the matching volume or config"
+        )
+    return stated
+
+
+def _text(size: Sequence[float]) -> str:
+    return "×".join(f"{v:g}" for v in size)

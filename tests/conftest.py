@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small real data set: N5 volume, synapses, shards. Made once a session."""
+
+import os
+import pathlib
+
+# Before jax is imported anywhere: four CPU devices in this process, and no look for
+# other accelerators, so that the suite means the same on every machine.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+
+import ml_collections  # noqa: E402
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pytest  # noqa: E402
+
+from configs import skeleton  # noqa: E402
+from synister_jax import shards, synapses, volumes  # noqa: E402
+
+CLASSES = ("gaba", "acetylcholine", "dopamine")
+VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
+
+
+def shared_data(name: str) -> pathlib.Path:
+    """A folder of real data beside the checkout; skips the test where it is absent."""
+    default = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("SYNISTER_SHARED_DATA", default)) / name
+    if not folder.exists():
+        pytest.skip(f"real data {name} is not there; set SYNISTER_SHARED_DATA")
+    return folder
+
+
+def tiny_config() -> ml_collections.ConfigDict:
+    """The published configuration shrunk to what a test can train."""
+    config = skeleton.get_config()
+    config.classes = CLASSES
+    config.crop_shape_zyx = (4, 16, 16)
+    config.voxel_size_nm_zyx = VOXEL_SIZE_NM_ZYX
+    config.model.features = 2
+    config.model.feature_multipliers = (2, 2)
+    config.model.downsample_factors = ((1, 2, 2), (2, 2, 2))
+    config.model.convolutions = (1, 1)
+    config.model.dense_features = 16
+    config.augment.jitter_vx_zyx = (1, 2, 2)
+    config.learning_rate = 1e-2
+    config.batch_size = 12
+    config.num_train_steps = 6
+    config.log_every_steps = 1
+    config.eval_every_steps = 3
+    config.checkpoint_every_steps = 3
+    config.keep_latest = 3
+    config.keep_every_steps = 1_000
+    return config
+
+
+@pytest.fixture(scope="session")
+def volume_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """24 × 160 × 160 voxels, grey noise with a bright blob at each synapse."""
+    rng = np.random.default_rng(0)
+    array = rng.integers(60, 120, (24, 160, 160), dtype=np.uint8)
+    table = _table()
+    positions = synapses.positions_nm_zyx(table) / VOXEL_SIZE_NM_ZYX
+    labels = synapses.labels(table, CLASSES)
+    for (z, y, x), label in zip(positions.astype(int), labels, strict=True):
+        if label >= 0:
+            array[z - 1 : z + 1, y - 3 : y + 3, x - 3 : x + 3] = 90 + 80 * label
+    path = tmp_path_factory.mktemp("volume") / "raw.n5"
+    volumes.write_n5(path, array, VOXEL_SIZE_NM_ZYX, (0, 0, 0), (8, 32, 32))
+    return path
+
+
+@pytest.fixture(scope="session")
+def synapse_table() -> pa.Table:
+    """90 synapses of 18 neurons; every tenth has no known neurotransmitter."""
+    return _table()
+
+
+def _table() -> pa.Table:
+    rng = np.random.default_rng(1)
+    count = 90
+    cells = rng.permutation(5 * 9 * 9)[:count]
+    z, y, x = np.unravel_index(cells, (5, 9, 9))
+    neuron = np.arange(count) % 18
+    neurotransmitter = [CLASSES[n % 3] for n in neuron]
+    part = np.select([neuron < 9, neuron < 12], ["train", "validation"], "test")
+    unknown = np.arange(count) % 10 == 9
+    columns = {
+        "synapse_id": 7_000_000_000_000 + np.arange(count) * 3,
+        "z_nm": (z * 4 + 4) * 40.0,
+        "y_nm": (y * 16 + 16) * 4.0,
+        "x_nm": (x * 16 + 16) * 4.0,
+        "neuron_id": 720_575_940_600_000_000 + neuron,
+        "neurotransmitter": pa.array(neurotransmitter, mask=unknown),
+        "hemilineage": pa.array([f"H{n % 6}" for n in neuron]),
+        "brain_region": pa.array(["AL", "MB"] * (count // 2)),
+        "cell_type": pa.nulls(count, pa.string()),
+        "split_skeleton": pa.array(part, mask=unknown),
+    }
+    return pa.table(columns)
+
+
+@pytest.fixture(scope="session")
+def shards_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> pathlib.Path:
+    """Finished shards of the small data set for `tiny_config`."""
+    folder = tmp_path_factory.mktemp("shards") / "shards"
+    write_shards(folder, volume_path, synapse_table)
+    return folder
+
+
+def write_shards(
+    folder: pathlib.Path, volume_path: pathlib.Path, table: pa.Table
+) -> shards.Shards:
+    return shards.write(
+        folder,
+        table,
+        volumes.open(str(volume_path)),
+        crop_shape_zyx=(4, 16, 16),
+        margin_vx_zyx=(1, 2, 2),
+        classes=CLASSES,
+        shard_bytes=20 * 6 * 20 * 20,
+    )

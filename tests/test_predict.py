@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import CLASSES, shared_data, tiny_config
+from pyarrow import feather
+
+from synister_jax import (
+    inference,
+    predict,
+    predictions,
+    sharding,
+    synapses,
+    train,
+    volumes,
+)
+from synister_jax.command import UserError
+
+
+@pytest.fixture(scope="module")
+def workdir(
+    tmp_path_factory: pytest.TempPathFactory, shards_folder: pathlib.Path
+) -> pathlib.Path:
+    """A run of 40 steps: sure enough of itself that swapped rows would show."""
+    config = tiny_config()
+    config.shards = str(shards_folder)
+    config.num_train_steps = 40
+    config.eval_every_steps = 40
+    config.checkpoint_every_steps = 40
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train.train(config, folder)
+    return folder
+
+
+def classifier(
+    workdir: pathlib.Path, batch_size: int = 8, devices: int = 1
+) -> inference.Classifier:
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    return inference.Classifier(workdir, None, batch_size, mesh)
+
+
+@pytest.fixture
+def awkward(tmp_path: pathlib.Path, synapse_table: pa.Table) -> pathlib.Path:
+    """The table in random order, with rows outside, at the border, and nowhere."""
+    order = np.random.default_rng(3).permutation(len(synapse_table))
+    rows = synapse_table.take(pa.array(order)).to_pylist()
+    rows[0]["x_nm"], rows[3]["x_nm"] = 1e7, 0.0
+    rows[5]["z_nm"], rows[8]["y_nm"] = None, float("inf")
+    rows[9]["x_nm"], rows[11]["z_nm"] = -1e300, -1e6
+    path = tmp_path / "table.feather"
+    schema = pa.schema([f.with_nullable(True) for f in synapse_table.schema])
+    feather.write_feather(pa.Table.from_pylist(rows, schema=schema), str(path))
+    return path
+
+
+EXPECTED_STATUS = {
+    0: "outside",
+    3: "partly_outside",
+    5: "bad_position",
+    8: "bad_position",
+    9: "bad_position",
+    11: "outside",
+}
+
+
+def test_every_row_has_a_row_in_order(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    awkward: pathlib.Path,
+) -> None:
+    table = synapses.load(awkward, allow_bad_positions=True)
+    volume = volumes.open(str(volume_path))
+    model = classifier(workdir)
+    result = predict.predict(model, table, volume, tmp_path / "out", unit_rows=10)
+    saved = predictions.load(tmp_path / "out" / "predictions.feather")
+    assert saved.equals(result)
+    assert saved["synapse_id"].to_pylist() == table["synapse_id"].to_pylist()
+    starting_with_nt = [n for n in saved.column_names if n.startswith("nt")]
+    assert starting_with_nt == [f"nt_{name}_prob" for name in CLASSES]
+    assert {saved.schema.field(n).type for n in starting_with_nt} == {pa.float32()}
+    status = saved["status"].to_pylist()
+    # The fixture's own crops at the volume's face count as partly outside too.
+    for row, expected in EXPECTED_STATUS.items():
+        assert status[row] == expected, row
+    probabilities = predictions.probabilities(saved)
+    predicted = np.isin(status, ["ok", "partly_outside"])
+    assert np.isnan(probabilities[~predicted]).all()
+    np.testing.assert_allclose(probabilities[predicted].sum(axis=1), 1, rtol=1e-5)
+
+    # Independently: each crop by plain indexing, one at a time.
+    array = np.pad(volume.read((0, 0, 0), volume.shape_zyx), 16)
+    positions = synapses.positions_nm_zyx(table) / (40, 4, 4)
+    one = classifier(workdir, batch_size=1)
+    for row in np.flatnonzero(predicted)[::5]:
+        z, y, x = positions[row].astype(int) + 16
+        crop = array[z - 2 : z + 2, y - 8 : y + 8, x - 8 : x + 8]
+        np.testing.assert_allclose(one(crop[None])[0], probabilities[row], atol=1e-5)
+
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert record["rows"] == 90 and sum(record["status"].values()) == 90
+    assert record["step"] == 40 and record["classes"] == list(CLASSES)
+
+
+def test_result_does_not_depend_on_batch_units_or_devices(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    awkward: pathlib.Path,
+) -> None:
+    table = synapses.load(awkward, allow_bad_positions=True)
+    volume = volumes.open(str(volume_path))
+    results = [
+        predict.predict(
+            classifier(workdir, batch, devices), table, volume, tmp_path / str(i), unit
+        )
+        for i, (batch, devices, unit) in enumerate(
+            [(8, 1, 10), (7, 1, 100), (8, 4, 33)]
+        )
+    ]
+    first = predictions.probabilities(results[0])
+    for other in results[1:]:
+        np.testing.assert_allclose(predictions.probabilities(other), first, atol=1e-5)
+        assert other["status"].equals(results[0]["status"])
+
+
+def test_missing_chunk_is_a_status(
+    tmp_path: pathlib.Path, workdir: pathlib.Path, synapse_table: pa.Table
+) -> None:
+    path = tmp_path / "raw.n5"
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 255, (24, 160, 160), dtype=np.uint8)
+    volumes.write_n5(path, array, (40, 4, 4), (0, 0, 0), (8, 32, 32))
+    (path / "2" / "2" / "1").unlink()  # x 64..96, y 64..96, z 8..16
+    result = predict.predict(
+        classifier(workdir), synapse_table, volumes.open(str(path)), tmp_path / "out"
+    )
+    position = synapses.positions_nm_zyx(synapse_table) / (40, 4, 4)
+    half = np.array((2, 8, 8))
+    touches = (position + half > (8, 64, 64)) & (position - half < (16, 96, 96))
+    missing = np.array(result["status"].to_pylist()) == "missing_data"
+    assert missing.sum() > 1
+    np.testing.assert_array_equal(missing, touches.all(axis=1))
+    nan = np.isnan(predictions.probabilities(result)).all(axis=1)
+    np.testing.assert_array_equal(nan, missing)
+
+
+def run_command(
+    workdir: pathlib.Path, table: pathlib.Path, volume: pathlib.Path, out: pathlib.Path
+) -> list[str]:
+    return [sys.executable, "-m", "synister_jax.predict"] + [
+        f"--workdir={workdir}",
+        f"--synapses={table}",
+        f"--volume={volume}",
+        f"--output={out}",
+        "--unit_rows=3",
+        "--batch_size=4",
+    ]
+
+
+def output_files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_killed_and_rerun_gives_the_same_bytes(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    awkward: pathlib.Path,
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = run_command(workdir, awkward, volume_path, whole)
+    subprocess.run(command, check=True, capture_output=True)
+    expected = output_files(whole)
+    command[-3] = f"--output={killed}"
+    for parts in (1, 9):
+        process = subprocess.Popen(command)
+        while len(list(killed.glob("parts/*.feather"))) < parts:
+            assert process.poll() is None
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (killed / "predictions.feather").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert output_files(killed) == expected
+
+    # One part lost: only that one is done again, and all is as before.
+    lost = sorted(killed.glob("parts/*"))[2]
+    times = {p: p.stat().st_mtime_ns for p in killed.glob("parts/*")}
+    lost.unlink()
+    subprocess.run(command, check=True, capture_output=True)
+    again = {p: p.stat().st_mtime_ns for p in killed.glob("parts/*")}
+    assert [p for p in times if times[p] != again[p]] == [lost]
+    assert output_files(killed) == expected
+
+
+def test_other_arguments_in_the_same_folder_are_refused(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    volume = volumes.open(str(volume_path))
+    predict.predict(classifier(workdir), synapse_table, volume, tmp_path)
+    with pytest.raises(UserError, match="rows was 90, now 89"):
+        predict.predict(classifier(workdir), synapse_table.slice(1), volume, tmp_path)
+    changed = classifier(workdir)
+    changed.variables["params"]["logits"]["bias"] += 1
+    with pytest.raises(UserError, match="parameters_sha256 was"):
+        predict.predict(changed, synapse_table, volume, tmp_path)
+
+
+def test_an_empty_table_has_an_empty_answer(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    volume = volumes.open(str(volume_path))
+    nothing = synapse_table.slice(0, 0)
+    assert len(predict.predict(classifier(workdir), nothing, volume, tmp_path)) == 0
+
+
+def test_checkpoint_of_another_architecture(
+    tmp_path: pathlib.Path, workdir: pathlib.Path
+) -> None:
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["dense_features"] = 32
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    with pytest.raises(UserError, match=r"another architecture: params.dense0.bias is"):
+        classifier(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint of step 41; there are 40"):
+        inference.Classifier(workdir, 41, 4, sharding.make_mesh())
+    with pytest.raises(UserError, match="not the folder of a run"):
+        classifier(tmp_path / "nothing")
+
+
+def test_real_volume_at_its_real_synapses(
+    tmp_path: pathlib.Path, workdir: pathlib.Path
+) -> None:
+    """Larval VNC, 50×4.6×4.6 nm, 20 sections: all 13 synapses lie in section 2."""
+    folder = shared_data("larval_vnc_sstem")
+    text = (folder / "stack1_synapses.csv").read_text().splitlines()[1:]
+    lines = ["synapse_id,z_nm,y_nm,x_nm"]
+    for line in text:
+        i, z, y, x, _ = map(int, line.split(","))
+        lines.append(f"{i},{z * 50},{y * 4.6},{x * 4.6}")
+    (tmp_path / "real.csv").write_text("\n".join(lines) + "\n")
+    command = run_command(
+        workdir,
+        tmp_path / "real.csv",
+        folder / "stack1.n5" / "volumes" / "raw" / "s0",
+        tmp_path / "out",
+    )
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "50×4.6×4.6 nm" in refused.stderr and "Traceback" not in refused.stderr
+    command.append("--voxel_size_nm_zyx=50,4.6,4.6")
+    subprocess.run(command, check=True, capture_output=True)
+    result = predictions.load(tmp_path / "out" / "predictions.feather")
+    assert result["synapse_id"].to_pylist() == list(range(1, 14))
+    assert set(result["status"].to_pylist()) == {"ok"}  # 4 sections fit around 2
+    # The published crop has 16 sections: none of these synapses has all of them.
+    table = synapses.load(tmp_path / "real.csv")
+    volume = volumes.open(str(folder / "stack1.n5" / "volumes" / "raw" / "s0"))
+    shape = (16, 160, 160)
+    starts = volumes.crop_starts_vx_zyx(synapses.positions_nm_zyx(table), shape, volume)
+    assert set(volumes.border_status(starts, shape, volume)) == {"partly_outside"}

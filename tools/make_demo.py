@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a demonstration data set: a volume with planted synapses, and its tables.
+
+    python tools/make_demo.py --output=DIR
+
+writes `DIR/volume.n5` (data set `volumes/raw/s0`), the three JSON files of the export
+v3 and `DIR/demo.json`. The classes differ by what `demo_em` paints, which is made up:
+the data show that the pipeline works and say nothing about real transmitters. The same
+parameters give the same bytes. A killed run leaves only `DIR.partial`; run it again.
+"""
+
+import pathlib
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import demo_em
+import numpy as np
+from absl import flags
+
+from synister_jax import command, files, volumes
+from synister_jax.command import UserError
+
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
+_BACKGROUND = flags.DEFINE_string(
+    "background",
+    None,
+    "Volume to paint the synapses into, not synthetic tissue; mirrored and tiled to "
+    "the shape, and taken voxel for voxel as 40x4x4 nm whatever its own voxel size.",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all that is drawn.", lower_bound=0)
+_NEURONS = flags.DEFINE_integer("neurons", 120, "Number of neurons.")
+_SYNAPSES = flags.DEFINE_integer("synapses", 1800, "Number of synapses.")
+_SHAPE = flags.DEFINE_list("shape_zyx", ["48", "1536", "1536"], "Volume shape, voxels.")
+
+_FORMAT_VERSION = 1
+# Neurons and hemilineages per class in the default set: as skewed as the real data
+# (397 acetylcholine, 165 GABA, 5 octopamine), but each class can still be learnt.
+_NEURON_WEIGHTS = dict(zip(demo_em.CLASSES, (24, 40, 15, 9, 9, 14), strict=True))
+_HEMILINEAGES = dict(zip(demo_em.CLASSES, (4, 6, 3, 2, 2, 3), strict=True))
+_UNKNOWN_SHARE = 8 / 120  # neurons whose transmitter the tables do not tell
+_CO_RELEASED = ("gaba", "octopamine")  # by one neuron, painted as the first
+_MIN_NEURONS = 40  # six a class and the unknown: two a class for each of three parts
+_BRAIN_REGIONS = ("AL", "MB", "LH", "EB", "PB", "LAL", "SMP", "AVLP")
+_SPLIT = {"train": 0.64, "validation": 0.16, "test": 0.20}
+_BORDER_SHARE = 0.02  # of the synapses lie so near the border that crops leave it
+_MARGIN_VX_ZYX = np.array([4, 32, 32])  # all others stay this far inside
+_SEPARATION_VX_ZYX = np.array([6, 56, 56])  # two synapses differ by it on some axis
+_HEMILINEAGE_TABLE, _NEURON_TABLE, _PLACES, _OWNERS, _REGIONS, _IDS = range(
+    10, 16
+)  # streams
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A neuron; `class_name` is what its synapses are painted as."""
+
+    id: int
+    class_name: str
+    known: tuple[str, ...] | None
+    hemilineage_id: int
+    synapse_count: int
+
+
+def main() -> None:
+    output = pathlib.Path(_OUTPUT.value)
+    parameters = _parameters()
+    if _is_there(output, parameters):
+        print(f"{output} is there already, made with the same parameters")
+        return
+    background = _read_background(parameters)
+    hemilineages = _draw_hemilineages(_SEED.value)
+    neurons = _draw_neurons(parameters, hemilineages)
+    places_vx_zyx = _draw_places(parameters)
+    # Every neuron reaches through the whole volume.
+    owners = np.repeat(np.arange(len(neurons)), [n.synapse_count for n in neurons])
+    owners = demo_em.generator(_SEED.value, _OWNERS).permutation(owners).tolist()
+    # A folder under a temporary name: the output is either whole or absent.
+    partial = files.make_folder(output.parent) / f"{output.name}.partial"
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    synapses = [
+        demo_em.draw_synapse(_SEED.value, index, neurons[owner].class_name, place)
+        for index, (owner, place) in enumerate(zip(owners, places_vx_zyx, strict=True))
+    ]
+    _write_volume(partial / "volume.n5", parameters, synapses, background)
+    _write_tables(partial, parameters, hemilineages, neurons, owners, places_vx_zyx)
+    if output.exists():
+        output.rmdir()  # an empty folder
+    partial.rename(output)
+    print(f"{output}: {len(synapses):,} synapses of {len(neurons)} neurons")
+
+
+def _parameters() -> dict[str, Any]:
+    """The flags, checked."""
+    try:
+        z, y, x = shape_zyx = [int(size) for size in _SHAPE.value]
+    except ValueError:
+        raise UserError("--shape_zyx takes three integers, as 48,1536,1536") from None
+    if z < 12 or min(y, x) < 192:
+        raise UserError("--shape_zyx is too small; use at least 12,192,192")
+    if _NEURONS.value < _MIN_NEURONS:
+        raise UserError(f"--neurons is too small; use at least {_MIN_NEURONS}")
+    if _SYNAPSES.value < 2 * _NEURONS.value:
+        raise UserError(f"--synapses is too small; use at least {2 * _NEURONS.value}")
+    return {
+        "seed": _SEED.value,
+        "neurons": _NEURONS.value,
+        "synapses": _SYNAPSES.value,
+        "shape_zyx": shape_zyx,
+        "background": _BACKGROUND.value,
+        "ambiguous_fraction": demo_em.AMBIGUOUS_FRACTION,
+        "jitter": demo_em.JITTER,
+    }
+
+
+def _is_there(output: pathlib.Path, parameters: dict[str, Any]) -> bool:
+    """Tells whether this very data set is there; anything else there is an error."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / "demo.json").is_file():
+        raise UserError(f"{output} exists and is not empty; choose another --output")
+    made = files.read_json(output / "demo.json")
+    same = {"format_version": _FORMAT_VERSION, "parameters": parameters}
+    if isinstance(made, dict) and same.items() <= made.items():
+        return True
+    raise UserError(f"{output} was made with other parameters; remove it first")
+
+
+def _read_background(parameters: dict[str, Any]) -> np.ndarray | None:
+    """Reads what is needed of the background and mirrors it to the shape, uint8."""
+    if parameters["background"] is None:
+        return None
+    volume = volumes.open(parameters["background"])
+    sizes = f"{volume.voxel_size_nm_zyx} nm are taken as {demo_em.VOXEL_NM_ZYX} nm"
+    print(f"background {volume.uri}: voxels (z, y, x) of {sizes}", flush=True)
+    stop_vx_zyx = np.minimum(volume.shape_zyx, parameters["shape_zyx"])
+    tile = volume.read((0, 0, 0), stop_vx_zyx)
+    lacking = parameters["shape_zyx"] - stop_vx_zyx
+    return np.pad(tile, [(0, count) for count in lacking], mode="symmetric")
+
+
+def _draw_hemilineages(seed: int) -> dict[int, str]:
+    """Hemilineages by id, with the one transmitter that each releases."""
+    rng = demo_em.generator(seed, _HEMILINEAGE_TABLE)
+    class_names = np.repeat(list(_HEMILINEAGES), list(_HEMILINEAGES.values()))
+    ids = _draw_ids(rng, 1_000, 90, class_names.size)
+    return dict(zip(ids, rng.permutation(class_names).tolist(), strict=True))
+
+
+def _draw_neurons(
+    parameters: dict[str, Any], hemilineages: dict[int, str]
+) -> list[Neuron]:
+    rng = demo_em.generator(parameters["seed"], _NEURON_TABLE)
+    total = parameters["neurons"]
+    unknown = round(_UNKNOWN_SHARE * total)
+    weights = np.array([_NEURON_WEIGHTS[name] for name in demo_em.CLASSES], float)
+    floor = np.full(weights.size, min(9, (total - unknown - 1) // weights.size))
+    rest = total - unknown - 1 - floor.sum()
+    counts = floor + _apportion(rest, np.maximum(weights - floor, 0))
+    drawn = [(name, (name,)) for name in np.repeat(demo_em.CLASSES, counts).tolist()]
+    drawn += [(name, None) for name in rng.choice(demo_em.CLASSES, unknown).tolist()]
+    drawn += [(_CO_RELEASED[0], _CO_RELEASED)]
+    size = np.clip(rng.lognormal(0, 0.5, total), 0.4, 2.7)
+    synapse_counts = 2 + _apportion(parameters["synapses"] - 2 * total, size)
+    ids = _draw_ids(rng, 1_000_000, 20_000, total)
+    neurons = []
+    for index, at in enumerate(rng.permutation(total)):
+        class_name, known = drawn[at]
+        homes = [id_ for id_, name in hemilineages.items() if name == class_name]
+        home, count = homes[rng.integers(len(homes))], int(synapse_counts[index])
+        neurons.append(Neuron(ids[index], class_name, known, home, count))
+    return neurons
+
+
+def _draw_ids(rng: np.random.Generator, start: int, step: int, count: int) -> list[int]:
+    return (start + np.cumsum(rng.integers(1, step, count))).tolist()
+
+
+def _apportion(total: int, weights: np.ndarray) -> np.ndarray:
+    """Divides the total into whole parts by weight (largest remainders)."""
+    exact = total * weights / weights.sum()
+    parts = np.floor(exact).astype(int)
+    order = np.argsort(parts - exact, kind="stable")
+    parts[order[: total - parts.sum()]] += 1
+    return parts
+
+
+def _draw_places(parameters: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """Draws the synapses' voxels (z, y, x)."""
+    rng = demo_em.generator(parameters["seed"], _PLACES)
+    shape_zyx, count = np.array(parameters["shape_zyx"]), parameters["synapses"]
+    placed = np.empty((count, 3), int)
+    done = failures = 0  # those at the border come first
+    while done < count and failures < 20_000:
+        at = rng.integers(0, shape_zyx)
+        inside = np.all((at >= _MARGIN_VX_ZYX) & (at < shape_zyx - _MARGIN_VX_ZYX))
+        near = np.abs(placed[:done] - at) < _SEPARATION_VX_ZYX
+        if inside == (done < _BORDER_SHARE * count) or near.all(axis=1).any():
+            failures += 1
+            continue
+        placed[done] = at
+        done, failures = done + 1, 0
+    if done < count:
+        raise UserError(
+            f"{count:,} synapses do not fit into {tuple(parameters['shape_zyx'])} "
+            f"voxels; about {int(0.95 * done):,} would, or enlarge --shape_zyx"
+        )
+    return [tuple(at) for at in rng.permutation(placed).tolist()]
+
+
+def _split(neurons: Sequence[Neuron]) -> dict[int, str]:
+    """The part of each neuron of one known transmitter, by class and whole neurons.
+
+    The largest neurons go first, each to the part that lacks most synapses; then the
+    smallest move until test and validation have two neurons each.
+    """
+    part_of: dict[int, str] = {}
+    for class_name in demo_em.CLASSES:
+        members = [neuron for neuron in neurons if neuron.known == (class_name,)]
+        members.sort(key=lambda neuron: (-neuron.synapse_count, neuron.id))
+        total = sum(neuron.synapse_count for neuron in members)
+        lacking = {part: share * total for part, share in _SPLIT.items()}
+        parts: list[str] = []
+        for neuron in members:
+            parts.append(max(lacking, key=lacking.__getitem__))
+            lacking[parts[-1]] -= neuron.synapse_count
+        for part in ("test", "validation"):
+            while parts.count(part) < 2 < parts.count("train"):
+                parts[len(parts) - 1 - parts[::-1].index("train")] = part
+        part_of |= {neuron.id: p for neuron, p in zip(members, parts, strict=True)}
+    return part_of
+
+
+def _write_volume(
+    path: pathlib.Path,
+    parameters: dict[str, Any],
+    synapses: Sequence[demo_em.Synapse],
+    background: np.ndarray | None,
+) -> None:
+    shape_zyx = tuple(parameters["shape_zyx"])
+    volume = np.empty(shape_zyx, np.uint8)
+    progress = command.Progress("painting", shape_zyx[0], "sections")
+    sections = demo_em.paint(parameters["seed"], shape_zyx, synapses, background)
+    for z, section in enumerate(sections):
+        volume[z] = section
+        progress.add()
+    volumes.write_n5(path / "volumes/raw/s0", volume, demo_em.VOXEL_NM_ZYX)
+    files.write_json(path / "attributes.json", {"n5": "2.0.0"})
+
+
+def _write_tables(
+    folder: pathlib.Path,
+    parameters: dict[str, Any],
+    hemilineages: dict[int, str],
+    neurons: Sequence[Neuron],
+    owners: Sequence[int],
+    places_vx_zyx: Sequence[tuple[int, int, int]],
+) -> None:
+    part_of = _split(neurons)
+    rng = demo_em.generator(parameters["seed"], _REGIONS)
+    centre = rng.uniform(0, parameters["shape_zyx"][1:], (len(_BRAIN_REGIONS), 2))
+    rng = demo_em.generator(parameters["seed"], _IDS)
+    ids = _draw_ids(rng, 3_000_000, 4_000, len(owners))
+    synapse_table: dict[int, Any] = {}
+    for id_, owner, place in zip(ids, owners, places_vx_zyx, strict=True):
+        neuron_id = neurons[owner].id
+        z, y, x = np.multiply(place, demo_em.VOXEL_NM_ZYX).tolist()
+        region = _BRAIN_REGIONS[np.linalg.norm(centre - place[1:], axis=1).argmin()]
+        part = part_of.get(neuron_id)
+        synapse_table[id_] = {"skeleton_id": neuron_id, "x": x, "y": y, "z": z}
+        synapse_table[id_]["brain_region"] = region
+        synapse_table[id_]["splits"] = part and {"skeleton": part}
+    hemilineage_table: dict[int, Any] = {}
+    for i, (id_, class_name) in enumerate(hemilineages.items()):
+        guess = [class_name] if i % 4 < 3 else None  # not each one has a guess
+        name = f"Demo{'ABCDEFGHIJ'[i // 2]}{i % 2 + 1}"
+        hemilineage_table[id_] = {"nt_guess": guess, "hemi_lineage_name": name}
+    neuron_table = {
+        n.id: {"hemi_lineage_id": n.hemilineage_id, "nt_known": n.known}
+        for n in neurons
+    }
+    summary = {
+        "format_version": _FORMAT_VERSION,
+        "parameters": parameters,
+        "neurons_per_class": Counter(n.class_name for n in neurons),
+        "synapses_per_class": Counter(neurons[owner].class_name for owner in owners),
+        # What the tables withhold, to compare a prediction with.
+        "painted_as": {n.id: n.class_name for n in neurons if n.id not in part_of},
+    }
+    files.write_json(folder / "hemi_lineages_v3.json", hemilineage_table)
+    files.write_json(folder / "skeletons_v3.json", neuron_table)
+    files.write_json(folder / "synapses_v3.json", synapse_table)
+    files.write_json(folder / "demo.json", summary)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts the crops of a synapse table out of a volume into ArrayRecord shards.
+
+    python tools/shard_crops.py --config=configs/skeleton.py \
+        --synapses=data/fafb_v3 --volume=/data/fafb/v14.n5/volumes/raw/s0 \
+        --output=/data/fafb/shards
+
+Kill it at any moment and run the same command again. `--verify` reads every record
+back, after cutting or, with nothing left to cut, alone.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from synister_jax import augment, command, shards, synapses, volumes
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
+_VOLUME = flags.DEFINE_string("volume", None, "Volume.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of shards.", required=True)
+_SHARD_MIB = flags.DEFINE_integer(
+    "shard_mib", 128, "Raw size of a shard.", lower_bound=1
+)
+_VERIFY = flags.DEFINE_bool("verify", False, "Read every record back and check it.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    config = _CONFIG.value
+    written = shards.write(
+        _OUTPUT.value,
+        synapses.load(_SYNAPSES.value),
+        volumes.open(_VOLUME.value, config.voxel_size_nm_zyx),
+        crop_shape_zyx=config.crop_shape_zyx,
+        margin_vx_zyx=augment.margin_vx_zyx(config.augment),
+        classes=config.classes,
+        shard_bytes=_SHARD_MIB.value << 20,
+    )
+    if _VERIFY.value:
+        shards.verify(written)
+    manifest = written.manifest
+    dropped = ", ".join(f"{n:,} {why}" for why, n in manifest["dropped"].items())
+    print(
+        f"{_OUTPUT.value}: {manifest['records']:,} crops of {written.record_shape_zyx} "
+        f"voxels in {len(manifest['shards'])} shards; left out: {dropped or 'none'}"
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)
