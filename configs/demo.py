@@ -17,18 +17,21 @@ def get_config() -> ml_collections.ConfigDict:
     config.crop_shape_zyx = (8, 48, 48)  # 320 × 192 × 192 nm
 
     config.model.features = 8
-    config.model.convolutions = (1, 2, 2, 2)  # the first level costs most on a CPU
+    config.model.downsample_factors = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+    config.model.convolutions = (1, 1, 1, 1)
     config.model.dense_features = 128
+    config.model.dropout = 0.0  # it sees each crop a few times only
 
     config.augment.jitter_vx_zyx = (0, 3, 3)
 
     config.learning_rate = 1e-3
+    config.cosine_decay = True  # a short run has no time to settle otherwise
     config.batch_size = 16
-    config.num_train_steps = 400
+    config.num_train_steps = 1_000
 
     config.log_every_steps = 10
-    config.eval_every_steps = 100
-    config.checkpoint_every_steps = 100
-    config.keep_latest = 4
-    config.keep_every_steps = 400
+    config.eval_every_steps = 200
+    config.checkpoint_every_steps = 200
+    config.keep_latest = 3
+    config.keep_every_steps = 1_000
     return config

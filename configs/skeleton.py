@@ -47,7 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
     augment.intensity_scale = (0.9, 1.1)  # about the section's mean
     augment.intensity_shift = (-0.1, 0.1)
 
-    config.learning_rate = 1e-4  # Adam, constant
+    config.learning_rate = 1e-4  # Adam
+    config.cosine_decay = False  # to 0 at num_train_steps
     config.batch_size = 8  # over all devices
     config.num_train_steps = 500_000
     config.seed = 0

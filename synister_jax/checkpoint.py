@@ -31,8 +31,11 @@ def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
     now = json.loads(config.to_json_best_effort())
     if path.exists():
         before = files.read_json(path)
+        may_change = set(_MAY_CHANGE)
+        if config.cosine_decay:  # then the length decides every step's rate
+            may_change.remove("num_train_steps")
         for key in sorted(before.keys() | now.keys()):
-            if key not in _MAY_CHANGE and before.get(key) != now.get(key):
+            if key not in may_change and before.get(key) != now.get(key):
                 raise UserError(
                     f"{workdir} holds a run with {key} = {before.get(key)}, now "
                     f"{now.get(key)}; choose another --workdir"
@@ -49,7 +52,7 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """Steps of the finished checkpoints, ascending."""
-    folder = workdir / "checkpoints"
+    folder = (workdir / "checkpoints").resolve()
     if not folder.exists():
         return []
     with ocp.training.Checkpointer(folder) as checkpointer:
@@ -75,7 +78,7 @@ def load_variables(workdir: pathlib.Path, step: int, abstract: Any) -> Any:
     Args:
       abstract: {"params", "batch_stats"} of `jax.ShapeDtypeStruct` with shardings.
     """
-    path = workdir / "checkpoints" / str(step)
+    path = (workdir / "checkpoints" / str(step)).resolve()  # Orbax wants it absolute
     _require_same_shapes(path, abstract)
     partial = ocp.options.PyTreeOptions.Loading(partial_load=True)
     with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
@@ -89,7 +92,7 @@ class Checkpointer:
         self, workdir: pathlib.Path, config: ml_collections.ConfigDict
     ) -> None:
         keep = ocp.training.preservation_policies
-        self._folder = workdir / "checkpoints"
+        self._folder = (workdir / "checkpoints").resolve()
         # Carried by every checkpoint: what its outputs mean.
         self._about = {
             "classes": list(config.classes),

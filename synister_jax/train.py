@@ -43,6 +43,14 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
 
 
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Adam, PyTorch's defaults; constant as published, or falling to 0 at the end."""
+    rate = config.learning_rate
+    if config.cosine_decay:
+        rate = optax.cosine_decay_schedule(rate, config.num_train_steps)
+    return optax.adam(rate)
+
+
 def create_state(
     key: jax.Array, config: ml_collections.ConfigDict, tx: optax.GradientTransformation
 ) -> TrainState:
@@ -109,7 +117,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     validation = evaluate.Part.of(shards, config.split, "validation")
 
     # ---------------------------------------------------------------- model and state
-    tx = optax.adam(config.learning_rate)
+    tx = make_optimizer(config)
     init_key = jax.random.key(config.seed)
     replicated = sharding.replicated(mesh)
     abstract = jax.tree.map(

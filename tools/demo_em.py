@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paints electron-microscopy-like neuropil with synapses of six transmitters.
 
-The pictures imitate serial-section TEM of fly neuropil at 40x4x4 nm. How the synaptic
-vesicles of the six classes differ is loosely after the literature (small clear round
-for acetylcholine, flattened for GABA, dense cores for the amines). It is made up for a
-demonstration: nothing about real transmitters can be learnt from it.
+The pictures imitate serial-section TEM of fly neuropil at 40x4x4 nm; they are made up
+for a demonstration.
 
 Tones are grey values relative to the surroundings: 0 is their mean, 1 their standard
 deviation, so that a synapse blends into synthetic and into real tissue.
@@ -13,124 +11,24 @@ deviation, so that a synapse blends into synthetic and into real tissue.
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
+from demo_synapses import (
+    BOUTON_DEPTH_NM,
+    CYTOSOL,
+    VOXEL_NM_ZYX,
+    ZONE_PX,
+    Synapse,
+    generator,
+)
 from scipy import ndimage, spatial
 
-VOXEL_NM_ZYX = (40, 4, 4)
-# The two knobs of difficulty: the share of synapses drawn as a mixture with another
-# class, and how far a synapse strays from its class (1: the spreads given below).
-AMBIGUOUS_FRACTION = 0.10
-JITTER = 0.7
-
-# Rows: classes. Columns: vesicles per synapse, share with a dense core, clear diameter
-# (nm), clear aspect, dense-core diameter (nm), core / vesicle diameter, core darkness.
-_PROFILES = {
-    "gaba": (60, 0.0, 40, 2.40, 66, 0.50, 0.8),
-    "acetylcholine": (90, 0.0, 34, 1.05, 66, 0.50, 0.8),
-    "glutamate": (30, 0.0, 62, 1.05, 66, 0.50, 0.8),
-    "serotonin": (34, 0.95, 40, 1.10, 54, 0.40, 1.4),
-    "octopamine": (14, 0.95, 38, 1.10, 94, 0.78, 1.4),
-    "dopamine": (26, 0.95, 38, 1.10, 66, 0.66, 0.5),
-}
-CLASSES = tuple(_PROFILES)
-# Logarithmic standard deviations of the columns, among synapses and among vesicles.
-_SPREAD_SYNAPSE = np.array([0.25, 0.25, 0.08, 0.08, 0.07, 0.12, 0.18])
-_SPREAD_VESICLE = np.array([0.00, 0.00, 0.10, 0.12, 0.09, 0.12, 0.10])
-
-_CYTOSOL, _MEMBRANE, _DENSITY = 0.45, -1.9, -1.6  # tones
-_BOUTON_DEPTH_NM = 150.0  # semi-axis along z: a bouton shows in seven sections
-_ZONE_PX = 8.0  # from the synapse's position to the presynaptic membrane
+_MEMBRANE, _DENSITY = -1.9, -1.6  # tones
 # What is painted of a synapse lies this far around the point that far in the bouton.
 _REACH_PX, _MIDDLE_PX = 40, 11
 _BLOCK_PX = 8  # cell walls are searched for once per block, then computed per pixel
 _SCALED_PX_PER_SECTION = 6.5  # below the true 10: profiles run on through sections
-_SYNAPSE, _CELLS, _WARP, _SECTION, _NOISE = range(1, 6)  # names of random streams
-
-
-@dataclass(frozen=True)
-class Synapse:
-    """One synapse as drawn; its angle points from the cleft into the bouton."""
-
-    position_vx_zyx: tuple[int, int, int]
-    angle_rad: float
-    bouton_px: tuple[float, float]  # semi-axes along the angle and across it
-    tone: float
-    t_bar_scale: float
-    # (n, 8): offset z, y, x, long and short semi-axis (nm; the depth is the short
-    # one), tilt (rad), core / vesicle diameter (0: clear), core darkness.
-    vesicles: np.ndarray
-
-
-def generator(seed: int, *key: int) -> np.random.Generator:
-    """Returns the random stream named by the key, independent of all other keys."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-def draw_synapse(
-    seed: int, index: int, class_name: str, position_vx_zyx: tuple[int, int, int]
-) -> Synapse:
-    """Draws the geometry of the index-th synapse."""
-    rng = generator(seed, _SYNAPSE, index)
-    profile = np.array(_PROFILES[class_name])
-    other = _PROFILES[rng.choice([name for name in CLASSES if name != class_name])]
-    share = rng.uniform(0.3, 0.6) * (rng.random() < AMBIGUOUS_FRACTION)
-    profile = (1 - share) * profile + share * np.array(other)
-    profile *= np.exp(JITTER * _SPREAD_SYNAPSE * rng.standard_normal(profile.size))
-    count = max(3, round(profile[0]))
-    strayed = JITTER * _SPREAD_VESICLE * rng.standard_normal((count, profile.size))
-    _, _, clear_nm, clear_aspect, dense_nm, core, darkness = (
-        profile * np.exp(strayed)
-    ).T
-    dense = rng.random(count) < profile[1]
-    diameter_nm = np.where(dense, dense_nm, clear_nm)
-    aspect = np.where(dense, 1.05, np.maximum(clear_aspect, 1))
-    vesicles = np.zeros((count, 8))
-    vesicles[:, 3] = 0.5 * diameter_nm * np.sqrt(aspect)
-    vesicles[:, 4] = 0.5 * diameter_nm / np.sqrt(aspect)
-    vesicles[:, 5] = rng.uniform(0, np.pi, count)
-    vesicles[:, 6] = np.where(dense, np.minimum(core, 0.85), 0)
-    vesicles[:, 7] = np.minimum(darkness, 1.1)
-    angle_rad = rng.uniform(0, 2 * np.pi)
-    bouton_px = (rng.uniform(21, 25), rng.uniform(24, 30))
-    vesicles = _scatter(rng, vesicles, angle_rad, bouton_px)
-    tone, t_bar_scale = _CYTOSOL + rng.normal(0, 0.15), rng.uniform(0.8, 1.15)
-    return Synapse(position_vx_zyx, angle_rad, bouton_px, tone, t_bar_scale, vesicles)
-
-
-def _scatter(
-    rng: np.random.Generator,
-    vesicles: np.ndarray,
-    angle_rad: float,
-    bouton_px: tuple[float, float],
-) -> np.ndarray:
-    """Places vesicles in a bouton, 25 to 130 nm from the synapse, hardly overlapping.
-
-    Returns the rows that found room, with their offsets filled in.
-    """
-    along_nm, across_nm = np.multiply(bouton_px, VOXEL_NM_ZYX[1:])
-    bouton_nm = np.array([_BOUTON_DEPTH_NM, along_nm, across_nm])
-    centre_nm = np.array([0, along_nm - _ZONE_PX * VOXEL_NM_ZYX[1], 0])
-    # Big ones first: they would find no room later.
-    vesicles = vesicles[np.argsort(-vesicles[:, 3], kind="stable")]
-    tries = rng.uniform(-1, 1, (len(vesicles), 30, 3)) * bouton_nm + centre_nm
-    room_nm = bouton_nm - 0.8 * vesicles[:, None, 3:4]
-    fits = (((tries - centre_nm) / room_nm) ** 2).sum(axis=2) < 1
-    distance_nm = np.linalg.norm(tries, axis=2)
-    fits &= (distance_nm > 25 + vesicles[:, 3:4]) & (distance_nm < 130)
-    kept: list[int] = []
-    for index, vesicle in enumerate(vesicles):
-        places, placed = tries[index, fits[index]], vesicles[kept]
-        gap_nm = spatial.distance.cdist(places, placed[:, :3])
-        free = (gap_nm > 0.75 * (vesicle[3] + placed[:, 3])).all(axis=1)
-        if free.any():
-            vesicle[:3] = places[free.argmax()]
-            kept.append(index)
-    vesicles = vesicles[kept]
-    cosine, sine = np.cos(angle_rad), np.sin(angle_rad)
-    vesicles[:, 1:3] = vesicles[:, 1:3] @ np.array([[cosine, sine], [-sine, cosine]])
-    return vesicles
+_CELLS, _WARP, _SECTION, _NOISE = range(2, 6)  # names of random streams
 
 
 def paint(
@@ -262,7 +160,7 @@ class Tissue:
         x += np.arange(padded_yx[1], dtype=np.float32) - int(shift_px_yx[1])
         depth = np.float32(z * _SCALED_PX_PER_SECTION)
         cell, wall_px = self._cells(depth, y, x)
-        tone = _CYTOSOL + self._tone[cell]
+        tone = CYTOSOL + self._tone[cell]
         self._add_mitochondria(tone, depth, y, x, cell, wall_px)
         inside = tuple(map(slice, self._shape_yx))
         tone, wall_px = tone[inside] + grain, wall_px[inside]
@@ -365,8 +263,8 @@ class _Patch:
         self._dy, self._dx = dy, dx
         along_px, across_px = synapse.bouton_px
         u, v = _turn(dy, dx, synapse.angle_rad)
-        radius = np.hypot((u - along_px + _ZONE_PX) / along_px, v / across_px)
-        inside_px = (math.sqrt(1 - (dz_nm / _BOUTON_DEPTH_NM) ** 2) - radius) * along_px
+        radius = np.hypot((u - along_px + ZONE_PX) / along_px, v / across_px)
+        inside_px = (math.sqrt(1 - (dz_nm / BOUTON_DEPTH_NM) ** 2) - radius) * along_px
         self.tone = synapse.tone + grain
         self.alpha = np.clip(0.25 * inside_px + 1, 0, 0.9)
         self._blend(_bump(inside_px, 2.0), _MEMBRANE)

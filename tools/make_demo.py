@@ -4,9 +4,9 @@
     python tools/make_demo.py --output=DIR
 
 writes `DIR/volume.n5` (data set `volumes/raw/s0`), the three JSON files of the export
-v3 and `DIR/demo.json`. The classes differ by what `demo_em` paints, which is made up:
-the data show that the pipeline works and say nothing about real transmitters. The same
-parameters give the same bytes. A killed run leaves only `DIR.partial`; run it again.
+v3 and `DIR/demo.json`. The classes differ by what `demo_synapses` draws, which is made
+up: the data show that the pipeline works and say nothing about real transmitters. The
+same parameters give the same bytes. A killed run leaves only `DIR.partial`; rerun it.
 """
 
 import pathlib
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import demo_em
+import demo_synapses
 import numpy as np
 from absl import flags
 
@@ -38,8 +39,8 @@ _SHAPE = flags.DEFINE_list("shape_zyx", ["48", "1536", "1536"], "Volume shape, v
 _FORMAT_VERSION = 1
 # Neurons and hemilineages per class in the default set: as skewed as the real data
 # (397 acetylcholine, 165 GABA, 5 octopamine), but each class can still be learnt.
-_NEURON_WEIGHTS = dict(zip(demo_em.CLASSES, (24, 40, 15, 9, 9, 14), strict=True))
-_HEMILINEAGES = dict(zip(demo_em.CLASSES, (4, 6, 3, 2, 2, 3), strict=True))
+_NEURON_WEIGHTS = dict(zip(demo_synapses.CLASSES, (24, 40, 15, 9, 9, 14), strict=True))
+_HEMILINEAGES = dict(zip(demo_synapses.CLASSES, (4, 6, 3, 2, 2, 3), strict=True))
 _UNKNOWN_SHARE = 8 / 120  # neurons whose transmitter the tables do not tell
 _CO_RELEASED = ("gaba", "octopamine")  # by one neuron, painted as the first
 _MIN_NEURONS = 40  # six a class and the unknown: two a class for each of three parts
@@ -76,21 +77,19 @@ def main() -> None:
     places_vx_zyx = _draw_places(parameters)
     # Every neuron reaches through the whole volume.
     owners = np.repeat(np.arange(len(neurons)), [n.synapse_count for n in neurons])
-    owners = demo_em.generator(_SEED.value, _OWNERS).permutation(owners).tolist()
+    owners = demo_synapses.generator(_SEED.value, _OWNERS).permutation(owners).tolist()
     # A folder under a temporary name: the output is either whole or absent.
     partial = files.make_folder(output.parent) / f"{output.name}.partial"
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
     synapses = [
-        demo_em.draw_synapse(_SEED.value, index, neurons[owner].class_name, place)
+        demo_synapses.draw_synapse(_SEED.value, index, neurons[owner].class_name, place)
         for index, (owner, place) in enumerate(zip(owners, places_vx_zyx, strict=True))
     ]
     _write_volume(partial / "volume.n5", parameters, synapses, background)
     _write_tables(partial, parameters, hemilineages, neurons, owners, places_vx_zyx)
-    if output.exists():
-        output.rmdir()  # an empty folder
-    partial.rename(output)
+    partial.rename(output)  # in place of an empty folder too
     print(f"{output}: {len(synapses):,} synapses of {len(neurons)} neurons")
 
 
@@ -112,8 +111,8 @@ def _parameters() -> dict[str, Any]:
         "synapses": _SYNAPSES.value,
         "shape_zyx": shape_zyx,
         "background": _BACKGROUND.value,
-        "ambiguous_fraction": demo_em.AMBIGUOUS_FRACTION,
-        "jitter": demo_em.JITTER,
+        "ambiguous_fraction": demo_synapses.AMBIGUOUS_FRACTION,
+        "jitter": demo_synapses.JITTER,
     }
 
 
@@ -135,7 +134,9 @@ def _read_background(parameters: dict[str, Any]) -> np.ndarray | None:
     if parameters["background"] is None:
         return None
     volume = volumes.open(parameters["background"])
-    sizes = f"{volume.voxel_size_nm_zyx} nm are taken as {demo_em.VOXEL_NM_ZYX} nm"
+    sizes = (
+        f"{volume.voxel_size_nm_zyx} nm are taken as {demo_synapses.VOXEL_NM_ZYX} nm"
+    )
     print(f"background {volume.uri}: voxels (z, y, x) of {sizes}", flush=True)
     stop_vx_zyx = np.minimum(volume.shape_zyx, parameters["shape_zyx"])
     tile = volume.read((0, 0, 0), stop_vx_zyx)
@@ -145,7 +146,7 @@ def _read_background(parameters: dict[str, Any]) -> np.ndarray | None:
 
 def _draw_hemilineages(seed: int) -> dict[int, str]:
     """Hemilineages by id, with the one transmitter that each releases."""
-    rng = demo_em.generator(seed, _HEMILINEAGE_TABLE)
+    rng = demo_synapses.generator(seed, _HEMILINEAGE_TABLE)
     class_names = np.repeat(list(_HEMILINEAGES), list(_HEMILINEAGES.values()))
     ids = _draw_ids(rng, 1_000, 90, class_names.size)
     return dict(zip(ids, rng.permutation(class_names).tolist(), strict=True))
@@ -154,15 +155,19 @@ def _draw_hemilineages(seed: int) -> dict[int, str]:
 def _draw_neurons(
     parameters: dict[str, Any], hemilineages: dict[int, str]
 ) -> list[Neuron]:
-    rng = demo_em.generator(parameters["seed"], _NEURON_TABLE)
+    rng = demo_synapses.generator(parameters["seed"], _NEURON_TABLE)
     total = parameters["neurons"]
     unknown = round(_UNKNOWN_SHARE * total)
-    weights = np.array([_NEURON_WEIGHTS[name] for name in demo_em.CLASSES], float)
+    weights = np.array([_NEURON_WEIGHTS[name] for name in demo_synapses.CLASSES], float)
     floor = np.full(weights.size, min(9, (total - unknown - 1) // weights.size))
     rest = total - unknown - 1 - floor.sum()
     counts = floor + _apportion(rest, np.maximum(weights - floor, 0))
-    drawn = [(name, (name,)) for name in np.repeat(demo_em.CLASSES, counts).tolist()]
-    drawn += [(name, None) for name in rng.choice(demo_em.CLASSES, unknown).tolist()]
+    drawn = [
+        (name, (name,)) for name in np.repeat(demo_synapses.CLASSES, counts).tolist()
+    ]
+    drawn += [
+        (name, None) for name in rng.choice(demo_synapses.CLASSES, unknown).tolist()
+    ]
     drawn += [(_CO_RELEASED[0], _CO_RELEASED)]
     size = np.clip(rng.lognormal(0, 0.5, total), 0.4, 2.7)
     synapse_counts = 2 + _apportion(parameters["synapses"] - 2 * total, size)
@@ -191,7 +196,7 @@ def _apportion(total: int, weights: np.ndarray) -> np.ndarray:
 
 def _draw_places(parameters: dict[str, Any]) -> list[tuple[int, int, int]]:
     """Draws the synapses' voxels (z, y, x)."""
-    rng = demo_em.generator(parameters["seed"], _PLACES)
+    rng = demo_synapses.generator(parameters["seed"], _PLACES)
     shape_zyx, count = np.array(parameters["shape_zyx"]), parameters["synapses"]
     placed = np.empty((count, 3), int)
     done = failures = 0  # those at the border come first
@@ -219,7 +224,7 @@ def _split(neurons: Sequence[Neuron]) -> dict[int, str]:
     smallest move until test and validation have two neurons each.
     """
     part_of: dict[int, str] = {}
-    for class_name in demo_em.CLASSES:
+    for class_name in demo_synapses.CLASSES:
         members = [neuron for neuron in neurons if neuron.known == (class_name,)]
         members.sort(key=lambda neuron: (-neuron.synapse_count, neuron.id))
         total = sum(neuron.synapse_count for neuron in members)
@@ -238,7 +243,7 @@ def _split(neurons: Sequence[Neuron]) -> dict[int, str]:
 def _write_volume(
     path: pathlib.Path,
     parameters: dict[str, Any],
-    synapses: Sequence[demo_em.Synapse],
+    synapses: Sequence[demo_synapses.Synapse],
     background: np.ndarray | None,
 ) -> None:
     shape_zyx = tuple(parameters["shape_zyx"])
@@ -248,7 +253,7 @@ def _write_volume(
     for z, section in enumerate(sections):
         volume[z] = section
         progress.add()
-    volumes.write_n5(path / "volumes/raw/s0", volume, demo_em.VOXEL_NM_ZYX)
+    volumes.write_n5(path / "volumes/raw/s0", volume, demo_synapses.VOXEL_NM_ZYX)
     files.write_json(path / "attributes.json", {"n5": "2.0.0"})
 
 
@@ -261,14 +266,14 @@ def _write_tables(
     places_vx_zyx: Sequence[tuple[int, int, int]],
 ) -> None:
     part_of = _split(neurons)
-    rng = demo_em.generator(parameters["seed"], _REGIONS)
+    rng = demo_synapses.generator(parameters["seed"], _REGIONS)
     centre = rng.uniform(0, parameters["shape_zyx"][1:], (len(_BRAIN_REGIONS), 2))
-    rng = demo_em.generator(parameters["seed"], _IDS)
+    rng = demo_synapses.generator(parameters["seed"], _IDS)
     ids = _draw_ids(rng, 3_000_000, 4_000, len(owners))
     synapse_table: dict[int, Any] = {}
     for id_, owner, place in zip(ids, owners, places_vx_zyx, strict=True):
         neuron_id = neurons[owner].id
-        z, y, x = np.multiply(place, demo_em.VOXEL_NM_ZYX).tolist()
+        z, y, x = np.multiply(place, demo_synapses.VOXEL_NM_ZYX).tolist()
         region = _BRAIN_REGIONS[np.linalg.norm(centre - place[1:], axis=1).argmin()]
         part = part_of.get(neuron_id)
         synapse_table[id_] = {"skeleton_id": neuron_id, "x": x, "y": y, "z": z}

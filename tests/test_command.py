@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands as a user meets them: flags, exit codes, one line for a mistake."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from synister_jax import command, files
+from synister_jax.command import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRAIN = ["-m", "synister_jax.train", "--config=configs/demo.py"]
+SHARD = ["tools/shard_crops.py", "--config=configs/demo.py"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([*TRAIN, "--workdir=w", "--config.learning_rat=1"], 2, "learning_rat"),
+        ([*TRAIN, "--workdir=w", "--config.batch_size=many"], 2, "batch_size"),
+        ([*TRAIN], 2, "workdir"),
+        ([*TRAIN, "--workdir=w", "extra"], 2, "unexpected argument 'extra'"),
+        (["-m", "synister_jax.train", "--config=no.py", "--workdir=w"], 2, "no.py"),
+        ([*TRAIN, "--workdir=w"], 1, "give --config.shards=FOLDER"),
+        ([*TRAIN, "--workdir=w", "--config.shards=no"], 1, "shards no are not there"),
+        ([*SHARD, "--synapses=no", "--volume=v", "--output=o"], 1, "no does not exist"),
+        (["-m", "synister_jax.evaluate", "--workdir=no"], 1, "not the folder of a run"),
+        (["-m", "synister_jax.report", "--output=o.html"], 1, "give --workdir"),
+        (
+            ["-m", "synister_jax.aggregate", "--predictions=no.feather", "--output=o"],
+            1,
+            "cannot read predictions no.feather",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], code: int, message: str) -> None:
+    finished = run(*arguments)
+    assert finished.returncode == code, finished.stderr
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "evaluate", "predict", "aggregate", "report"]
+)
+def test_help_lists_the_flags(module: str) -> None:
+    finished = run("-m", f"synister_jax.{module}", "--help")
+    assert "--" in finished.stdout and "Traceback" not in finished.stderr
+
+
+def test_files_are_whole_or_absent(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "file"
+    files.write_text(path, "before")
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "before"
+    files.write_text(path, "after")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "after"
+
+
+def test_unwritable_output_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*file/folder"):
+        files.make_folder(tmp_path / "file" / "folder")
+
+
+def test_progress_tells_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = command.Progress("work", 4, "things", every_seconds=0)
+    progress.add()
+    progress.add(3, note="nearly")
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("work: 1/4 things, ") and "ETA" in first
+    assert last.startswith("work: 4/4 things, ") and last.endswith("nearly")
