@@ -80,8 +80,9 @@ def load_variables(workdir: pathlib.Path, step: int, abstract: Any) -> Any:
     """
     path = (workdir / "checkpoints" / str(step)).resolve()  # Orbax wants it absolute
     _require_same_shapes(path, abstract)
-    partial = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
         return ocp.load_checkpointables(path, {"state": abstract})["state"]
 
 
@@ -137,7 +138,7 @@ class Checkpointer:
 
 def _require_same_shapes(path: pathlib.Path, abstract: Any) -> None:
     """Orbax's own message for another architecture does not name the array."""
-    saved = ocp.pytree_metadata(path, checkpointable_name="state").metadata
+    saved = ocp.metadata(path, checkpointable_name="state").metadata
     saved_shapes = {
         _name(key): leaf.shape for key, leaf in jax.tree.leaves_with_path(saved)
     }

@@ -16,9 +16,12 @@ class UserError(Exception):
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(list(argv))
+        if "config" in flags.FLAGS:
+            # A config file that cannot be read fails at its first use only.
+            flags.FLAGS["config"].value.keys()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        _exit(f"flags: {error}", 2)
-    except (OSError, SyntaxError, ImportError) as error:  # an unreadable config file
+        _exit(f"flags: {error.args[0]}", 2)
+    except OSError as error:
         _exit(f"--config: {error}", 2)
     if len(arguments) > 1:
         _exit(f"flags: unexpected argument {arguments[1]!r}; options start with --", 2)

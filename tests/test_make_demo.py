@@ -83,7 +83,7 @@ def test_mistakes(demo: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert again.returncode == 0 and checksums(demo)
     for folder, options in (
         (demo, ["--seed=5", *SMALL]),
-        (tmp_path / "a", ["--synapses=100000"]),
+        (tmp_path / "a", [*SMALL, "--synapses=3000"]),
         (tmp_path / "b", [*SMALL, "--background=nowhere"]),
     ):
         finished = make(folder, *options)
