@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -25,10 +26,17 @@ _MAY_CHANGE = (
 )
 
 
-def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json, or raises `UserError` when the run has another one."""
+def save_config(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, crops_sha256: str
+) -> None:
+    """Writes config.json, or raises `UserError` when the run has another one.
+
+    Args:
+      crops_sha256: of the training data, kept under that name; where the shards are
+        may change from one start to the next, what is in them may not.
+    """
     path = workdir / "config.json"
-    now = json.loads(config.to_json_best_effort())
+    now = json.loads(config.to_json_best_effort()) | {"crops_sha256": crops_sha256}
     if path.exists():
         before = files.read_json(path)
         may_change = set(_MAY_CHANGE)
@@ -72,14 +80,42 @@ def choose_step(workdir: pathlib.Path, step: int | None) -> int:
     return there[-1] if step is None else step
 
 
-def load_variables(workdir: pathlib.Path, step: int, abstract: Any) -> Any:
+def parse_steps(workdir: pathlib.Path, texts: Sequence[str] | None) -> list[int] | None:
+    """Steps from the flag `--steps`; None, the latest, when it was not given."""
+    if texts is None:
+        return None
+    if texts == ["all"]:
+        return steps(workdir)
+    if texts == ["best"]:
+        return [best_step(workdir)]
+    try:
+        return [int(text) for text in texts]
+    except ValueError:
+        raise UserError(
+            f"--steps={','.join(texts)}: give numbers, `all` or `best`"
+        ) from None
+
+
+def best_step(workdir: pathlib.Path) -> int:
+    """The checkpoint that did best on validation, from its summary.json."""
+    path = workdir / "evaluation" / "validation" / "summary.json"
+    if not path.exists():
+        raise UserError(
+            f"no {path} yet: run evaluate --part=validation --steps=all first"
+        )
+    return files.read_json(path)["best_step"]
+
+
+def load_variables(
+    workdir: pathlib.Path, step: int, abstract: Any, config: ml_collections.ConfigDict
+) -> Any:
     """`params` and `batch_stats` alone, for inference.
 
     Args:
       abstract: {"params", "batch_stats"} of `jax.ShapeDtypeStruct` with shardings.
     """
     path = (workdir / "checkpoints" / str(step)).resolve()  # Orbax wants it absolute
-    _require_same_shapes(path, abstract)
+    _require_same(path, abstract, config)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
@@ -94,12 +130,7 @@ class Checkpointer:
     ) -> None:
         keep = ocp.training.preservation_policies
         self._folder = (workdir / "checkpoints").resolve()
-        # Carried by every checkpoint: what its outputs mean.
-        self._about = {
-            "classes": list(config.classes),
-            "crop_shape_zyx": list(config.crop_shape_zyx),
-            "voxel_size_nm_zyx": list(config.voxel_size_nm_zyx),
-        }
+        self._config = config
         self._orbax = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=keep.AnyPreservationPolicy(
@@ -117,7 +148,7 @@ class Checkpointer:
             step,
             {"state": state, "data": batches},
             force=True,
-            custom_metadata=self._about,
+            custom_metadata=_about(self._config),
         )
 
     def restore(
@@ -127,7 +158,8 @@ class Checkpointer:
         latest = self._orbax.latest
         if latest is None:
             return None
-        _require_same_shapes(self._folder / str(latest.step), abstract_state)
+        path = self._folder / str(latest.step)
+        _require_same(path, abstract_state, self._config)
         abstract = {"state": abstract_state, "data": batches}
         return self._orbax.load_checkpointables(latest.step, abstract)["state"]
 
@@ -136,9 +168,24 @@ class Checkpointer:
         self._orbax.close()
 
 
-def _require_same_shapes(path: pathlib.Path, abstract: Any) -> None:
+def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Carried by every checkpoint: what its inputs and outputs mean."""
+    names = ("classes", "crop_shape_zyx", "voxel_size_nm_zyx")
+    return {name: list(config[name]) for name in names}
+
+
+def _require_same(
+    path: pathlib.Path, abstract: Any, config: ml_collections.ConfigDict
+) -> None:
     """Orbax's own message for another architecture does not name the array."""
-    saved = ocp.metadata(path, checkpointable_name="state").metadata
+    checkpoint = ocp.metadata(path, checkpointable_name="state")
+    for name, value in _about(config).items():
+        if checkpoint.custom_metadata.get(name) != value:
+            raise UserError(
+                f"checkpoint {path} was trained with {name} "
+                f"{checkpoint.custom_metadata.get(name)}, config.json says {value}"
+            )
+    saved = checkpoint.metadata
     saved_shapes = {
         _name(key): leaf.shape for key, leaf in jax.tree.leaves_with_path(saved)
     }

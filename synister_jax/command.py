@@ -21,8 +21,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             flags.FLAGS["config"].value.keys()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         _exit(f"flags: {error.args[0]}", 2)
-    except OSError as error:
-        _exit(f"--config: {error}", 2)
+    except Exception as error:  # whatever goes wrong in the user's config file
+        _exit(f"--config: {type(error).__name__}: {error}", 2)
     if len(arguments) > 1:
         _exit(f"flags: unexpected argument {arguments[1]!r}; options start with --", 2)
     return arguments
@@ -50,20 +50,21 @@ def run(main: Callable[[], None]) -> None:
 
 
 class Progress:
-    """Prints `what: done/total, rate, ETA` at most every `every_seconds`."""
+    """Prints `what: done/total, rate, ETA, note` at most every `every_seconds`."""
 
     def __init__(
         self, what: str, total: int, unit: str, done: int = 0, every_seconds: float = 5
     ) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._done = done
+        self.note = ""
         self._every = every_seconds
         self._start = self._printed = time.monotonic()
         # The rate is that of the last lines: a compilation at the start, or a pause
         # for validation, does not spoil the ETA for long.
         self._recent = collections.deque([(self._start, done)], maxlen=6)
 
-    def add(self, count: int = 1, note: str = "") -> None:
+    def add(self, count: int = 1) -> None:
         """Counts `count` more units done and prints when a line is due."""
         self._done += count
         now = time.monotonic()
@@ -85,7 +86,7 @@ class Progress:
             f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, "
             f"{rate:,.1f}/s, {left}"
         )
-        print(f"{line}, {note}" if note else line, flush=True)
+        print(f"{line}, {self.note}" if self.note else line, flush=True)
 
 
 def _duration(seconds: float) -> str:

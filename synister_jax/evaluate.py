@@ -104,15 +104,15 @@ def measure(table: pa.Table) -> dict[str, Any]:
 
 
 def scalars(part: str, measured: dict[str, Any]) -> dict[str, float]:
-    """What a run logs of `measure`."""
-    return {
+    """What a run logs of `measure`; nothing of what is undefined."""
+    synapses_, neurons = measured["synapses"], measured["neurons"]
+    values = {
         f"{part}/loss": measured["loss"],
-        f"{part}/synapse_accuracy": measured["synapses"]["accuracy"],
-        f"{part}/synapse_mean_class_accuracy": measured["synapses"][
-            "mean_class_accuracy"
-        ],
-        f"{part}/neuron_accuracy": measured["neurons"]["accuracy"],
+        f"{part}/synapse_accuracy": synapses_["accuracy"],
+        f"{part}/synapse_mean_class_accuracy": synapses_["mean_class_accuracy"],
+        f"{part}/neuron_accuracy": neurons["accuracy"],
     }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def evaluate(
@@ -151,7 +151,8 @@ def evaluate(
         about |= {"split": config.split, "volume": shards.manifest["volume"]}
         table = part.predict(classify_batch, batch_size, mesh, about)
         _write(folder / f"step-{step}", step, config.split, table, part)
-    return _summarise(folder, part_name)
+    crops_sha256 = shards.sha256(config.split)
+    return _summarise(folder, part_name, crops_sha256, checkpoint.steps(workdir))
 
 
 def _write(
@@ -160,33 +161,44 @@ def _write(
     folder = files.make_folder(folder)
     measured = measure(table)
     classes = list(part.shards.classes)
-    predictions.write(table, folder / "predictions.feather")
+    # Gone while its neighbours are replaced: a folder with metrics.json is complete.
+    (folder / "metrics.json").unlink(missing_ok=True)
+    files.write_feather(folder / "predictions.feather", table)
     for what in ("synapses", "neurons"):
         numbers = measured[what]
         title = (
             f"{part.name}, step {step}: {numbers['count']:,} {what}, "
-            f"accuracy {numbers['accuracy']:.3f}"
+            f"accuracy {_shown(numbers['accuracy'])}"
         )
         picture = figures.confusion(np.asarray(numbers["confusion"]), classes, title)
         with files.replacing(folder / f"confusion_{what}.png") as partial:
             partial.write_bytes(figures.png(picture))
-    # Last: a folder with metrics.json is complete.
     about = {"step": step, "split": split, "part": part.name, "classes": classes}
+    about["crops"] = part.shards.sha256(split)
     files.write_json(folder / "metrics.json", about | measured)
-    print(
-        f"step {step}, {part.name}: per synapse {measured['synapses']['accuracy']:.3f} "
-        f"(mean over classes {measured['synapses']['mean_class_accuracy']:.3f}, "
-        f"n = {measured['synapses']['count']:,}), per neuron "
-        f"{measured['neurons']['accuracy']:.3f} (mean over classes "
-        f"{measured['neurons']['mean_class_accuracy']:.3f}, "
-        f"n = {measured['neurons']['count']:,})",
-        flush=True,
-    )
+    lines = [f"step {step}, {part.name}:"]
+    for what in ("synapses", "neurons"):
+        numbers = measured[what]
+        lines.append(
+            f"{numbers['count']:,} {what}, {_shown(numbers['accuracy'])} right "
+            f"({_shown(numbers['mean_class_accuracy'])} mean over classes);"
+        )
+    print(" ".join(lines).rstrip(";"), flush=True)
 
 
-def _summarise(folder: pathlib.Path, part: str) -> dict[str, Any]:
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _summarise(
+    folder: pathlib.Path, part: str, crops_sha256: str, there: Sequence[int]
+) -> dict[str, Any]:
     """Names the best checkpoint among all that have been evaluated on the part."""
     all_metrics = [files.read_json(p) for p in folder.glob("step-*/metrics.json")]
+    # Of these crops, by checkpoints that are still there.
+    all_metrics = [
+        m for m in all_metrics if m["crops"] == crops_sha256 and m["step"] in there
+    ]
     entries = [
         {
             "step": m["step"],
@@ -225,39 +237,11 @@ def main() -> None:
         lambda: evaluate(
             pathlib.Path(workdir.value),
             part.value,
-            parse_steps(pathlib.Path(workdir.value), steps.value),
+            checkpoint.parse_steps(pathlib.Path(workdir.value), steps.value),
             shards.value,
             batch_size.value,
         )
     )
-
-
-def parse_steps(workdir: pathlib.Path, texts: Sequence[str] | None) -> list[int] | None:
-    """Steps from the flag `--steps`; None, the latest, when it was not given."""
-    if texts is None:
-        return None
-    if texts == ["all"]:
-        return [
-            checkpoint.choose_step(workdir, step) for step in checkpoint.steps(workdir)
-        ]
-    if texts == ["best"]:
-        return [best_step(workdir)]
-    try:
-        return [int(text) for text in texts]
-    except ValueError:
-        raise UserError(
-            f"--steps={','.join(texts)}: give numbers, `all` or `best`"
-        ) from None
-
-
-def best_step(workdir: pathlib.Path) -> int:
-    """The checkpoint that did best on validation, from its summary.json."""
-    path = workdir / "evaluation" / "validation" / "summary.json"
-    if not path.exists():
-        raise UserError(
-            f"no {path} yet: run evaluate --part=validation --steps=all first"
-        )
-    return files.read_json(path)["best_step"]
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import feather
+from pyarrow import csv, feather
 
 from synister_jax.command import UserError
 
@@ -23,11 +23,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    yield partial
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        partial.unlink(missing_ok=True)
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); mend that and rerun"
+        ) from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -52,6 +59,27 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def write_feather(path: str | os.PathLike[str], table: pa.Table) -> None:
     with replacing(path) as partial:
         feather.write_feather(table, str(partial), compression="zstd")
+
+
+def keep_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:
+    """Writes what a folder is made from, or refuses when it was something else."""
+    if not path.exists():
+        write_json(path, plan)
+        return
+    there = read_json(path)
+    for key, value in plan.items():
+        if there.get(key) != value:
+            raise UserError(
+                f"{path.parent} was made with other arguments: {key} was "
+                f"{there.get(key)}, now {value}; choose another --output"
+            )
+
+
+def sha256_of_columns(table: pa.Table, names: Sequence[str]) -> str:
+    """Of the rows as text: neither chunks nor where they came from matter."""
+    sink = pa.BufferOutputStream()
+    csv.write_csv(table.select(names), sink)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

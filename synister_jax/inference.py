@@ -55,13 +55,12 @@ class Classifier:
         self.batch_size = batch_size
         self._classify = make_classify(self.config, mesh)
         self._batch_sharding = sharding.batch(mesh)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)
-            ),
-            abstract_variables(self.config),
+        abstract = sharding.abstract(
+            abstract_variables(self.config), sharding.replicated(mesh)
         )
-        self.variables = checkpoint.load_variables(workdir, self.step, abstract)
+        self.variables = checkpoint.load_variables(
+            workdir, self.step, abstract, self.config
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from synister_jax import files
+from synister_jax.command import UserError
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -74,5 +75,9 @@ class Writer:
 
 def read(workdir: pathlib.Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} has a line that is not JSON: {error}") from None

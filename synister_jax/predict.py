@@ -25,8 +25,8 @@ from pyarrow import feather
 
 import synister_jax
 from synister_jax import (
+    checkpoint,
     command,
-    evaluate,
     files,
     inference,
     predictions,
@@ -38,6 +38,7 @@ from synister_jax.command import Progress, UserError
 
 # A unit is written, and lost by a kill, as a whole: some minutes on a CPU.
 UNIT_ROWS = 4096
+_IDENTITY = ("synapse_id", *synapses.POSITION)
 
 
 def predict(
@@ -46,6 +47,7 @@ def predict(
     volume: volumes.Volume,
     output: pathlib.Path,
     unit_rows: int = UNIT_ROWS,
+    retry_missing: bool = False,
     about: dict[str, Any] | None = None,
 ) -> pa.Table:
     """Predicts each row of `table` (loaded with `allow_bad_positions`).
@@ -56,6 +58,7 @@ def predict(
     `bad_position` (coordinates missing or not finite), without probabilities.
 
     Args:
+      retry_missing: do finished units again that have rows with `missing_data`.
       about: provenance for predictions.json and the schema's metadata.
 
     Raises:
@@ -71,7 +74,7 @@ def predict(
         "rows": len(table),
         "units": len(units),
         "batch_size": classifier.batch_size,
-        "synapses_sha256": _sha256_of_columns(table),
+        "synapses_sha256": files.sha256_of_columns(table, _IDENTITY),
         "parameters_sha256": _sha256_of_leaves(classifier.variables),
         "classes": list(classifier.classes),
         "crop_shape_zyx": list(shape),
@@ -80,13 +83,17 @@ def predict(
         "voxel_size_nm_zyx": list(volume.voxel_size_nm_zyx),
         "offset_nm_zyx": list(volume.offset_nm_zyx),
     }
-    _keep_plan(output / "plan.json", plan)
+    files.keep_plan(output / "plan.json", plan)
 
     parts_folder = files.make_folder(output / "parts")
     paths = [
         parts_folder / f"part-{i:05d}-of-{len(units):05d}.feather"
         for i in range(len(units))
     ]
+    if retry_missing:
+        for path in paths:
+            if path.exists() and not _read_part(path)["whole"].to_numpy().all():
+                path.unlink()
     done = sum(len(u) for u, p in zip(units, paths, strict=True) if p.exists())
     progress = Progress("predict", len(rows), "synapses", done=done)
     for unit, path in zip(units, paths, strict=True):
@@ -95,7 +102,8 @@ def predict(
                 classifier, volume, unit, starts[unit], shape, progress
             )
             files.write_feather(path, part)
-    return _merge(table, status, paths, classifier, output, plan, about or {})
+    parts = dict(zip(paths, units, strict=True))
+    return _merge(table, status, parts, classifier, output, plan, about or {})
 
 
 def _crops(
@@ -148,10 +156,17 @@ def _batched(
         yield batch
 
 
+def _read_part(path: pathlib.Path) -> pa.Table:
+    try:
+        return feather.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete it and rerun") from None
+
+
 def _merge(
     table: pa.Table,
     status: np.ndarray,
-    paths: Sequence[pathlib.Path],
+    parts: dict[pathlib.Path, np.ndarray],
     classifier: inference.Classifier,
     output: pathlib.Path,
     plan: dict[str, Any],
@@ -159,12 +174,11 @@ def _merge(
 ) -> pa.Table:
     status = status.copy()
     probabilities = np.full((len(table), len(classifier.classes)), np.nan, np.float32)
-    for path in paths:
-        try:
-            part = feather.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"cannot read {path}: {error}; delete it, rerun") from None
+    for path, unit in parts.items():
+        part = _read_part(path)
         rows, whole = part["row"].to_numpy(), part["whole"].to_numpy()
+        if not np.array_equal(rows, unit):
+            raise UserError(f"{path} is not the part of its unit; delete it and rerun")
         values = [part[name].to_numpy() for name in classifier.classes]
         probabilities[rows[whole]] = np.stack(values, axis=1)[whole]
         status[rows[~whole]] = volumes.MISSING_DATA
@@ -180,29 +194,9 @@ def _merge(
             "written_by": f"synister_jax {synister_jax.__version__}",
         }
     )
-    predictions.write(result, output / "predictions.feather")
+    files.write_feather(output / "predictions.feather", result)
     files.write_json(output / "predictions.json", record)
     return result
-
-
-def _keep_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:
-    if path.exists():
-        there = files.read_json(path)
-        for key, value in plan.items():
-            if there.get(key) != value:
-                raise UserError(
-                    f"{path.parent} holds predictions of other arguments: {key} was "
-                    f"{there.get(key)}, now {value}; choose another --output"
-                )
-    else:
-        files.write_json(path, plan)
-
-
-def _sha256_of_columns(table: pa.Table) -> str:
-    digest = hashlib.sha256()
-    for name in ("synapse_id", *synapses.POSITION):
-        digest.update(table[name].to_numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _sha256_of_leaves(variables: inference.Variables) -> str:
@@ -228,12 +222,17 @@ def main() -> None:
     unit_rows = flags.DEFINE_integer(
         "unit_rows", UNIT_ROWS, "Synapses of a work unit.", lower_bound=1
     )
+    retry_missing = flags.DEFINE_bool(
+        "retry_missing", False, "Do finished units with missing data again."
+    )
     flags.mark_flags_as_required(["workdir", "synapses", "volume", "output"])
 
     def run() -> None:
         run_folder = pathlib.Path(workdir.value)
         texts = None if step.value is None else [step.value]
-        [chosen] = evaluate.parse_steps(run_folder, texts) or [None]
+        if texts == ["all"]:
+            raise UserError("--step=all: give one checkpoint, a number or `best`")
+        [chosen] = checkpoint.parse_steps(run_folder, texts) or [None]
         classifier = inference.Classifier(
             run_folder, chosen, batch_size.value, sharding.make_mesh()
         )
@@ -246,6 +245,7 @@ def main() -> None:
             volumes.open(volume.value, size),
             pathlib.Path(output.value),
             unit_rows.value,
+            retry_missing.value,
             {"workdir": workdir.value, "synapses": table.value},
         )
         names, counts = np.unique(result["status"].to_pylist(), return_counts=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prediction table: one row a synapse, a probability a class, a status.
 
-Columns: those of the synapse table as given, `status`, and `nt_<class>_prob` float32
-in the network's class order, NaN where there is no prediction. No other column begins
-with `nt`, because FlyEM's reader takes every such column for a probability
+Columns: those of the synapse table (synapses.py), `status`, and `nt_<class>_prob`
+float32 in the network's class order, NaN where there is no prediction. No other column
+begins with `nt`, because FlyEM's reader takes every such column for a probability
 (flyem_snapshot/inputs/neurotransmitters.py). The class order is also in the schema's
 metadata.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import feather
 
-from synister_jax import files, synapses
+from synister_jax import synapses
 from synister_jax.command import UserError
 
 BAD_POSITION = "bad_position"
@@ -35,9 +35,6 @@ def build(
     Args:
       about: what made them (run, step, volume, …), kept in the schema's metadata.
     """
-    for name in (*synapses.SCHEMA.names, *synapses.split_columns(table)):
-        if name not in table.column_names:
-            raise ValueError(f"{name} is no column of {table.column_names}")
     names = [*synapses.SCHEMA.names, *synapses.split_columns(table)]
     result = table.select(names).append_column("status", pa.array(status, pa.string()))
     for index, name in enumerate(classes):
@@ -62,7 +59,7 @@ def load(path: str | os.PathLike[str]) -> pa.Table:
         wanted = [probability_column(name) for name in classes(table)]
     except (KeyError, json.JSONDecodeError):
         raise UserError(f"{path} is not a prediction table: no class order") from None
-    for name in ["synapse_id", "status", *wanted]:
+    for name in [*synapses.SCHEMA.names, "status", *wanted]:
         if name not in columns:
             raise UserError(f"{path} is not a prediction table: no column {name}")
     return table
@@ -90,8 +87,3 @@ def called(table: pa.Table) -> np.ndarray:
     unpredicted = np.isnan(values).any(axis=1)
     best = np.where(np.isnan(values), -1, values).argmax(axis=1)
     return np.where(unpredicted, -1, best).astype(np.int32)
-
-
-def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
-    """Writes the table as Feather."""
-    files.write_feather(path, table)

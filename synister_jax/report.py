@@ -121,11 +121,14 @@ def _part(folder: pathlib.Path, part: str, shards: Shards) -> dict[str, Any]:
 def _contact_sheet(table: pa.Table, shards: Shards) -> Figure:
     """Some right and wrong calls of each class: the section through the synapse."""
     classes = predictions.classes(table)
+    record_of = {s: i for i, s in enumerate(shards.index["synapse_id"].to_pylist())}
+    ids = table["synapse_id"].to_pylist()
+    # Evaluation may have run on other shards than the run's own.
+    table = table.filter([synapse_id in record_of for synapse_id in ids])
+    ids = table["synapse_id"].to_pylist()
     truth = synapses.labels(table, classes)
     called = predictions.called(table)
     probability = predictions.probabilities(table)
-    record_of = {s: i for i, s in enumerate(shards.index["synapse_id"].to_pylist())}
-    ids = table["synapse_id"].to_pylist()
     source = shards.source()
     sheet = collections.OrderedDict()
     for label, name in enumerate(classes):

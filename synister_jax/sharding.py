@@ -2,6 +2,7 @@
 """The device mesh and the two shardings in use."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -26,6 +27,14 @@ def batch(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes and types of a tree's arrays, placed as `sharding` says."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+    )
 
 
 def require_divisible(batch_size: int, mesh: Mesh) -> None:

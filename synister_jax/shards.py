@@ -10,6 +10,7 @@ folder without it is unfinished.
 import dataclasses
 import hashlib
 import math
+import os
 import pathlib
 import struct
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from typing import Any
 import grain
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from pyarrow import csv, feather
+from pyarrow import feather
 
 import synister_jax
 from synister_jax import files, synapses, volumes
@@ -27,6 +29,8 @@ from synister_jax.command import Progress, UserError
 
 FORMAT = "synister_jax crops, version 1"
 MISSING_CLASS = "no_class"
+# The columns that decide the crops; all others can change without cutting again.
+_DECIDE_CROPS = ("synapse_id", *synapses.POSITION, "neurotransmitter")
 _ID = struct.Struct("<q")
 # group_size 1: Grain reads records one by one. EM is noise to a compressor: zstd:1
 # halves it about as well as slower levels do.
@@ -56,6 +60,15 @@ class Shards:
         """Random access to the records; decode them with `decode`."""
         names = [str(self.folder / shard["name"]) for shard in self.manifest["shards"]]
         return grain.sources.ArrayRecordDataSource(names)
+
+    def sha256(self, split: str) -> str:
+        """Of crops, labels and parts of a split: equal for equal training data."""
+        digest = hashlib.sha256()
+        for shard in self.manifest["shards"]:
+            digest.update(shard["sha256"].encode())
+        names = ["synapse_id", "neuron_id", "neurotransmitter", f"split_{split}"]
+        digest.update(files.sha256_of_columns(self.index, names).encode())
+        return digest.hexdigest()
 
     def decode(self, record: bytes) -> tuple[int, np.ndarray]:
         """(synapse id, uint8 crop of `record_shape_zyx`)."""
@@ -131,26 +144,24 @@ def write(
         "volume_shape_zyx": list(volume.shape_zyx),
         "voxel_size_nm_zyx": list(volume.voxel_size_nm_zyx),
         "offset_nm_zyx": list(volume.offset_nm_zyx),
-        "synapses_sha256": _table_sha256(table),
+        "synapses_sha256": files.sha256_of_columns(table, _DECIDE_CROPS),
         "classes": list(classes),
         "crop_shape_zyx": list(map(int, crop_shape_zyx)),
         "margin_vx_zyx": list(map(int, margin_vx_zyx)),
         "number_of_shards": len(shard_rows),
     }
     if (folder / "manifest.json").exists():
-        _refuse_other_plan(folder / "manifest.json", plan)
+        files.keep_plan(folder / "manifest.json", plan)
         _remove_working_files(folder)
+        _update_index(open(folder), table)
         return open(folder)
-    if (folder / "plan.json").exists():
-        _refuse_other_plan(folder / "plan.json", plan)
-    else:
-        files.write_json(folder / "plan.json", plan)
+    files.keep_plan(folder / "plan.json", plan)
 
     names = [
         f"crops-{i:05d}-of-{len(shard_rows):05d}.array_record"
         for i in range(len(shard_rows))
     ]
-    ready = [(folder / name).exists() for name in names]
+    ready = [_is_ready(folder / name) for name in names]
     done = sum(
         len(r) for r, is_ready in zip(shard_rows, ready, strict=True) if is_ready
     )
@@ -169,6 +180,17 @@ def write(
     return _finish(folder, plan, names, table, status, has_class)
 
 
+def _is_ready(path: pathlib.Path) -> bool:
+    """Whether a shard is there whole: as many records as its list of rows has."""
+    if not path.exists() or not _rows_path(path).exists():
+        return False
+    try:
+        records = ArrayRecordReader(str(path)).num_records()
+    except RuntimeError:  # cut short
+        return False
+    return records == feather.read_table(_rows_path(path))["whole"].to_numpy().sum()
+
+
 def open(folder: str | pathlib.Path) -> Shards:  # noqa: A001 - shards.open reads well
     """Opens a finished folder, or raises `UserError` naming what is missing."""
     folder = pathlib.Path(folder)
@@ -180,7 +202,7 @@ def open(folder: str | pathlib.Path) -> Shards:  # noqa: A001 - shards.open read
             "tools/shard_crops.py with this --output, it goes on where it stopped"
         )
     manifest = files.read_json(manifest_path)
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{manifest_path} is not a manifest of {FORMAT!r}")
     for shard in manifest["shards"]:
         path = folder / shard["name"]
@@ -190,7 +212,7 @@ def open(folder: str | pathlib.Path) -> Shards:  # noqa: A001 - shards.open read
             raise UserError(
                 f"shard {path} is {found}, the manifest says {shard['bytes']:,} bytes;"
                 " restore the file, or delete manifest.json and run"
-                " tools/shard_crops.py again"
+                " tools/shard_crops.py again (it cuts all crops anew)"
             )
     try:
         index = feather.read_table(folder / "index.feather")
@@ -298,6 +320,8 @@ def _write_shard(
         raise UserError(
             f"{path} took {written} of {whole.sum()} records; is the disk full?"
         )
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
     return whole
 
 
@@ -324,11 +348,14 @@ def _finish(
         entry |= {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         entries.append(entry)
     kept = np.concatenate(rows)
+    if not len(kept):
+        raise UserError(
+            f"none of {has_class.sum():,} crops could be read: every one has missing "
+            f"chunks; is {plan['volume']} complete and mounted?"
+        )
     columns = {"shard": np.concatenate(shard), "position": np.concatenate(position)}
     columns["status"] = pa.array(status[kept], pa.string())
-    index = pa.table(columns)
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        index = index.append_column(name, column.take(pa.array(kept)))
+    index = _with_synapses(pa.table(columns), table, kept)
     is_dropped = np.ones(len(table), bool)
     is_dropped[kept] = False
     dropped = pa.table(
@@ -365,18 +392,18 @@ def _remove_working_files(folder: pathlib.Path) -> None:
             path.unlink()
 
 
-def _refuse_other_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:
-    there = files.read_json(path)
-    for key, value in plan.items():
-        if there.get(key) != value:
-            raise UserError(
-                f"{path.parent} holds shards of other arguments: {key} was "
-                f"{there.get(key)}, now {value}; choose another --output"
-            )
+def _with_synapses(records: pa.Table, table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """The index: a row a record, with the columns of its row of the synapse table."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        records = records.append_column(name, column.take(pa.array(rows)))
+    return records.replace_schema_metadata(None)
 
 
-def _table_sha256(table: pa.Table) -> str:
-    """Of the rows as text: neither chunks nor where they came from matter."""
-    sink = pa.BufferOutputStream()
-    csv.write_csv(table, sink)
-    return hashlib.sha256(sink.getvalue()).hexdigest()
+def _update_index(shards: Shards, table: pa.Table) -> None:
+    """Gives finished shards the columns, such as new splits, of an equal table."""
+    ids = table["synapse_id"].combine_chunks()
+    rows = pc.index_in(shards.index["synapse_id"], value_set=ids)
+    records = shards.index.select(["shard", "position", "status"])
+    index = _with_synapses(records, table, rows.to_numpy())
+    if not index.equals(shards.index):
+        files.write_feather(shards.folder / "index.feather", index)

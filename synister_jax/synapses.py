@@ -84,11 +84,6 @@ def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> p
     return _conform(table, str(uri), allow_bad_positions)
 
 
-def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
-    """Writes a synapse table as Feather."""
-    files.write_feather(path, table)
-
-
 def positions_nm_zyx(table: pa.Table) -> np.ndarray:
     """[n, 3] float64."""
     return np.stack([table[name].to_numpy() for name in POSITION], axis=1)
@@ -134,22 +129,25 @@ def _from_csv(path: pathlib.Path) -> pa.Table:
         column_types=types, strings_can_be_null=True, null_values=["", "NA", "NULL"]
     )
     table = csv.read_csv(path, convert_options=options)
-    for name in set(POSITION) & set(table.column_names):
-        place = table.column_names.index(name)
-        table = table.set_column(place, name, _numbers(table[name], name, path))
+    for name in POSITION:
+        if table.column_names.count(name) == 1:
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, _numbers(table[name], name, path))
     return table
 
 
-def _numbers(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.Array:
-    values = []
-    for row, text in enumerate(column.to_pylist()):
-        try:
-            values.append(None if text is None else float(text))
-        except ValueError:
-            raise UserError(
-                f"{path}, row {row}: {name} is {text!r}, not a number"
-            ) from None
-    return pa.array(values, pa.float64())
+def _numbers(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        for row, text in enumerate(column):
+            try:
+                text.cast(pa.float64())
+            except pa.ArrowInvalid:
+                raise UserError(
+                    f"{path}, row {row}: {name} is {text.as_py()!r}, not a number"
+                ) from None
+        raise
 
 
 _READERS = {
@@ -164,40 +162,56 @@ def _from_export_v3(folder: pathlib.Path) -> pa.Table:
     synapses = files.read_json(folder / "synapses_v3.json")
     neurons = files.read_json(folder / "skeletons_v3.json")
     hemilineages = files.read_json(folder / "hemi_lineages_v3.json")
-    schemes = sorted(
-        {name for s in synapses.values() for name in s.get("splits") or ()}
-    )
-    rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    rows |= {f"split_{name}": [] for name in schemes}
+    for content in (synapses, neurons, hemilineages):
+        if not isinstance(content, dict):
+            raise UserError(f"{folder}: the files of an export v3 are objects by id")
+    rows = []
     for synapse_id, synapse in synapses.items():
         try:
-            neuron_id = synapse["skeleton_id"]
-            neuron = {} if neuron_id is None else neurons[str(neuron_id)]
-            hemilineage_id = neuron.get("hemi_lineage_id")
-            hemilineage = hemilineages.get(str(hemilineage_id), {})
-            rows["synapse_id"].append(int(synapse_id))
-            for axis in "zyx":
-                rows[f"{axis}_nm"].append(synapse[axis])
-        except (KeyError, TypeError, ValueError) as error:
+            rows.append(_export_row(synapse_id, synapse, neurons, hemilineages))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{folder}/synapses_v3.json, synapse {synapse_id}: {error!r} is not "
                 "there or not usable; skeleton_id (listed in skeletons_v3.json), x, y "
                 "and z are needed"
             ) from None
-        name = hemilineage.get("hemi_lineage_name") or ""
-        rows["neuron_id"].append(neuron_id)
-        rows["neurotransmitter"].append("+".join(neuron.get("nt_known") or ()) or None)
-        rows["hemilineage"].append(None if _NO_HEMILINEAGE.fullmatch(name) else name)
-        rows["brain_region"].append(synapse.get("brain_region") or None)
-        rows["cell_type"].append(neuron.get("type"))
-        parts = synapse.get("splits") or {}
-        for scheme in schemes:
-            rows[f"split_{scheme}"].append(parts.get(scheme))
-    return pa.table(rows)
+    schemes = sorted({name for row in rows for name in row if name not in SCHEMA.names})
+    names = [*SCHEMA.names, *schemes]
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _export_row(
+    synapse_id: str,
+    synapse: dict[str, Any],
+    neurons: dict[str, Any],
+    hemilineages: dict[str, Any],
+) -> dict[str, Any]:
+    neuron_id = synapse["skeleton_id"]
+    neuron = {} if neuron_id is None else neurons[str(neuron_id)]
+    known = neuron.get("nt_known") or []
+    if isinstance(known, str):
+        raise TypeError(f"nt_known {known!r} of skeleton {neuron_id}, not a list,")
+    hemilineage = hemilineages.get(str(neuron.get("hemi_lineage_id")), {})
+    name = hemilineage.get("hemi_lineage_name") or ""
+    parts = synapse.get("splits") or {}
+    return {
+        "synapse_id": int(synapse_id),
+        "z_nm": synapse["z"],
+        "y_nm": synapse["y"],
+        "x_nm": synapse["x"],
+        "neuron_id": neuron_id,
+        "neurotransmitter": "+".join(known) or None,
+        "hemilineage": None if _NO_HEMILINEAGE.fullmatch(name) else name,
+        "brain_region": synapse.get("brain_region") or None,
+        "cell_type": neuron.get("type"),
+        **{f"split_{scheme}": part for scheme, part in parts.items()},
+    }
 
 
 def _conform(table: pa.Table, source: str, allow_bad_positions: bool) -> pa.Table:
     """The table with the contract's columns and types, or a UserError."""
+    if len(set(table.column_names)) < len(table.column_names):
+        raise UserError(f"{source} has two columns of one name: {table.column_names}")
     for name in _REQUIRED:
         if name not in table.column_names:
             raise UserError(
@@ -228,10 +242,13 @@ def _conform(table: pa.Table, source: str, allow_bad_positions: bool) -> pa.Tabl
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.ChunkedArray:
-    if field.name.endswith("_id") and pa.types.is_floating(column.type):
+    kind = column.type
+    if field.name.endswith("_id") and not (
+        pa.types.is_integer(kind) or pa.types.is_null(kind)
+    ):
         raise UserError(
-            f"{source}: column {field.name} is {column.type}; ids must be integers, "
-            "floats have lost digits of large ones"
+            f"{source}: column {field.name} is {kind}; ids must be integers: floats "
+            "have lost digits of large ones"
         )
     try:
         return column.cast(field.type)
@@ -268,7 +285,9 @@ def _check(
 
 def _refuse(source: str, why: str, bad: Any, column: pa.ChunkedArray) -> None:
     """Raises UserError naming the rows (from 0) where `bad` holds, if any."""
-    rows = np.flatnonzero(np.asarray(pc.fill_null(pa.array(bad), False)))
+    if isinstance(bad, pa.ChunkedArray):
+        bad = pc.fill_null(bad, False).to_numpy()
+    rows = np.flatnonzero(bad)
     if not len(rows):
         return
     shown = ", ".join(f"row {r} ({column[int(r)].as_py()!r})" for r in rows[:5])

@@ -100,11 +100,25 @@ def train_step(
         opt_state=opt_state,
     )
     accuracy = (logits.argmax(axis=-1) == batch["label"]).mean()
-    return state, {"loss": loss, "accuracy": accuracy}
+    # The loss is of the parameters before the update: those after it can be ruined
+    # while it is still a number.
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(state.params))
+    return state, {"loss": loss, "accuracy": accuracy, "finite": finite}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` for numbers that cannot be meant."""
+    for name, value in config.items():
+        counted = name.endswith("_steps") or name in ("batch_size", "keep_latest")
+        if counted and value < 1:
+            raise UserError(f"config.{name} is {value}; it must be at least 1")
+    if config.seed < 0:
+        raise UserError(f"config.seed is {config.seed}; it must not be negative")
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Trains until `config.num_train_steps`, or raises `UserError` at the start."""
+    check(config)
     # ---------------------------------------------------------------- mesh
     mesh = sharding.make_mesh()
     sharding.require_divisible(config.batch_size, mesh)
@@ -120,14 +134,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     tx = make_optimizer(config)
     init_key = jax.random.key(config.seed)
     replicated = sharding.replicated(mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(lambda key: create_state(key, config, tx), init_key),
+    abstract = sharding.abstract(
+        jax.eval_shape(lambda key: create_state(key, config, tx), init_key), replicated
     )
 
     # ---------------------------------------------------------------- restore
     workdir = files.make_folder(workdir).resolve()
-    checkpoint.save_config(workdir, config)
+    config.shards = str(shards.folder.resolve())
+    checkpoint.save_config(workdir, config, shards.sha256(config.split))
     checkpointer = checkpoint.Checkpointer(workdir, config)
     state = checkpointer.restore(abstract, batches)
     if state is None:
@@ -139,6 +153,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         )
         state = init(init_key)
     first_step = int(state.step)  # the only time that the loop's step leaves the device
+    if first_step > config.num_train_steps:
+        raise UserError(
+            f"{workdir} is at step {first_step} already, beyond "
+            f"config.num_train_steps = {config.num_train_steps}"
+        )
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     print(
         f"{parameters:,} parameters, {len(shards.index):,} crops, "
@@ -163,44 +182,50 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         "crops",
         done=first_step * config.batch_size,
     )
-    pending = None  # numbers of the step before, still on the device
+    numbers, written = {}, first_step  # of the last step, still on the device
 
-    def write_pending() -> None:
-        step, numbers = pending
-        numbers = {name: float(value) for name, value in numbers.items()}
-        if not math.isfinite(numbers["loss"]):
+    def fetch(step: int) -> None:
+        """Waits for the numbers of `step` and writes them when they are due."""
+        nonlocal written
+        if step == written:
+            return
+        written = step
+        if not bool(numbers["finite"]):
             raise UserError(
-                f"loss is {numbers['loss']} at step {step}; the last checkpoint is "
-                "intact: lower config.learning_rate or look at the data"
+                f"loss {float(numbers['loss'])}, then no finite parameters, at step "
+                f"{step}; the last checkpoint is intact: look at the data, or start "
+                "another --workdir with a lower config.learning_rate"
             )
-        writer.write(step, {f"train/{k}": v for k, v in numbers.items()})
-        progress.add(0, note=f"step {step}, loss {numbers['loss']:.3f}")
+        scalars = {name: float(numbers[name]) for name in ("loss", "accuracy")}
+        writer.write(step, {f"train/{k}": v for k, v in scalars.items()})
+        progress.note = f"step {step}, loss {scalars['loss']:.3f}"
 
     try:
         for step in range(first_step, config.num_train_steps):
-            # Before next(): state and iterator both say `step`.
+            is_due = step % config.log_every_steps == 0
             if step > first_step and step % config.checkpoint_every_steps == 0:
+                fetch(step)  # never save what is ruined
+                # Before next(): state and iterator both say `step`.
                 checkpointer.save(step, state, batches)
-            batch = next(batches)
-            state, numbers = step_fn(state, batch)
+            batch, before = next(batches), numbers
+            state, after = step_fn(state, batch)
+            # The numbers of a step are fetched when the next one is under way.
+            if is_due:
+                numbers = before
+                fetch(step)
+            numbers = after
             progress.add(config.batch_size)
-            # The numbers of `step` are fetched when the next one is under way.
-            if pending is not None:
-                write_pending()
-                pending = None
-            if (step + 1) % config.log_every_steps == 0:
-                pending = (step + 1, numbers)
             if (step + 1) % config.eval_every_steps == 0:
+                fetch(step + 1)
                 variables = {"params": state.params, "batch_stats": state.batch_stats}
                 table = validation.predict(
                     functools.partial(classify, variables), config.batch_size, mesh, {}
                 )
-                numbers = evaluate.scalars(validation.name, evaluate.measure(table))
-                writer.write(step + 1, numbers)
-                print(_line(step + 1, numbers), flush=True)
-        if pending is not None:
-            write_pending()
+                measured = evaluate.scalars(validation.name, evaluate.measure(table))
+                writer.write(step + 1, measured)
+                print(_line(step + 1, measured), flush=True)
         if first_step < config.num_train_steps:
+            fetch(config.num_train_steps)
             checkpointer.save(config.num_train_steps, state, batches)
     finally:
         checkpointer.close()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from synister_jax import files
+from synister_jax import container, files
 from synister_jax.command import UserError
 
 OK = "ok"
@@ -31,13 +31,9 @@ _METADATA = {
     ".zarray": "zarr",
     "info": "neuroglancer_precomputed",
 }
-_NM_PER_UNIT = {
-    "nm": 1.0,
-    "nanometer": 1.0,
-    "um": 1e3,
-    "µm": 1e3,
-    "micrometer": 1e3,
-}
+# What TensorStore says of a chunk that is absent, cut short or not decodable; any
+# other error (network, permission) may pass and stops the command instead.
+_UNREADABLE = ("NOT_FOUND", "FAILED_PRECONDITION", "DATA_LOSS", "INVALID_ARGUMENT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Volume:
     def read(
         self, start_vx_zyx: Sequence[int], stop_vx_zyx: Sequence[int]
     ) -> np.ndarray:
-        """The box [start, stop), which must lie inside; a missing chunk raises."""
+        """The box [start, stop), which must lie inside; an unreadable chunk raises."""
         return self.store[_box(start_vx_zyx, stop_vx_zyx)].read().result()
 
 
@@ -92,12 +88,16 @@ def open(  # noqa: A001 - volumes.open reads well
     except (ValueError, NotImplementedError, OSError) as error:
         raise UserError(f"cannot open volume {uri}: {error}") from None
     driver = spec["driver"]
-    store, offset_vx_zyx = _as_zyx(store, driver, uri)
+    store, axes, offset_vx_zyx = _as_zyx(store, driver, uri)
     if store.dtype != ts.uint8:
         raise UserError(
             f"volume {uri} holds {store.dtype.name}; only uint8 is supported"
         )
-    stated, offset_nm = _physical(store, driver, metadata, uri)
+    if driver == "neuroglancer_precomputed":
+        stated = tuple(unit.multiplier for unit in store.dimension_units)
+        offset_nm = (0.0, 0.0, 0.0)
+    else:
+        stated, offset_nm = container.physical_nm(driver, metadata, axes, uri)
     voxel_size = _agreed_voxel_size(stated, voxel_size_nm_zyx, uri)
     offset = tuple(
         o + v * s for o, v, s in zip(offset_nm, offset_vx_zyx, voxel_size, strict=True)
@@ -195,9 +195,9 @@ def read_crops(
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Yields (uint8 crop, whole) for each start, in the order given.
 
-    Voxels outside the volume and voxels of missing chunks are 0; `whole` is False
-    when a chunk that the crop needs is missing. Reads run ahead of the consumer by
-    at most `bytes_in_flight`.
+    Voxels outside the volume and voxels of unreadable chunks are 0; `whole` is False
+    when a chunk that the crop needs is missing or cannot be decoded. Reads run ahead
+    of the consumer by at most `bytes_in_flight`.
     """
     ahead = max(1, bytes_in_flight // math.prod(shape_zyx))
     bounds = np.asarray(volume.shape_zyx)
@@ -229,7 +229,7 @@ def _finish(
     try:
         into[...] = future.result()
     except ValueError as error:
-        if not _is_missing_chunk(error):
+        if not _is_unreadable_chunk(error):
             raise UserError(f"cannot read {volume.uri}: {error}") from None
         _read_present_chunks(volume, box, into)
         return crop, False
@@ -248,15 +248,15 @@ def _read_present_chunks(volume: Volume, box: np.ndarray, into: np.ndarray) -> N
         try:
             data = volume.read(low, high)
         except ValueError as error:
-            if not _is_missing_chunk(error):
+            if not _is_unreadable_chunk(error):
                 raise UserError(f"cannot read {volume.uri}: {error}") from None
         else:
             into[_box(low - box[0], high - box[0])] = data
 
 
-def _is_missing_chunk(error: ValueError) -> bool:
+def _is_unreadable_chunk(error: ValueError) -> bool:
     # TensorStore's Python errors carry their status code as text only.
-    return str(error).startswith("NOT_FOUND")
+    return str(error).startswith(_UNREADABLE)
 
 
 def _box(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
@@ -272,12 +272,17 @@ def _find(uri: str) -> tuple[dict[str, Any], dict[str, Any]]:
             raise UserError(f"volume spec is not valid JSON: {error}") from None
         if "driver" not in spec:
             raise UserError('volume spec has no "driver"')
-        kvstore = spec.get("kvstore")
-        base = None if kvstore is None else _open_kvstore(kvstore, uri)
         names = [n for n, d in _METADATA.items() if d == spec["driver"]]
-        return spec, _read_metadata(base, names[0], uri) if base and names else {}
+        if not names:
+            return spec, {}
+        metadata = _read_metadata(
+            _open_kvstore(spec.get("kvstore"), uri), names[0], uri
+        )
+        if not metadata:
+            raise UserError(f"no volume at {uri}: {names[0]} is not there")
+        return spec, metadata
     url = uri if "://" in uri else pathlib.Path(uri).resolve().as_uri()
-    base = _open_kvstore(url.rstrip("/") + "/", uri)
+    base = _open_kvstore(url, uri)
     for name, driver in _METADATA.items():
         metadata = _read_metadata(base, name, uri)
         if not metadata:
@@ -298,6 +303,12 @@ def _find(uri: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _open_kvstore(kvstore: Any, uri: str) -> ts.KvStore:
+    # TensorStore takes an array's path with and without the slash at its end; names
+    # of files below it need one.
+    if isinstance(kvstore, str):
+        kvstore = kvstore.rstrip("/") + "/"
+    elif isinstance(kvstore, dict) and kvstore.get("path"):
+        kvstore = kvstore | {"path": kvstore["path"].rstrip("/") + "/"}
     try:
         return ts.KvStore.open(kvstore).result()
     except (ValueError, NotImplementedError, OSError) as error:
@@ -305,74 +316,55 @@ def _open_kvstore(kvstore: Any, uri: str) -> ts.KvStore:
 
 
 def _read_metadata(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
+    """The container's metadata; for Zarr with `parent`, the attributes of its group."""
+    metadata = _read_json(base, name, uri)
+    if name == ".zarray" and metadata:
+        metadata["attributes"] = _read_json(base, ".zattrs", uri)
+    if name in (".zarray", "zarr.json") and metadata:
+        folder, _, own_name = base.path.rstrip("/").rpartition("/")
+        above = base.copy()
+        above.path = f"{folder}/"
+        group = ".zattrs" if name == ".zarray" else "zarr.json"
+        parent = _read_json(above, group, uri)
+        metadata["parent"] = (
+            parent if name == ".zarray" else parent.get("attributes", {})
+        )
+        metadata["name"] = own_name
+    return metadata
+
+
+def _read_json(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
+    """{} where there is no such file."""
     try:
         read = base.read(name).result()
-        text = read.value if read.state == "value" else b"{}"
-        metadata = json.loads(text)
-        if name == ".zarray" and metadata:
-            read = base.read(".zattrs").result()
-            text = read.value if read.state == "value" else b"{}"
-            metadata["attributes"] = json.loads(text)
+        return json.loads(read.value) if read.state == "value" else {}
     except json.JSONDecodeError as error:
         raise UserError(f"{name} of volume {uri} is not valid JSON: {error}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read {name} of volume {uri}: {error}") from None
-    return metadata
 
 
 def _as_zyx(
     store: ts.TensorStore, driver: str, uri: str
-) -> tuple[ts.TensorStore, tuple[int, ...]]:
-    """The store as (z, y, x) from 0, and where its domain began in voxels."""
+) -> tuple[ts.TensorStore, list[int], tuple[int, ...]]:
+    """The store as (z, y, x) from 0, its axes' places before, its origin in voxels."""
     if driver == "neuroglancer_precomputed":
         if store.shape[-1] != 1:
             raise UserError(f"volume {uri} has several channels; one is needed")
-        store = store[ts.d["channel"][0]][ts.d["z", "y", "x"].transpose[:]]
-    elif store.rank != 3:
+        store = store[ts.d["channel"][0]]
+    if store.rank != 3:
         raise UserError(
             f"volume {uri} has {store.rank} dimensions {tuple(store.shape)}; "
             "three (z, y, x) are needed"
         )
-    elif driver == "n5" or store.domain.labels == ("x", "y", "z"):
-        store = store.T
+    # What the container names its axes, or else the custom of its format.
+    named = list(store.domain.labels)
+    if sorted(named) != ["x", "y", "z"]:
+        named = ["x", "y", "z"] if driver == "n5" else ["z", "y", "x"]
+    axes = [named.index(name) for name in "zyx"]
+    store = store[ts.d[axes].transpose[:]]
     origin = tuple(store.domain.origin)
-    return store[ts.d[:].translate_to[0]], origin
-
-
-def _physical(
-    store: ts.TensorStore, driver: str, metadata: dict[str, Any], uri: str
-) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
-    """Voxel size (None if not stated) and offset in nm (z, y, x), as the file says."""
-    if driver == "neuroglancer_precomputed":
-        return tuple(u.multiplier for u in store.dimension_units), (0.0, 0.0, 0.0)
-    attributes = metadata if driver == "n5" else metadata.get("attributes", {})
-    # N5 attributes are x, y, z; Zarr attributes are in the array's own order.
-    turn = slice(None, None, -1) if driver == "n5" else slice(None)
-    units = attributes.get("units", ["nm"] * 3)
-    resolution = attributes.get("resolution")
-    if resolution is None and "pixelResolution" in attributes:
-        pixel = attributes["pixelResolution"]
-        resolution = pixel.get("dimensions")
-        units = [pixel.get("unit", "nm")] * 3
-    try:
-        scale = [_NM_PER_UNIT[unit] for unit in units][turn]
-        offset = _triple(attributes.get("offset", (0, 0, 0)))[turn]
-        if resolution is None:
-            return None, offset
-        size = _triple(resolution)[turn]
-        return tuple(v * s for v, s in zip(size, scale, strict=True)), offset
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"volume {uri}: cannot understand resolution {resolution}, units {units}, "
-            f"offset {attributes.get('offset')}"
-        ) from None
-
-
-def _triple(values: Sequence[float]) -> tuple[float, ...]:
-    triple = tuple(float(v) for v in values)
-    if len(triple) != 3:
-        raise ValueError(f"{len(triple)} values")
-    return triple
+    return store[ts.d[:].translate_to[0]], axes, origin
 
 
 def _agreed_voxel_size(

@@ -34,6 +34,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ([*SHARD, "--synapses=no", "--volume=v", "--output=o"], 1, "no does not exist"),
         (["-m", "synister_jax.evaluate", "--workdir=no"], 1, "not the folder of a run"),
         (["-m", "synister_jax.report", "--output=o.html"], 1, "give --workdir"),
+        ([*TRAIN[:2], f"--config={__file__}", "--workdir=w"], 2, "get_config"),
         (
             ["-m", "synister_jax.aggregate", "--predictions=no.feather", "--output=o"],
             1,
@@ -50,11 +51,18 @@ def test_a_mistake_is_one_line(arguments: list[str], code: int, message: str) ->
 
 
 @pytest.mark.parametrize(
-    "module", ["train", "evaluate", "predict", "aggregate", "report"]
+    ("module", "flag"),
+    [
+        ("train", "--workdir"),
+        ("evaluate", "--part"),
+        ("predict", "--volume"),
+        ("aggregate", "--by"),
+        ("report", "--predictions"),
+    ],
 )
-def test_help_lists_the_flags(module: str) -> None:
+def test_help_lists_the_flags(module: str, flag: str) -> None:
     finished = run("-m", f"synister_jax.{module}", "--help")
-    assert "--" in finished.stdout and "Traceback" not in finished.stderr
+    assert flag in finished.stdout and "Traceback" not in finished.stderr
 
 
 def test_files_are_whole_or_absent(tmp_path: pathlib.Path) -> None:
@@ -78,7 +86,8 @@ def test_unwritable_output_is_named(tmp_path: pathlib.Path) -> None:
 def test_progress_tells_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
     progress = command.Progress("work", 4, "things", every_seconds=0)
     progress.add()
-    progress.add(3, note="nearly")
+    progress.note = "nearly"
+    progress.add(3)
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("work: 1/4 things, ") and "ETA" in first
     assert last.startswith("work: 4/4 things, ") and last.endswith("nearly")

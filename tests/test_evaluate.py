@@ -67,7 +67,7 @@ def test_command_writes_numbers_pictures_and_the_best(workdir: pathlib.Path) -> 
     assert [c["step"] for c in summary["checkpoints"]] == [10, 20]
     accuracy = [c["synapse_mean_class_accuracy"] for c in summary["checkpoints"]]
     assert summary["best_step"] == [10, 20][int(np.argmax(accuracy))]
-    assert evaluate.best_step(workdir) == summary["best_step"]
+    assert checkpoint.best_step(workdir) == summary["best_step"]
     for step in (10, 20):
         found = {p.name for p in (folder / f"step-{step}").iterdir()}
         assert found == {
@@ -178,8 +178,8 @@ def test_mistakes(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="are not there"):
         evaluate.evaluate(workdir, "test", shards_folder=str(tmp_path / "none"))
     with pytest.raises(UserError, match="give numbers, `all` or `best`"):
-        evaluate.parse_steps(workdir, ["last"])
-    assert evaluate.parse_steps(workdir, ["all"]) == [10, 20]
+        checkpoint.parse_steps(workdir, ["last"])
+    assert checkpoint.parse_steps(workdir, ["all"]) == [10, 20]
     with pytest.raises(UserError, match="not the folder of a run"):
         checkpoint.load_config(tmp_path)
 

@@ -79,8 +79,10 @@ def test_same_seed_same_bytes(demo: pathlib.Path, tmp_path: pathlib.Path) -> Non
 
 
 def test_mistakes(demo: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    before = checksums(demo)
     again = make(demo, *SMALL)
-    assert again.returncode == 0 and checksums(demo)
+    assert again.returncode == 0 and "is there already" in again.stdout
+    assert checksums(demo) == before
     for folder, options in (
         (demo, ["--seed=5", *SMALL]),
         (tmp_path / "a", [*SMALL, "--synapses=3000"]),

@@ -15,6 +15,7 @@ from conftest import CLASSES, shared_data, tiny_config
 from pyarrow import feather
 
 from synister_jax import (
+    files,
     inference,
     predict,
     predictions,
@@ -142,10 +143,11 @@ def test_missing_chunk_is_a_status(
     rng = np.random.default_rng(0)
     array = rng.integers(0, 255, (24, 160, 160), dtype=np.uint8)
     volumes.write_n5(path, array, (40, 4, 4), (0, 0, 0), (8, 32, 32))
-    (path / "2" / "2" / "1").unlink()  # x 64..96, y 64..96, z 8..16
-    result = predict.predict(
-        classifier(workdir), synapse_table, volumes.open(str(path)), tmp_path / "out"
-    )
+    chunk = path / "2" / "2" / "1"  # x 64..96, y 64..96, z 8..16
+    content = chunk.read_bytes()
+    chunk.unlink()
+    arguments = (classifier(workdir), synapse_table)
+    result = predict.predict(*arguments, volumes.open(str(path)), tmp_path / "out")
     position = synapses.positions_nm_zyx(synapse_table) / (40, 4, 4)
     half = np.array((2, 8, 8))
     touches = (position + half > (8, 64, 64)) & (position - half < (16, 96, 96))
@@ -154,6 +156,35 @@ def test_missing_chunk_is_a_status(
     np.testing.assert_array_equal(missing, touches.all(axis=1))
     nan = np.isnan(predictions.probabilities(result)).all(axis=1)
     np.testing.assert_array_equal(nan, missing)
+
+    chunk.write_bytes(content[:50])  # cut short: as unreadable as missing
+    broken = predict.predict(*arguments, volumes.open(str(path)), tmp_path / "broken")
+    assert broken["status"].equals(result["status"])
+
+    chunk.write_bytes(content)  # restored: done again when asked to
+    volume = volumes.open(str(path))
+    same = predict.predict(*arguments, volume, tmp_path / "out")
+    assert same["status"].equals(result["status"])
+    full = predict.predict(*arguments, volume, tmp_path / "out", retry_missing=True)
+    assert "missing_data" not in full["status"].to_pylist()
+    assert not np.isnan(predictions.probabilities(full)).any()
+
+
+def test_a_part_of_another_unit_is_refused(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    arguments = (classifier(workdir), synapse_table, volumes.open(str(volume_path)))
+    predict.predict(*arguments, tmp_path, unit_rows=30)
+    first, second, _ = sorted((tmp_path / "parts").iterdir())
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match="part-00000.*is not the part of its unit"):
+        predict.predict(*arguments, tmp_path, unit_rows=30)
+    first.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot read .*part-00000"):
+        predict.predict(*arguments, tmp_path, unit_rows=30)
 
 
 def run_command(
@@ -232,7 +263,8 @@ def test_an_empty_table_has_an_empty_answer(
     synapse_table: pa.Table,
 ) -> None:
     volume = volumes.open(str(volume_path))
-    nothing = synapse_table.slice(0, 0)
+    files.write_feather(tmp_path / "none.feather", synapse_table.slice(0, 0))
+    nothing = synapses.load(tmp_path / "none.feather")
     assert len(predict.predict(classifier(workdir), nothing, volume, tmp_path)) == 0
 
 

@@ -86,7 +86,7 @@ def test_killed_anywhere_and_rerun_gives_the_same_bytes(
     synapse_table: pa.Table,
 ) -> None:
     """kill -9 after 1, 2, … renames or removals of the writer."""
-    synapses.write(synapse_table, tmp_path / "table.feather")
+    files.write_feather(tmp_path / "table.feather", synapse_table)
     program = f"""
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
@@ -128,7 +128,7 @@ def test_killed_in_the_middle_of_a_shard(
     synapse_table: pa.Table,
 ) -> None:
     """The command itself, killed by the clock while it writes records."""
-    synapses.write(synapse_table, tmp_path / "table.feather")
+    files.write_feather(tmp_path / "table.feather", synapse_table)
     slow = f"""
 import sys, time
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
@@ -203,6 +203,48 @@ def test_damage_is_found_on_opening(
     damage(folder)
     with pytest.raises(UserError, match=message):
         shards.open(folder)
+
+
+def test_the_repair_that_opening_advises(
+    tmp_path: pathlib.Path,
+    shards_folder: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    folder = shutil.copytree(shards_folder, tmp_path / "shards")
+    damage_cut_short(folder)
+    (folder / "manifest.json").unlink()
+    write_shards(folder, volume_path, synapse_table)
+    assert contents(folder) == contents(shards_folder)
+
+
+def test_a_new_split_rewrites_the_index_alone(
+    tmp_path: pathlib.Path,
+    shards_folder: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    folder = shutil.copytree(shards_folder, tmp_path / "shards")
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    part = pa.array(["test", "train", "validation"] * 30)
+    table = synapse_table.append_column("split_hemilineage", part)
+    written = write_shards(folder, volume_path, table)
+    changed = [p.name for p, t in before.items() if p.stat().st_mtime_ns != t]
+    assert changed == ["index.feather"]
+    wanted = dict(zip(table["synapse_id"].to_pylist(), part.to_pylist(), strict=True))
+    found = written.index.select(["synapse_id", "split_hemilineage"]).to_pylist()
+    assert len(found) == 81
+    assert all(wanted[row["synapse_id"]] == row["split_hemilineage"] for row in found)
+    shards.verify(written)
+
+
+def test_nothing_readable_is_an_error(
+    tmp_path: pathlib.Path, volume_path: pathlib.Path, synapse_table: pa.Table
+) -> None:
+    (tmp_path / "raw.n5").mkdir()
+    shutil.copy(volume_path / "attributes.json", tmp_path / "raw.n5")
+    with pytest.raises(UserError, match="none of 81 crops could be read"):
+        write_shards(tmp_path / "shards", tmp_path / "raw.n5", synapse_table)
 
 
 def test_verify_finds_what_opening_cannot(

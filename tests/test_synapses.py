@@ -152,7 +152,8 @@ def test_bad_positions_are_kept_when_asked(tmp_path: pathlib.Path) -> None:
     [
         ("synapse_id,z_nm,y_nm\n1,2,3\n", "no column x_nm"),
         ("synapse_id,z_nm,y_nm,x_nm\n1,2,3,four\n", "row 0: x_nm is 'four'"),
-        ("synapse_id,z_nm,y_nm,x_nm\n1.5,2,3,4\n", "synapse"),
+        ("synapse_id,z_nm,y_nm,x_nm\n1.5,2,3,4\n", "invalid value '1.5'"),
+        ("synapse_id,z_nm,y_nm,x_nm,x_nm\n1,2,3,4,5\n", "two columns of one name"),
     ],
 )
 def test_bad_csv(tmp_path: pathlib.Path, text: str, message: str) -> None:
@@ -161,11 +162,27 @@ def test_bad_csv(tmp_path: pathlib.Path, text: str, message: str) -> None:
         synapses.load(tmp_path / "t.csv")
 
 
+def test_empty_tables(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "t.csv").write_text("synapse_id,z_nm,y_nm,x_nm\n")
+    feather.write_feather(rows().slice(0, 0), str(tmp_path / "t.feather"))
+    write_export(tmp_path, synapses_v3={})
+    for path in (tmp_path / "t.csv", tmp_path / "t.feather", tmp_path):
+        table = synapses.load(path)
+        assert len(table) == 0 and table.schema.names[:9] == synapses.SCHEMA.names
+
+
 def test_bad_export(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="synapses_v3.json does not exist"):
         synapses.load(tmp_path)
     write_export(tmp_path, skeletons_v3={})
     with pytest.raises(UserError, match="synapse 9: .*'16'"):
+        synapses.load(tmp_path)
+    write_export(tmp_path, synapses_v3=[1, 2])
+    with pytest.raises(UserError, match="objects by id"):
+        synapses.load(tmp_path)
+    neuron = {"hemi_lineage_id": 1, "nt_known": "gaba"}
+    write_export(tmp_path, skeletons_v3=dict.fromkeys(["16", "27", "30"], neuron))
+    with pytest.raises(UserError, match="synapse 9: .*'gaba' of skeleton 16"):
         synapses.load(tmp_path)
     with pytest.raises(UserError, match="cannot tell the format"):
         synapses.load(tmp_path / "skeletons_v3.json")

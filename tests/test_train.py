@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,14 +12,18 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+import pyarrow as pa
 import pytest
 from conftest import CLASSES, tiny_config
+from pyarrow import feather
 from tensorboardX.proto import event_pb2
 
 from configs import skeleton
 from synister_jax import (
     checkpoint,
     data,
+    evaluate,
+    files,
     inference,
     metrics,
     model,
@@ -44,13 +49,8 @@ def saved_state(workdir: pathlib.Path, step: int, config: object) -> dict:
     abstract = jax.eval_shape(
         lambda key: train.create_state(key, config, tx), jax.random.key(0)
     )
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=sharding.replicated(mesh)
-        ),
-        abstract,
-    )
-    state = checkpoint.load_variables(workdir, step, abstract)
+    abstract = sharding.abstract(abstract, sharding.replicated(mesh))
+    state = checkpoint.load_variables(workdir, step, abstract, config)
     leaves = jax.tree.leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -213,11 +213,58 @@ def test_other_config_in_the_same_folder_is_refused(
     config.learning_rate = 1e-3
     with pytest.raises(UserError, match="learning_rate = 0.01, now 0.001"):
         train.train(config, tmp_path)
+    config.learning_rate = 1e-2
+    config.num_train_steps = 5
+    with pytest.raises(UserError, match="at step 7 already"):
+        train.train(config, tmp_path)
+
+
+def test_other_crops_in_the_same_folder_are_refused(
+    tmp_path: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+    config.num_train_steps = 3
+    train.train(config, tmp_path / "run")
+    moved = shutil.copytree(config.shards, tmp_path / "moved")
+    config.shards = str(moved)  # the same data elsewhere is fine
+    train.train(config, tmp_path / "run")
+    index = feather.read_table(moved / "index.feather")
+    parts = index["split_skeleton"].to_pylist()
+    parts = ["train" if part == "test" else part for part in parts]
+    place = index.column_names.index("split_skeleton")
+    changed = index.set_column(place, "split_skeleton", [parts])
+    files.write_feather(moved / "index.feather", changed)
+    with pytest.raises(UserError, match="a run with crops_sha256 = "):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_table_without_neurons_trains(
+    tmp_path: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+    folder = shutil.copytree(config.shards, tmp_path / "shards")
+    index = feather.read_table(folder / "index.feather")
+    place = index.column_names.index("neuron_id")
+    nobody = pa.nulls(len(index), pa.int64())
+    index = index.set_column(place, "neuron_id", nobody)
+    files.write_feather(folder / "index.feather", index)
+    config.shards = str(folder)
+    train.train(config, tmp_path / "run")
+    evaluate.evaluate(tmp_path / "run", "test")
+    [last] = [
+        x
+        for x in metrics.read(tmp_path / "run")
+        if x["step"] == 6 and "validation/loss" in x
+    ]
+    assert "validation/synapse_accuracy" in last
+    assert "validation/neuron_accuracy" not in last
 
 
 def test_mistakes_stop_at_the_start(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
+    config.log_every_steps = 0
+    with pytest.raises(UserError, match="config.log_every_steps is 0"):
+        train.train(config, tmp_path)
+    config.log_every_steps = 1
     config.batch_size = 10
     with pytest.raises(UserError, match="batch size 10 is not divisible by 4"):
         train.train(config, tmp_path)
@@ -238,9 +285,16 @@ def test_mistakes_stop_at_the_start(
 def test_divergence_stops_with_the_step(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-    config.learning_rate = float("inf")
-    with pytest.raises(UserError, match="loss is nan at step"):
-        train.train(config, tmp_path)
+    """What is ruined is never saved: the same command stops at the same step again."""
+    config.checkpoint_every_steps = 1
+    config.log_every_steps = 5
+    config.learning_rate = 1e30
+    for _ in range(2):
+        with pytest.raises(UserError, match="no finite parameters, at step [12];"):
+            train.train(config, tmp_path)
+    for step in checkpoint.steps(tmp_path):
+        for name, values in saved_state(tmp_path, step, config).items():
+            assert np.isfinite(values).all(), name
 
 
 @pytest.mark.slow
@@ -250,7 +304,6 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
     config.batch_size = 2
     mesh = sharding.make_mesh(jax.devices()[:1])
     tx = optax.adam(config.learning_rate)
-    replicated = sharding.replicated(mesh)
     init = jax.jit(
         lambda key: train.create_state(key, config, tx),
         compiler_options={"xla_backend_optimization_level": 0},
@@ -271,15 +324,13 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
     checkpointer = checkpoint.Checkpointer(tmp_path, config)
     checkpointer.save(1, state, stream)
     checkpointer.close()
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), state
-    )
+    abstract = sharding.abstract(state, sharding.replicated(mesh))
     restored = checkpoint.Checkpointer(tmp_path, config).restore(abstract, stream)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
         assert (np.asarray(a) == np.asarray(b)).all()
     stream.close()
 
-    checkpoint.save_config(tmp_path, config)
+    checkpoint.save_config(tmp_path, config, "")
     classifier = inference.Classifier(tmp_path, None, 1, mesh)
     probabilities = classifier(batch["crop"][:1, 1:-1, 10:-10, 10:-10])
     assert probabilities.shape == (1, 6)

@@ -95,6 +95,136 @@ def test_a_url_and_a_spec_open_the_same_volume(path: pathlib.Path) -> None:
     assert again.voxel_size_nm_zyx == VOXEL_SIZE_NM_ZYX
 
 
+def test_a_spec_needs_no_slash_at_its_end(tmp_path: pathlib.Path) -> None:
+    make_n5(tmp_path / "v")
+    for kvstore in (
+        {"driver": "file", "path": str(tmp_path / "v")},
+        (tmp_path / "v").as_uri(),
+    ):
+        spec = json.dumps({"driver": "n5", "kvstore": kvstore})
+        assert volumes.open(spec).offset_nm_zyx == (400, 80, 120)
+        with pytest.raises(UserError, match="8×8×8 nm are expected"):
+            volumes.open(spec, (8, 8, 8))
+
+
+@pytest.mark.parametrize("named", ["xyz", "zyx", "yxz"])
+def test_named_axes_are_honoured(tmp_path: pathlib.Path, named: str) -> None:
+    """Store, voxel size and offset follow the names that the container gives."""
+    order = ["zyx".index(name) for name in named]
+    grid = {"chunk_shape": [CHUNK_ZYX[i] for i in order]}
+    metadata = {
+        "shape": [SHAPE_ZYX[i] for i in order],
+        "data_type": "uint8",
+        "dimension_names": list(named),
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "attributes": {
+            "resolution": [VOXEL_SIZE_NM_ZYX[i] for i in order],
+            "offset": [(400, 80, 120)[i] for i in order],
+        },
+    }
+    kvstore = {"driver": "file", "path": f"{tmp_path}/"}
+    spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+    ts.open(spec, create=True).result().write(ARRAY_ZYX.transpose(order)).result()
+    stored = json.loads((tmp_path / "zarr.json").read_text())
+    stored["attributes"] = metadata["attributes"]
+    (tmp_path / "zarr.json").write_text(json.dumps(stored))
+    volume = volumes.open(str(tmp_path))
+    np.testing.assert_array_equal(volume.read((0, 0, 0), SHAPE_ZYX), ARRAY_ZYX)
+    assert volume.voxel_size_nm_zyx == VOXEL_SIZE_NM_ZYX
+    assert volume.offset_nm_zyx == (400, 80, 120)
+    assert volume.chunk_shape_zyx == CHUNK_ZYX
+
+
+@pytest.mark.parametrize("driver", ["zarr", "zarr3"])
+def test_ome_zarr(tmp_path: pathlib.Path, driver: str) -> None:
+    make_zarr(tmp_path / "0", driver)
+    make_zarr(tmp_path / "1", driver)
+    for level in "01":
+        if driver == "zarr":
+            (tmp_path / level / ".zattrs").unlink()
+        else:
+            stored = json.loads((tmp_path / level / "zarr.json").read_text())
+            del stored["attributes"]
+            (tmp_path / level / "zarr.json").write_text(json.dumps(stored))
+    axes = [{"name": n, "type": "space", "unit": "micrometer"} for n in "zyx"]
+
+    def level(path: str, factor: float) -> dict:
+        scale = [0.04 * factor, 0.004 * factor, 0.005 * factor]
+        steps = [{"type": "scale", "scale": scale}]
+        steps += [{"type": "translation", "translation": [0.4, 0.08, 0.12]}]
+        return {"path": path, "coordinateTransformations": steps}
+
+    multiscales = [{"axes": axes, "datasets": [level("0", 1), level("1", 2)]}]
+    if driver == "zarr":
+        (tmp_path / ".zattrs").write_text(json.dumps({"multiscales": multiscales}))
+    else:
+        group = {"zarr_format": 3, "node_type": "group"}
+        group["attributes"] = {"ome": {"version": "0.5", "multiscales": multiscales}}
+        (tmp_path / "zarr.json").write_text(json.dumps(group))
+    for path, factor in (("0", 1), ("1", 2)):
+        volume = volumes.open(str(tmp_path / path))
+        expected = np.array(VOXEL_SIZE_NM_ZYX) * factor
+        np.testing.assert_allclose(volume.voxel_size_nm_zyx, expected)
+        np.testing.assert_allclose(volume.offset_nm_zyx, (400, 80, 120))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size", "offset"),
+    [
+        (
+            {"pixelResolution": {"dimensions": [5, 4, 40], "unit": "nm"}},
+            (40, 4, 5),
+            (0, 0, 0),
+        ),
+        ({"pixelResolution": [5, 4, 40]}, (40, 4, 5), (0, 0, 0)),
+        (
+            {"pixelResolution": [5, 4, 40], "downsamplingFactors": [2, 2, 1]},
+            (40, 8, 10),
+            (0, 0, 0),
+        ),
+        (
+            {"resolution": [0.005, 0.004, 0.04], "units": ["um"] * 3}
+            | {"offset": [0.12, 0.08, 0.4]},
+            (40, 4, 5),
+            (400, 80, 120),
+        ),
+    ],
+)
+def test_n5_attributes(
+    tmp_path: pathlib.Path, attributes: dict, size: tuple, offset: tuple
+) -> None:
+    make_n5(tmp_path / "v")
+    path = tmp_path / "v" / "attributes.json"
+    stored = json.loads(path.read_text())
+    for name in ("resolution", "units", "offset"):
+        del stored[name]
+    path.write_text(json.dumps(stored | attributes))
+    volume = volumes.open(str(tmp_path / "v"))
+    np.testing.assert_allclose(volume.voxel_size_nm_zyx, size)
+    np.testing.assert_allclose(volume.offset_nm_zyx, offset)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"resolution": [4, 4]},
+        {"resolution": [4, 4, 40], "units": ["parsec"] * 3},
+        {"pixelResolution": {"unit": "nm"}},
+    ],
+)
+def test_attributes_that_make_no_sense(
+    tmp_path: pathlib.Path, attributes: dict
+) -> None:
+    make_n5(tmp_path / "v")
+    path = tmp_path / "v" / "attributes.json"
+    stored = json.loads(path.read_text())
+    for name in ("resolution", "units", "offset"):
+        del stored[name]
+    path.write_text(json.dumps(stored | attributes))
+    with pytest.raises(UserError, match="cannot (understand|open)"):
+        volumes.open(str(tmp_path / "v"))
+
+
 def test_synapse_sits_at_half_the_crop(path: pathlib.Path) -> None:
     volume = volumes.open(str(path))
     index = np.array([[10, 15, 20]])
