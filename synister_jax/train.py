@@ -102,7 +102,7 @@ def train_step(
     accuracy = (logits.argmax(axis=-1) == batch["label"]).mean()
     # The loss is of the parameters before the update: those after it can be ruined
     # while it is still a number.
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(state.params))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(state.params))
     return state, {"loss": loss, "accuracy": accuracy, "finite": finite}
 
 
