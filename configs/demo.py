@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration: the published recipe on small crops, for two CPU cores.
+"""The demonstration: a small relative of the published network, for two CPU cores.
 
     make demo
 
-Two minutes of training. Expected on the generated volume (tools/make_demo.py, seed
-0): see README.md, which holds the measured numbers.
+Two and a half minutes of training. Expected on the generated volume (make_demo, seed
+0): 0.87 per synapse and all 27 neurons of the test part; see README.md.
 """
 
 import ml_collections

@@ -185,7 +185,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     numbers, written = {}, first_step  # of the last step, still on the device
 
     def fetch(step: int) -> None:
-        """Waits for the numbers of `step` and writes them when they are due."""
+        """Waits for the numbers of `step`, checks them and writes them."""
         nonlocal written
         if step == written:
             return
