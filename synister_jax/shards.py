@@ -181,14 +181,18 @@ def write(
 
 
 def _is_ready(path: pathlib.Path) -> bool:
-    """Whether a shard is there whole: as many records as its list of rows has."""
+    """Whether a shard is there with a record for each of its rows.
+
+    One that lacks some, for missing chunks, is cut again: a volume may have been
+    unreachable for a while.
+    """
     if not path.exists() or not _rows_path(path).exists():
         return False
     try:
         records = ArrayRecordReader(str(path)).num_records()
     except RuntimeError:  # cut short
         return False
-    return records == feather.read_table(_rows_path(path))["whole"].to_numpy().sum()
+    return records == len(feather.read_table(_rows_path(path)))
 
 
 def open(folder: str | pathlib.Path) -> Shards:  # noqa: A001 - shards.open reads well

@@ -245,6 +245,11 @@ def test_nothing_readable_is_an_error(
     shutil.copy(volume_path / "attributes.json", tmp_path / "raw.n5")
     with pytest.raises(UserError, match="none of 81 crops could be read"):
         write_shards(tmp_path / "shards", tmp_path / "raw.n5", synapse_table)
+    # The volume comes back: the same command cuts all of it.
+    shutil.copytree(volume_path, tmp_path / "raw.n5", dirs_exist_ok=True)
+    written = write_shards(tmp_path / "shards", tmp_path / "raw.n5", synapse_table)
+    assert written.manifest["dropped"] == {"no_class": 9}
+    shards.verify(written)
 
 
 def test_verify_finds_what_opening_cannot(
