@@ -135,6 +135,7 @@ def evaluate(
     part = Part.of(shards, config.split, part_name)
     chosen = [checkpoint.choose_step(workdir, step) for step in steps or [None]]
     folder = files.make_folder(workdir / "evaluation" / part_name)
+    crops_sha256 = shards.sha256(config.split)
     batches = math.ceil(len(part.rows) / batch_size)
     progress = command.Progress("evaluate", len(chosen) * batches, "batches")
     for step in chosen:
@@ -150,14 +151,15 @@ def evaluate(
         about = {"workdir": str(workdir), "step": step, "part": part_name}
         about |= {"split": config.split, "volume": shards.manifest["volume"]}
         table = part.predict(classify_batch, batch_size, mesh, about)
-        _write(folder / f"step-{step}", step, config.split, table, part)
-    crops_sha256 = shards.sha256(config.split)
+        identity = {"step": step, "split": config.split, "crops": crops_sha256}
+        _write(folder / f"step-{step}", identity, table, part)
     return _summarise(folder, part_name, crops_sha256, checkpoint.steps(workdir))
 
 
 def _write(
-    folder: pathlib.Path, step: int, split: str, table: pa.Table, part: Part
+    folder: pathlib.Path, identity: dict[str, Any], table: pa.Table, part: Part
 ) -> None:
+    step = identity["step"]
     folder = files.make_folder(folder)
     measured = measure(table)
     classes = list(part.shards.classes)
@@ -173,8 +175,7 @@ def _write(
         picture = figures.confusion(np.asarray(numbers["confusion"]), classes, title)
         with files.replacing(folder / f"confusion_{what}.png") as partial:
             partial.write_bytes(figures.png(picture))
-    about = {"step": step, "split": split, "part": part.name, "classes": classes}
-    about["crops"] = part.shards.sha256(split)
+    about = identity | {"part": part.name, "classes": classes}
     files.write_json(folder / "metrics.json", about | measured)
     lines = [f"step {step}, {part.name}:"]
     for what in ("synapses", "neurons"):
