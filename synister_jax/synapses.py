@@ -10,7 +10,6 @@ scheme, with the values train, validation and test.
 import json
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, feather, parquet
 
-from synister_jax import files
+from synister_jax import export_v3
 from synister_jax.command import UserError
 
 SCHEMA = pa.schema(
@@ -50,8 +49,6 @@ NEUROTRANSMITTERS = (
 )
 POSITION = ("z_nm", "y_nm", "x_nm")
 _REQUIRED = ("synapse_id", *POSITION)
-# Names that the original system reads as "no hemilineage" (synister_db.py).
-_NO_HEMILINEAGE = re.compile(r"(|NA|NONE|NEW|UNKNOWN\d?)", re.IGNORECASE)
 
 
 def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> pa.Table:
@@ -71,7 +68,7 @@ def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> p
         raise UserError(f"synapse table {uri} does not exist")
     try:
         if path.is_dir():
-            table = _from_export_v3(path)
+            table = export_v3.read(path, SCHEMA)
         elif path.suffix in _READERS:
             table = _READERS[path.suffix](path)
         else:
@@ -81,7 +78,7 @@ def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> p
             )
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read synapse table {uri}: {error}") from None
-    return _conform(table, str(uri), allow_bad_positions)
+    return conform(table, str(uri), allow_bad_positions=allow_bad_positions)
 
 
 def positions_nm_zyx(table: pa.Table) -> np.ndarray:
@@ -157,59 +154,16 @@ _READERS = {
 }
 
 
-def _from_export_v3(folder: pathlib.Path) -> pa.Table:
-    """The published export: three JSON objects keyed by id (data/fafb_v3/README.md)."""
-    synapses = files.read_json(folder / "synapses_v3.json")
-    neurons = files.read_json(folder / "skeletons_v3.json")
-    hemilineages = files.read_json(folder / "hemi_lineages_v3.json")
-    for content in (synapses, neurons, hemilineages):
-        if not isinstance(content, dict):
-            raise UserError(f"{folder}: the files of an export v3 are objects by id")
-    rows = []
-    for synapse_id, synapse in synapses.items():
-        try:
-            rows.append(_export_row(synapse_id, synapse, neurons, hemilineages))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{folder}/synapses_v3.json, synapse {synapse_id}: {error!r} is not "
-                "there or not usable; skeleton_id (listed in skeletons_v3.json), x, y "
-                "and z are needed"
-            ) from None
-    schemes = sorted({name for row in rows for name in row if name not in SCHEMA.names})
-    names = [*SCHEMA.names, *schemes]
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
+def conform(
+    table: pa.Table, source: str, *, allow_bad_positions: bool = False
+) -> pa.Table:
+    """The table with the contract's columns, types and metadata, checked.
 
+    Columns beyond the contract are left out.
 
-def _export_row(
-    synapse_id: str,
-    synapse: dict[str, Any],
-    neurons: dict[str, Any],
-    hemilineages: dict[str, Any],
-) -> dict[str, Any]:
-    neuron_id = synapse["skeleton_id"]
-    neuron = {} if neuron_id is None else neurons[str(neuron_id)]
-    known = neuron.get("nt_known") or []
-    if isinstance(known, str):
-        raise TypeError(f"nt_known {known!r} of skeleton {neuron_id}, not a list,")
-    hemilineage = hemilineages.get(str(neuron.get("hemi_lineage_id")), {})
-    name = hemilineage.get("hemi_lineage_name") or ""
-    parts = synapse.get("splits") or {}
-    return {
-        "synapse_id": int(synapse_id),
-        "z_nm": synapse["z"],
-        "y_nm": synapse["y"],
-        "x_nm": synapse["x"],
-        "neuron_id": neuron_id,
-        "neurotransmitter": "+".join(known) or None,
-        "hemilineage": None if _NO_HEMILINEAGE.fullmatch(name) else name,
-        "brain_region": synapse.get("brain_region") or None,
-        "cell_type": neuron.get("type"),
-        **{f"split_{scheme}": part for scheme, part in parts.items()},
-    }
-
-
-def _conform(table: pa.Table, source: str, allow_bad_positions: bool) -> pa.Table:
-    """The table with the contract's columns and types, or a UserError."""
+    Raises:
+      UserError: names `source`, the first offending rows and the reason.
+    """
     if len(set(table.column_names)) < len(table.column_names):
         raise UserError(f"{source} has two columns of one name: {table.column_names}")
     for name in _REQUIRED:

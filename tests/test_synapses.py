@@ -172,10 +172,10 @@ def test_empty_tables(tmp_path: pathlib.Path) -> None:
 
 
 def test_bad_export(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="synapses_v3.json does not exist"):
+    with pytest.raises(UserError, match="hemi_lineages_v3.json does not exist"):
         synapses.load(tmp_path)
     write_export(tmp_path, skeletons_v3={})
-    with pytest.raises(UserError, match="synapse 9: .*'16'"):
+    with pytest.raises(UserError, match="synapse 9: 'skeleton 16' is missing"):
         synapses.load(tmp_path)
     write_export(tmp_path, synapses_v3=[1, 2])
     with pytest.raises(UserError, match="objects by id"):
