@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings ground truth of any source into a synapse table.
+
+    python tools/import_synapses.py --source=malevnc \
+        --input=acetylcholine.csv.gz,gaba.csv.gz,glutamate.csv.gz \
+        --output=malevnc.feather
+    python tools/import_synapses.py --source=table --input=mine.csv --space=volume \
+        --columns=synapse_id=id,neuron_id=body,neurotransmitter=nt \
+        --scale_nm_zyx=40,4,4 --output=mine.feather
+
+Beside the table it writes what is not in it: `<output>.dropped.feather`, a row for each
+row left out, with the reason; and `<output>.report.json`, the counts.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from absl import flags
+
+from synister_jax import (
+    command,
+    dialects,
+    export_v3,
+    files,
+    ground_truth,
+    spaces,
+    synapses,
+    volumes,
+)
+from synister_jax.command import UserError
+
+_SOURCE = flags.DEFINE_enum(
+    "source",
+    None,
+    ["export-v3", *dialects.DIALECTS, "table"],
+    "Whose layout the input has.",
+    required=True,
+)
+_INPUT = flags.DEFINE_list("input", None, "Files, or an export folder.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Feather or Parquet.", required=True)
+_SPACE = flags.DEFINE_enum(
+    "space", None, list(spaces.SPACES), "Of the coordinates, if not the source's own."
+)
+_SCALE = flags.DEFINE_list(
+    "scale_nm_zyx", None, "nm of one step of a coordinate (voxel size, for voxels)."
+)
+_OFFSET = flags.DEFINE_list("offset_nm_zyx", None, "Added to the coordinates, in nm.")
+_COLUMNS = flags.DEFINE_list(
+    "columns", [], "For --source=table: ours=theirs, as neuron_id=body,x=pre_x."
+)
+_VOXEL_SIZE = flags.DEFINE_list(
+    "voxel_size_nm_zyx", None, "Make missing ids of the voxel, of this size."
+)
+_VOLUME = flags.DEFINE_string("volume", None, "Check that the positions lie in it.")
+_MINIMUM_SYNAPSES = flags.DEFINE_integer(
+    "minimum_synapses", ground_truth.MINIMUM_SYNAPSES, "Of a class.", lower_bound=0
+)
+_MINIMUM_NEURONS = flags.DEFINE_integer(
+    "minimum_neurons", ground_truth.MINIMUM_NEURONS, "Of a class.", lower_bound=0
+)
+_KEEP_UNKNOWN = flags.DEFINE_bool(
+    "keep_unknown", False, "Keep neurons whose transmitter is not known."
+)
+_DROP_BAD_ROWS = flags.DEFINE_bool(
+    "drop_bad_rows", False, "Leave out and list rows that would be an error."
+)
+
+
+def main() -> None:
+    output = pathlib.Path(_OUTPUT.value)
+    if output.suffix not in (".feather", ".parquet"):
+        raise UserError(f"--output={output}: name a .feather or .parquet file")
+    files.make_folder(output.parent)
+    volume = None if _VOLUME.value is None else volumes.open(_VOLUME.value)
+    if _SOURCE.value == "export-v3":
+        result = _export_v3()
+    else:
+        result = ground_truth.read(
+            [pathlib.Path(path) for path in _INPUT.value],
+            _dialect(),
+            space=_space(),
+            volume=volume,
+            minimum_synapses=_MINIMUM_SYNAPSES.value,
+            minimum_neurons=_MINIMUM_NEURONS.value,
+            keep_unknown=_KEEP_UNKNOWN.value,
+            drop_bad_rows=_DROP_BAD_ROWS.value,
+        )
+    report = {"source": _SOURCE.value, **result.report}
+    if volume is not None:
+        report["outside_volume"] = _check_positions(result, volume)
+    files.write_feather(output.with_suffix(".dropped.feather"), result.dropped)
+    files.write_json(output.with_suffix(".report.json"), report)
+    if not len(result.table):
+        why = "; ".join(f"{n:,} rows: {why}" for why, n in report["dropped"].items())
+        raise UserError(f"no synapse is left for {output}: {why or 'no rows'}")
+    synapses.write(result.table, output)
+    _print(output, report)
+
+
+def _export_v3() -> ground_truth.GroundTruth:
+    """As published: nothing is left out."""
+    if len(_INPUT.value) != 1:
+        raise UserError("--source=export-v3 takes one folder as --input")
+    folder = pathlib.Path(_INPUT.value[0])
+    table = synapses.load(folder)
+    different = export_v3.unpublished(folder)
+    for name, how in different.items():
+        print(f"warning: {folder / name} {how} from the published one", file=sys.stderr)
+    report = {"inputs": [str(folder)], "unpublished": different}
+    report |= ground_truth.summary(table)
+    return ground_truth.GroundTruth(table, ground_truth.NOTHING_DROPPED, report)
+
+
+def _dialect() -> dialects.Dialect:
+    if _SOURCE.value == "table":
+        pairs = [pair.partition("=") for pair in _COLUMNS.value]
+        if not all(ours and theirs for ours, _, theirs in pairs):
+            raise UserError("--columns: write pairs ours=theirs, as neuron_id=body")
+        dialect = dialects.of_table({ours: theirs for ours, _, theirs in pairs})
+    elif _COLUMNS.value:
+        raise UserError("--columns is for --source=table; this source has its own")
+    else:
+        dialect = dialects.DIALECTS[_SOURCE.value]
+    if _VOXEL_SIZE.value is None:
+        return dialect
+    size = _numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value)
+    return dataclasses.replace(dialect, voxel_size_nm_zyx=size)
+
+
+def _space() -> spaces.Space | None:
+    """What the flags say; None leaves it to the source."""
+    own = [_SCALE.value, _OFFSET.value] != [None, None]
+    if own and _SOURCE.value != "table":
+        raise UserError("--scale_nm_zyx and --offset_nm_zyx are for --source=table")
+    if own and _SPACE.value not in (None, "volume"):
+        raise UserError("give --space or --scale_nm_zyx and --offset_nm_zyx, not both")
+    if own:
+        scale = _numbers("scale_nm_zyx", _SCALE.value or ["1"] * 3)
+        offset = _numbers("offset_nm_zyx", _OFFSET.value or ["0"] * 3)
+        return spaces.Space("the volume", scale, offset)
+    return None if _SPACE.value is None else spaces.SPACES[_SPACE.value]
+
+
+def _numbers(flag: str, texts: list[str]) -> tuple[float, ...]:
+    try:
+        z, y, x = (float(text) for text in texts)
+    except ValueError:
+        raise UserError(f"--{flag} takes three numbers, as 40,4,4") from None
+    return z, y, x
+
+
+def _check_positions(result: ground_truth.GroundTruth, volume: volumes.Volume) -> int:
+    """How many lie outside; an error where the unit or the axes seem mistaken."""
+    positions = synapses.positions_nm_zyx(result.table)
+    if doubt := spaces.doubt(positions, volume):
+        raise UserError(f"{doubt}; check --space and --scale_nm_zyx")
+    if spaces.look_like_voxels(positions, volume):
+        print(
+            "warning: all positions lie where their voxel indices would: if they are "
+            "voxels, give --scale_nm_zyx",
+            file=sys.stderr,
+        )
+    return int(spaces.outside(positions, volume).sum())
+
+
+def _print(output: pathlib.Path, report: dict) -> None:
+    print(f"{output}: {report['synapses']:,} synapses of {report['neurons']:,} neurons")
+    for name, count in report["classes"].items():
+        synapse_count, neurons = count["synapses"], count["neurons"]
+        print(f"  {name:<16}{synapse_count:>12,} synapses {neurons:>8,} neurons")
+    for reason, count in report["dropped"].items():
+        print(f"  left out: {count:,} rows: {reason}")
+    for path, absent in report.get("absent_columns", {}).items():
+        print(f"  not there: {', '.join(absent)} in {path}")
+    if report.get("outside_volume"):
+        print(f"  outside the volume: {report['outside_volume']:,}")
+
+
+if __name__ == "__main__":
+    command.run(main)
