@@ -6,6 +6,8 @@ SEED ?= 0
 # A volume to plant the demonstration's synapses in, instead of generated texture.
 BACKGROUND ?=
 DEMO ?= demo
+# mongodb://HOST/DATABASE: the demonstration's synapses go through that database.
+SYNAPSES ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
@@ -26,11 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 # Every stage skips what is already done: interrupt it and type make demo again.
 demo: $(STAMP)
 	$(BIN)/python tools/make_demo.py --output='$(DEMO)/data' --seed=$(SEED) $(if $(BACKGROUND),--background='$(BACKGROUND)')
-	$(BIN)/python tools/shard_crops.py --config=configs/demo.py --synapses='$(DEMO)/data' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/shards' --shard_mib=8 --verify
+	$(if $(SYNAPSES),$(BIN)/python tools/import_mongo.py load --mongo='$(SYNAPSES)' --synapses='$(DEMO)/data')
+	$(BIN)/python tools/make_splits.py --synapses='$(or $(SYNAPSES),$(DEMO)/data)' --by=neuron --name=skeleton --output='$(DEMO)/synapses.feather' --report='$(DEMO)/splits'
+	$(BIN)/python tools/shard_crops.py --config=configs/demo.py --synapses='$(DEMO)/synapses.feather' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/shards' --shard_mib=8 --verify
 	$(BIN)/python -m synister_jax.train --config=configs/demo.py --config.shards='$(DEMO)/shards' --config.seed=$(SEED) --workdir='$(DEMO)/run'
 	$(BIN)/python -m synister_jax.evaluate --workdir='$(DEMO)/run' --part=validation --steps=all
 	$(BIN)/python -m synister_jax.evaluate --workdir='$(DEMO)/run' --part=test --steps=best
-	$(BIN)/python -m synister_jax.predict --workdir='$(DEMO)/run' --step=best --synapses='$(DEMO)/data' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/predictions'
+	$(BIN)/python -m synister_jax.predict --workdir='$(DEMO)/run' --step=best --synapses='$(DEMO)/synapses.feather' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/predictions'
 	$(BIN)/python -m synister_jax.aggregate --predictions='$(DEMO)/predictions/predictions.feather' --by=neuron --output='$(DEMO)/neurons.feather'
 	$(BIN)/python -m synister_jax.report --workdir='$(DEMO)/run' --predictions='$(DEMO)/predictions/predictions.feather' --output='$(DEMO)/report.html'
 

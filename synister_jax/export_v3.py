@@ -81,12 +81,12 @@ def unpublished(folder: pathlib.Path) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             found[name] = "missing"
-        elif _git_blob(path) != blob:
+        elif git_blob(path) != blob:
             found[name] = "differs"
     return found
 
 
-def _git_blob(path: pathlib.Path) -> str:
+def git_blob(path: pathlib.Path) -> str:
     """The id that git gives the content: SHA-1 of a header with its size, and it."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     with open(path, "rb") as file:

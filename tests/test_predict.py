@@ -240,6 +240,32 @@ def test_killed_and_rerun_gives_the_same_bytes(
     assert output_files(killed) == expected
 
 
+def test_mistaken_units_stop_cutting_and_warn_in_prediction(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    rows = synapse_table.to_pylist()
+    for row in rows:  # as if nm were voxels
+        row["z_nm"] *= 40
+        row["y_nm"] *= 4
+        row["x_nm"] *= 4
+    table = tmp_path / "twice.feather"
+    feather.write_feather(pa.Table.from_pylist(rows), str(table))
+    out = tmp_path / "out"
+    command = run_command(workdir, table, volume_path, out)
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "warning: 90 of 90 positions lie outside" in finished.stderr
+    assert len(predictions.load(out / "predictions.feather")) == 90
+    command = [sys.executable, "tools/shard_crops.py", "--config=configs/demo.py"]
+    command += [f"--synapses={table}", f"--volume={volume_path}", f"--output={out}"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 1 and len(finished.stderr.splitlines()) == 1
+    assert "multiplied by the voxel size once more" in finished.stderr
+
+
 def test_other_arguments_in_the_same_folder_are_refused(
     tmp_path: pathlib.Path,
     workdir: pathlib.Path,

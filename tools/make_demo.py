@@ -36,7 +36,7 @@ _NEURONS = flags.DEFINE_integer("neurons", 120, "Number of neurons.")
 _SYNAPSES = flags.DEFINE_integer("synapses", 1800, "Number of synapses.")
 _SHAPE = flags.DEFINE_list("shape_zyx", ["48", "1536", "1536"], "Volume shape, voxels.")
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 # Neurons and hemilineages per class in the default set: as skewed as the real data
 # (397 acetylcholine, 165 GABA, 5 octopamine), but each class can still be learnt.
 _NEURON_WEIGHTS = dict(zip(demo_synapses.CLASSES, (24, 40, 15, 9, 9, 14), strict=True))
@@ -45,7 +45,6 @@ _UNKNOWN_SHARE = 8 / 120  # neurons whose transmitter the tables do not tell
 _CO_RELEASED = ("gaba", "octopamine")  # by one neuron, painted as the first
 _MIN_NEURONS = 40  # six a class and the unknown: two a class for each of three parts
 _BRAIN_REGIONS = ("AL", "MB", "LH", "EB", "PB", "LAL", "SMP", "AVLP")
-_SPLIT = {"train": 0.64, "validation": 0.16, "test": 0.20}
 _BORDER_SHARE = 0.02  # of the synapses lie so near the border that crops leave it
 _MARGIN_VX_ZYX = np.array([4, 32, 32])  # all others stay this far inside
 _SEPARATION_VX_ZYX = np.array([6, 56, 56])  # two synapses differ by it on some axis
@@ -217,29 +216,6 @@ def _draw_places(parameters: dict[str, Any]) -> list[tuple[int, int, int]]:
     return [tuple(at) for at in rng.permutation(placed).tolist()]
 
 
-def _split(neurons: Sequence[Neuron]) -> dict[int, str]:
-    """The part of each neuron of one known transmitter, by class and whole neurons.
-
-    The largest neurons go first, each to the part that lacks most synapses; then the
-    smallest move until test and validation have two neurons each.
-    """
-    part_of: dict[int, str] = {}
-    for class_name in demo_synapses.CLASSES:
-        members = [neuron for neuron in neurons if neuron.known == (class_name,)]
-        members.sort(key=lambda neuron: (-neuron.synapse_count, neuron.id))
-        total = sum(neuron.synapse_count for neuron in members)
-        lacking = {part: share * total for part, share in _SPLIT.items()}
-        parts: list[str] = []
-        for neuron in members:
-            parts.append(max(lacking, key=lacking.__getitem__))
-            lacking[parts[-1]] -= neuron.synapse_count
-        for part in ("test", "validation"):
-            while parts.count(part) < 2 < parts.count("train"):
-                parts[len(parts) - 1 - parts[::-1].index("train")] = part
-        part_of |= {neuron.id: p for neuron, p in zip(members, parts, strict=True)}
-    return part_of
-
-
 def _write_volume(
     path: pathlib.Path,
     parameters: dict[str, Any],
@@ -265,7 +241,6 @@ def _write_tables(
     owners: Sequence[int],
     places_vx_zyx: Sequence[tuple[int, int, int]],
 ) -> None:
-    part_of = _split(neurons)
     rng = demo_synapses.generator(parameters["seed"], _REGIONS)
     centre = rng.uniform(0, parameters["shape_zyx"][1:], (len(_BRAIN_REGIONS), 2))
     rng = demo_synapses.generator(parameters["seed"], _IDS)
@@ -275,10 +250,9 @@ def _write_tables(
         neuron_id = neurons[owner].id
         z, y, x = np.multiply(place, demo_synapses.VOXEL_NM_ZYX).tolist()
         region = _BRAIN_REGIONS[np.linalg.norm(centre - place[1:], axis=1).argmin()]
-        part = part_of.get(neuron_id)
         synapse_table[id_] = {"skeleton_id": neuron_id, "x": x, "y": y, "z": z}
         synapse_table[id_]["brain_region"] = region
-        synapse_table[id_]["splits"] = part and {"skeleton": part}
+        synapse_table[id_]["splits"] = None
     hemilineage_table: dict[int, Any] = {}
     for i, (id_, class_name) in enumerate(hemilineages.items()):
         guess = [class_name] if i % 4 < 3 else None  # not each one has a guess
@@ -294,7 +268,9 @@ def _write_tables(
         "neurons_per_class": Counter(n.class_name for n in neurons),
         "synapses_per_class": Counter(neurons[owner].class_name for owner in owners),
         # What the tables withhold, to compare a prediction with.
-        "painted_as": {n.id: n.class_name for n in neurons if n.id not in part_of},
+        "painted_as": {
+            n.id: n.class_name for n in neurons if n.known != (n.class_name,)
+        },
     }
     files.write_json(folder / "hemi_lineages_v3.json", hemilineage_table)
     files.write_json(folder / "skeletons_v3.json", neuron_table)

@@ -12,7 +12,8 @@ back, after cutting or, with nothing left to cut, alone.
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import augment, command, shards, synapses, volumes
+from synister_jax import augment, command, shards, spaces, synapses, volumes
+from synister_jax.command import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
@@ -27,10 +28,14 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     config = _CONFIG.value
+    table = synapses.load(_SYNAPSES.value)
+    volume = volumes.open(_VOLUME.value, config.voxel_size_nm_zyx)
+    if doubt := spaces.doubt(synapses.positions_nm_zyx(table), volume):
+        raise UserError(f"{_SYNAPSES.value}: {doubt}; see tools/import_synapses.py")
     written = shards.write(
         _OUTPUT.value,
-        synapses.load(_SYNAPSES.value),
-        volumes.open(_VOLUME.value, config.voxel_size_nm_zyx),
+        table,
+        volume,
         crop_shape_zyx=config.crop_shape_zyx,
         margin_vx_zyx=augment.margin_vx_zyx(config.augment),
         classes=config.classes,
