@@ -34,6 +34,18 @@ def _exit(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
+def subcommand(names: Sequence[str]) -> str:
+    """Takes the first word off the command line; exit code 2 unless it is of `names`.
+
+    Call it before flags are defined: each subcommand has its own.
+    """
+    given = sys.argv[1] if len(sys.argv) > 1 else ""
+    if given not in names:
+        _exit(f"first say what to do: {', '.join(names)} (not {given!r})", 2)
+    del sys.argv[1]
+    return given
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses flags, runs `main`; exit code 0 done, 1 a `UserError`, 2 wrong flags."""
 

@@ -6,6 +6,7 @@ synister_db.py): `synapses` refer to `skeletons` (neurons; they hold the known
 transmitters), which refer to `hemi_lineages`. Nothing here talks to a server or a file.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -89,10 +90,10 @@ def row(
         name = hemi_lineage.get("hemi_lineage_name") or ""
         parts = synapse.get("splits") or {}
         return {
-            "synapse_id": _integer(synapse["synapse_id"]),
-            "z_nm": _number(synapse["z"]),
-            "y_nm": _number(synapse["y"]),
-            "x_nm": _number(synapse["x"]),
+            "synapse_id": integer(synapse["synapse_id"]),
+            "z_nm": number(synapse["z"]),
+            "y_nm": number(synapse["y"]),
+            "x_nm": number(synapse["x"]),
             "neuron_id": neuron_id,
             "neurotransmitter": "+".join(known) or None,
             "hemilineage": None if _NO_HEMILINEAGE.fullmatch(name) else name,
@@ -108,19 +109,21 @@ def row(
 
 
 def _referred(collection: Mapping[int, Document], key: Any, what: str) -> Document:
-    if _integer(key) not in collection:
+    if integer(key) not in collection:
         raise KeyError(f"{what} {key}")
     return collection[key]
 
 
-def _integer(value: Any) -> int:
+def integer(value: Any) -> int:
+    """The id as it is; `TypeError` for what is none."""
     # Doubles have lost digits of large ids; True is an int to Python.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"id {value!r}, not an integer,")
     return value
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """A coordinate, None where it is null; `TypeError` for what is none."""
     if value is not None and not isinstance(value, int | float):
         raise TypeError(f"coordinate {value!r}, not a number,")
     return None if value is None else float(value)
@@ -131,7 +134,8 @@ def from_table(table: pa.Table) -> dict[str, list[Document] | Iterator[Document]
 
     Whole nanometres become integers, as the original stores them; others stay doubles.
     Hemilineages are numbered from 0 in order of appearance, and "none" is one of them,
-    as in the original's ingest.py.
+    as in the original's ingest.py. Read back, an empty text is null, and so is a
+    hemilineage called NA, NONE, NEW or UNKNOWN: to the original these are none.
 
     Raises:
       UserError: the rows of a neuron disagree about it, or a row says something of a
@@ -182,9 +186,9 @@ def synapse_documents(table: pa.Table) -> Iterator[Document]:
             yield complete("synapses", line["synapse_id"], fields)
 
 
-def whole_if_whole(value: float) -> int | float | None:
-    """An integer where the number is one; None for NaN."""
-    if value != value:
+def whole_if_whole(value: float | None) -> int | float | None:
+    """An integer where the number is one; None where it is NaN or infinite."""
+    if value is None or not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
@@ -228,25 +232,35 @@ def to_batches(
     Raises:
       UserError: see `row`; or a value does not fit its column.
     """
+    rows = (row(synapse, skeletons, hemi_lineages) for synapse in synapses)
+    return in_batches(rows, schema)
+
+
+def in_batches(rows: Iterable[Document], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows with a `synapse_id` as batches; a column that a row lacks is null there.
+
+    Raises:
+      UserError: a value does not fit its column, or has none.
+    """
     names = set(schema.names)
-    rows: list[Document] = []
+    several: list[Document] = []
 
     def batch() -> pa.RecordBatch:
         try:
-            return pa.RecordBatch.from_pylist(rows, schema=schema)
+            return pa.RecordBatch.from_pylist(several, schema=schema)
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            first, last = rows[0]["synapse_id"], rows[-1]["synapse_id"]
+            first, last = several[0]["synapse_id"], several[-1]["synapse_id"]
             raise UserError(f"synapses {first} to {last}: {error}") from None
 
-    for synapse in synapses:
-        rows.append(row(synapse, skeletons, hemi_lineages))
-        if unforeseen := rows[-1].keys() - names:
+    for line in rows:
+        several.append(line)
+        if unforeseen := line.keys() - names:
             raise UserError(
-                f"synapse {rows[-1]['synapse_id']} has {', '.join(unforeseen)}, which "
-                "was not there when reading began; stop whatever writes and rerun"
+                f"synapse {line['synapse_id']} has {', '.join(unforeseen)}, which was "
+                "not there when reading began; stop whatever writes and rerun"
             )
-        if len(rows) == _BATCH_ROWS:
+        if len(several) == _BATCH_ROWS:
             yield batch()
-            rows = []
-    if rows:
+            several = []
+    if several:
         yield batch()

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,8 +30,10 @@ from synister_jax import (
     command,
     files,
     inference,
+    mongo_uri,
     predictions,
     sharding,
+    spaces,
     synapses,
     volumes,
 )
@@ -239,14 +242,19 @@ def main() -> None:
         size = classifier.config.voxel_size_nm_zyx
         if voxel_size.value is not None:
             size = _numbers(voxel_size.value)
+        rows = synapses.load(table.value, allow_bad_positions=True)
+        opened = volumes.open(volume.value, size)
+        # A warning only: every row is answered, those outside too.
+        if doubt := spaces.doubt(synapses.positions_nm_zyx(rows), opened):
+            print(f"warning: {doubt}", file=sys.stderr)
         result = predict(
             classifier,
-            synapses.load(table.value, allow_bad_positions=True),
-            volumes.open(volume.value, size),
+            rows,
+            opened,
             pathlib.Path(output.value),
             unit_rows.value,
             retry_missing.value,
-            {"workdir": workdir.value, "synapses": table.value},
+            {"workdir": workdir.value, "synapses": mongo_uri.redact(table.value)},
         )
         names, counts = np.unique(result["status"].to_pylist(), return_counts=True)
         shown = ", ".join(f"{n:,} {s}" for s, n in zip(names, counts, strict=True))

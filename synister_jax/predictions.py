@@ -54,6 +54,12 @@ def load(path: str | os.PathLike[str]) -> pa.Table:
         table = feather.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read predictions {path}: {error}") from None
+    check(table, path)
+    return table
+
+
+def check(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` unless the columns and the class order are all there."""
     columns = set(table.column_names)
     try:
         wanted = [probability_column(name) for name in classes(table)]
@@ -62,7 +68,6 @@ def load(path: str | os.PathLike[str]) -> pa.Table:
     for name in [*synapses.SCHEMA.names, "status", *wanted]:
         if name not in columns:
             raise UserError(f"{path} is not a prediction table: no column {name}")
-    return table
 
 
 def about(table: pa.Table) -> dict[str, Any]:

@@ -7,10 +7,11 @@
 scheme, with the values train, validation and test.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, feather, parquet
 
-from synister_jax import export_v3
-from synister_jax.command import UserError
+from synister_jax import export_v3, files, mongo_uri
+from synister_jax.command import Progress, UserError
 
 SCHEMA = pa.schema(
     [
@@ -52,17 +53,23 @@ _REQUIRED = ("synapse_id", *POSITION)
 
 
 def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> pa.Table:
-    """Reads an export v3 folder, Feather, Parquet or CSV as a checked synapse table.
+    """Reads an export v3, Feather, Parquet, CSV or MongoDB as a checked synapse table.
 
     Args:
       uri: a folder with `synapses_v3.json`, `skeletons_v3.json` and
-        `hemi_lineages_v3.json`, or a file whose name tells its format.
+        `hemi_lineages_v3.json`, a file whose name tells its format, or
+        mongodb://[user:password@]host[:port]/DB[?options] (see mongo.py).
       allow_bad_positions: keep rows whose coordinates are missing or not finite, as
         NaN, for a reader that answers every row.
 
     Raises:
       UserError: names the first offending rows and the reason.
     """
+    if str(uri).startswith(mongo_uri.SCHEMES):
+        from synister_jax import mongo  # pymongo only for who asks for it
+
+        table, source = mongo.read_table(str(uri)), mongo_uri.redact(str(uri))
+        return conform(table, source, allow_bad_positions=allow_bad_positions)
     path = pathlib.Path(uri)
     if not path.exists():
         raise UserError(f"synapse table {uri} does not exist")
@@ -76,9 +83,65 @@ def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> p
                 f"cannot tell the format of synapse table {uri}; give an export v3 "
                 f"folder or a file ending in {', '.join(_READERS)}"
             )
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read synapse table {uri}: {error}") from None
     return conform(table, str(uri), allow_bad_positions=allow_bad_positions)
+
+
+def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Writes Feather or Parquet, whichever the name ends in; whole or not at all."""
+    with _writer(path, table.schema) as sink:
+        sink.write_table(table)
+
+
+def write_batches(
+    path: str | os.PathLike[str],
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    total: int,
+) -> int:
+    """Writes a table of synapses batch by batch, as `write` does; returns its rows.
+
+    Raises:
+      UserError: a synapse id is there twice.
+    """
+    ids = []
+    progress = Progress("read", total, "synapses")
+    with _writer(path, schema) as sink:
+        for batch in batches:
+            sink.write_batch(batch)
+            ids.append(batch["synapse_id"].to_numpy())
+            progress.add(len(batch))
+        return len(check_unique(ids, str(path)))
+
+
+def check_unique(ids: Sequence[np.ndarray], where: str) -> np.ndarray:
+    """All the ids, [n] int64; `UserError` where one is there twice."""
+    together = np.concatenate([np.zeros(0, np.int64), *ids])
+    ordered = np.sort(together)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        raise UserError(
+            f"{where} has synapse {again[0]} twice; an id names one synapse"
+        )
+    return together
+
+
+@contextlib.contextmanager
+def _writer(
+    path: str | os.PathLike[str], schema: pa.Schema
+) -> Iterator[pa.ipc.RecordBatchFileWriter | parquet.ParquetWriter]:
+    suffix = pathlib.Path(path).suffix
+    if suffix not in (".feather", ".parquet"):
+        raise UserError(f"cannot write {path}: name a .feather or .parquet file")
+    with files.replacing(path) as partial:
+        if suffix == ".feather":
+            options = pa.ipc.IpcWriteOptions(compression="zstd")
+            opened = pa.ipc.new_file(str(partial), schema, options=options)
+        else:
+            opened = parquet.ParquetWriter(partial, schema, compression="zstd")
+        with opened as sink:
+            yield sink
 
 
 def positions_nm_zyx(table: pa.Table) -> np.ndarray:

@@ -3,6 +3,8 @@
 
 import os
 import pathlib
+import uuid
+from collections.abc import Iterator
 
 # Before jax is imported anywhere: four CPU devices in this process, and no look for
 # other accelerators, so that the suite means the same on every machine.
@@ -10,12 +12,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 
 import ml_collections  # noqa: E402
+import mongo_server  # noqa: E402
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import skeleton  # noqa: E402
-from synister_jax import shards, synapses, volumes  # noqa: E402
+from synister_jax import mongo, shards, synapses, volumes  # noqa: E402
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
@@ -123,3 +126,26 @@ def write_shards(
         classes=CLASSES,
         shard_bytes=20 * 6 * 20 * 20,
     )
+
+
+@pytest.fixture(scope="session")
+def mongo_server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URI of a server: SYNISTER_MONGO_URI where it is set, else one of our own."""
+    if given := os.environ.get("SYNISTER_MONGO_URI"):
+        yield given
+        return
+    server, uri = mongo_server.start(tmp_path_factory.mktemp("mongo"))
+    yield uri
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture
+def mongo_database(mongo_server_uri: str) -> Iterator[str]:
+    """URI of a new database, dropped afterwards with its predictions."""
+    name = f"synister_test_{uuid.uuid4().hex[:12]}"
+    uri = mongo_server.with_database(mongo_server_uri, name)
+    yield uri
+    with mongo.connect(uri) as database:
+        for each in (name, f"{name}_predictions"):
+            database.client.drop_database(each)
