@@ -3,6 +3,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 from matplotlib.figure import Figure  # noqa: E402
 
+# Of Okabe and Ito, for eyes that see colours differently; light enough for text.
+_PART_COLOURS = {"train": "#8cc5e8", "validation": "#f2c14e", "test": "#e39aa8"}
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"
 
 
@@ -88,6 +91,62 @@ def contact_sheet(
                 color=colour,
                 transform=axes.transAxes,
             )
+    return figure
+
+
+def balance(measured: Mapping[str, Any], fractions: Sequence[float]) -> Figure:
+    """Parts of a split by class, and what they share (leakage.measure).
+
+    Left the share of each class's synapses with their number, and lines where the
+    `fractions` of train, validation and test end; right its neurons; below the leaks.
+    """
+    classes: Mapping[str, Mapping[str, Any]] = measured["classes"]
+    figure, (left, right) = plt.subplots(
+        1,
+        2,
+        figsize=(10, 1.9 + 0.42 * len(classes)),
+        layout="constrained",
+        sharey=True,
+        width_ratios=(3, 2),
+    )
+    rows = range(len(classes))
+    for axes, what in ((left, "synapses"), (right, "neurons")):
+        before = np.zeros(len(classes))
+        totals = np.array([sum(p[what] for p in c.values()) for c in classes.values()])
+        for part, colour in _PART_COLOURS.items():
+            counts = np.array([of_class[part][what] for of_class in classes.values()])
+            share = counts / np.maximum(totals, 1)
+            axes.barh(rows, share, left=before, color=colour, label=part)
+            for row in np.flatnonzero(share > 0.05):
+                axes.text(
+                    before[row] + share[row] / 2,
+                    row,
+                    f"{counts[row]:,}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                )
+            before += share
+        axes.set_xlim(0, 1)
+        axes.set_xlabel(f"fraction of {what}")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+    for end in np.cumsum(fractions)[:-1]:
+        left.axvline(end, color="black", linewidth=1, linestyle=(0, (3, 2)))
+    left.set_yticks(rows, classes)
+    left.invert_yaxis()
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
+    left.set_title(f"split {measured['split']!r}", loc="left", fontsize=10)
+    shared = [
+        f"{found['values']:,} {column.removesuffix('_id').replace('_', ' ')}s"
+        for column, found in measured["in_several_parts"].items()
+    ]
+    figure.supxlabel(
+        f"in several parts: {', '.join(shared)}; synapses whose crop shares voxels "
+        f"with a crop of another part: {measured['crops']['synapses']:,}",
+        fontsize=9,
+    )
     return figure
 
 
