@@ -45,11 +45,12 @@ def read(path: str | os.PathLike[str]) -> pa.Table:
                 ".parquet, .json, .csv or .csv.gz"
             )
         names = table.column_names  # decoded only here
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two columns of one name: {names}")
-    return table
+    # A column without a name holds the row names of R or pandas.
+    return table.drop_columns([""]) if "" in names else table
 
 
 def _is_json(path: pathlib.Path) -> bool:
@@ -81,7 +82,14 @@ def _read_csv(path: pathlib.Path) -> pa.Table:
     with csv.open_csv(path) as reader:
         names = reader.schema.names
     convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-    return csv.read_csv(path, convert_options=convert)
+    try:
+        return csv.read_csv(path, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        if "newlines_in_values" not in str(error):
+            raise
+    # A quoted line break where one block of the file ended: slower, and rare.
+    parse = csv.ParseOptions(newlines_in_values=True)
+    return csv.read_csv(path, convert_options=convert, parse_options=parse)
 
 
 def text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -139,6 +147,10 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """As plain values; lists, structs and bytes as text, to be named when unfit."""
     if pa.types.is_dictionary(column.type):
         return column.cast(column.type.value_type)
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        texts = [None if v is None else str(v) for v in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.string())])
     return column

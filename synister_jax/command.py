@@ -2,6 +2,7 @@
 """What every command shares: how it starts, reports progress, and fails."""
 
 import collections
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _exit(message: str, code: int) -> None:
-    one_line = " ".join(message.split())
+    # A URI given in the wrong place may hold a password.
+    one_line = re.sub(r"(\w+:/*)[^\s/]\S*@", r"\1…@", " ".join(message.split()))
     print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {one_line}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -57,6 +59,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _exit(str(error), 1)
+        except KeyboardInterrupt:
+            _exit("interrupted; the same command goes on", 130)
 
     app.run(guarded, flags_parser=_parse_flags)
 

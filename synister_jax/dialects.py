@@ -32,6 +32,7 @@ class Dialect:
     neuprint_ids: bool = False  # the id is made of the voxel's coordinates
     verified: str = ""  # where this column is there, it must say "true"
     smallest_size: int = 0  # of a synapse, in the column `size`
+    may_lack: tuple[str, ...] = ()  # columns that a file need not have
     neuron_needed: bool = True
     splits: bool = False  # columns split_<name> are taken over
 
@@ -47,6 +48,7 @@ DIALECTS: Mapping[str, Dialect] = {
         brain_region="inside",
         voxel_size_nm_zyx=(40, 4, 4),
         verified="neurotransmitter.verified",
+        may_lack=("ItoLee.Hemilineage", "inside"),
     ),
     "hemibrain": Dialect(
         "hemibrain-neuprint",
@@ -56,6 +58,7 @@ DIALECTS: Mapping[str, Dialect] = {
         hemilineage="ItoLee.Hemilineage",
         brain_region="inside",
         voxel_size_nm_zyx=(8, 8, 8),
+        may_lack=("ItoLee.Hemilineage", "inside"),
     ),
     "malevnc": Dialect("malevnc-neuprint", "syn_id", ("body",), neuprint_ids=True),
     # What consolidate.py writes: in the frame of the container already.
@@ -66,15 +69,24 @@ DIALECTS: Mapping[str, Dialect] = {
         (("neurotransmitter",),),
         hemilineage="hemilineage",
         brain_region="region",
+        may_lack=("hemilineage", "region"),
     ),
     "banc": Dialect(
-        "banc", "id", ("body",), (("nt_name",),), cell_type="cell_type", smallest_size=5
+        "banc",
+        "id",
+        ("body",),
+        (("nt_name",),),
+        cell_type="cell_type",
+        smallest_size=5,
+        may_lack=("cell_type",),
     ),
 }
 
 
 def of_table(mapping: Mapping[str, str]) -> Dialect:
     """Of a table in nm of its volume; `mapping`: our names (and x, y, z) to its own.
+
+    What is mapped must be there; of the rest, only the id and the coordinates.
 
     Raises:
       UserError: a name on the left is not one of ours.
@@ -95,6 +107,7 @@ def of_table(mapping: Mapping[str, str]) -> Dialect:
         own["brain_region"],
         own["cell_type"],
         (own["x"], own["y"], own["z"]),
+        may_lack=tuple(set(names) - mapping.keys() - {"synapse_id"}),
         neuron_needed=False,
         splits=True,
     )

@@ -6,6 +6,7 @@ synister_db.py): `synapses` refer to `skeletons` (neurons; they hold the known
 transmitters), which refer to `hemi_lineages`. Nothing here talks to a server or a file.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -124,7 +125,7 @@ def integer(value: Any) -> int:
 
 def number(value: Any) -> float | None:
     """A coordinate, None where it is null; `TypeError` for what is none."""
-    if value is not None and not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
         raise TypeError(f"coordinate {value!r}, not a number,")
     return None if value is None else float(value)
 
@@ -243,14 +244,21 @@ def in_batches(rows: Iterable[Document], schema: pa.Schema) -> Iterator[pa.Recor
       UserError: a value does not fit its column, or has none.
     """
     names = set(schema.names)
+    unfit = (pa.ArrowException, OverflowError, TypeError, ValueError)
     several: list[Document] = []
 
     def batch() -> pa.RecordBatch:
-        try:
+        with contextlib.suppress(*unfit):
             return pa.RecordBatch.from_pylist(several, schema=schema)
-        except (pa.ArrowException, OverflowError, TypeError) as error:
-            first, last = several[0]["synapse_id"], several[-1]["synapse_id"]
-            raise UserError(f"synapses {first} to {last}: {error}") from None
+        for line in several:
+            for field in schema:
+                try:
+                    pa.array([line.get(field.name)], field.type)
+                except unfit as error:
+                    raise UserError(
+                        f"synapse {line['synapse_id']}: {field.name}: {error}"
+                    ) from None
+        raise AssertionError("each value fits and all together do not")
 
     for line in rows:
         several.append(line)

@@ -60,7 +60,7 @@ def collections(folder: pathlib.Path) -> dict[str, list[documents.Document]]:
 
 def _documents(folder: pathlib.Path, collection: str) -> list[documents.Document]:
     path = folder / f"{collection}_v3.json"
-    content: Any = files.read_json(path)
+    content: Any = files.read_json(path, unique_keys=True)
     if not isinstance(content, dict):
         raise UserError(f"{path}: the files of an export v3 are objects by id")
     result = []
@@ -68,9 +68,12 @@ def _documents(folder: pathlib.Path, collection: str) -> list[documents.Document
         if not isinstance(fields, dict):
             raise UserError(f"{path}, id {key}: {fields!r} is not an object")
         try:
-            result.append(documents.complete(collection, int(key), fields))
+            document = documents.complete(collection, int(key), fields)
         except ValueError:
             raise UserError(f"{path}: id {key!r} is not an integer") from None
+        if document[documents.ID_FIELDS[collection]] != int(key):
+            raise UserError(f"{path}, id {key}: another id is inside")
+        result.append(document)
     return result
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are either whole or absent: write to a temporary name, then rename."""
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -29,9 +30,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"cannot write {path} ({error.strerror or error}); mend that and rerun"
         ) from None
@@ -46,14 +49,28 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Raises `UserError` naming the file when it is absent or is not JSON."""
+def read_json(path: str | os.PathLike[str], unique_keys: bool = False) -> Any:
+    """Raises `UserError` naming the file when it is absent or is not JSON.
+
+    Args:
+      unique_keys: refuse an object with a key twice; else the last one counts.
+    """
+    hook = _unique if unique_keys else None
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=hook)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(key, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r} is there twice")
+    return content
 
 
 def write_feather(path: str | os.PathLike[str], table: pa.Table) -> None:

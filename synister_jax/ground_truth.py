@@ -49,6 +49,7 @@ class GroundTruth:
     report: dict[str, Any]
 
 
+_FACTS = ("hemilineage", "brain_region", "cell_type")
 _DROPPED = pa.schema(
     [
         ("file", pa.string()),
@@ -94,7 +95,9 @@ def read(
         bad |= pc.is_null(rows["neuron_id"]).to_numpy()
     sieve.refuse(bad, "the neuron id is not a whole number (floats lose digits)")
     neurotransmitter = _transmitters(rows, sieve, keep_unknown)
-    sieve.drop(rows["small"].to_numpy(), f"size below {dialect.smallest_size}")
+    sieve.drop(
+        rows["small"].to_numpy(), f"size below {dialect.smallest_size} or missing"
+    )
     xyz = {name: rows[name].to_numpy() for name in "xyz"}
     lacking = np.isnan(list(xyz.values())).any(axis=0)
     sieve.refuse(lacking, "a coordinate is missing or not a number")
@@ -106,20 +109,27 @@ def read(
             **dict(zip(synapses.POSITION, position.T, strict=True)),
             "neuron_id": rows["neuron_id"],
             "neurotransmitter": neurotransmitter,
-            **{n: rows[n] for n in ("hemilineage", "brain_region", "cell_type")},
+            **{n: rows[n] for n in _FACTS},
             **{n: rows[n] for n in synapses.split_columns(rows)},
         }
     )
+    for name in synapses.split_columns(rows):
+        bad = pc.invert(
+            pc.is_in(rows[name], value_set=pa.array([*synapses.PARTS, None]))
+        )
+        sieve.refuse(bad.to_numpy(), f"{name} is not {', '.join(synapses.PARTS)}")
     _drop_duplicates(table, sieve)
     _drop_small_classes(table, sieve, minimum_synapses, minimum_neurons)
+    table, several = _one_to_a_neuron(table.filter(sieve.kept))
     done = spaces.describe(space, volume.shape_zyx if volume else None)
     about = {"space": f"{space.frame}, nm", "made_by": done}
     about["inputs"] = [str(path) for path in paths]
     table = table.replace_schema_metadata({"synister_jax": json.dumps(about)})
     dropped = sieve.dropped(synapse_id)
-    table = synapses.conform(table.filter(sieve.kept), " and ".join(map(str, paths)))
+    table = synapses.conform(table, " and ".join(map(str, paths)))
     absent = {str(p): a for p, (_, a) in zip(paths, read_files, strict=True) if a}
-    report = about | {"absent_columns": absent} | summary(table, dropped)
+    report = about | {"absent_columns": absent, "first_value_taken": several}
+    report |= summary(table, dropped)
     return GroundTruth(table, dropped, report)
 
 
@@ -186,40 +196,37 @@ def _standard(
 ) -> tuple[pa.Table, list[str]]:
     """A file with one set of columns for all dialects, and the columns it lacks."""
     table = columns.read(path)
-    metadata = (table.schema.metadata or {}).get(b"synister_jax", b"{}")
-    if space != spaces.SPACES["volume"] and "made_by" in json.loads(metadata):
+    if space != spaces.SPACES["volume"] and b"synister_jax" in (
+        table.schema.metadata or {}
+    ):
         raise UserError(
-            f"{path} has been brought into its volume's frame already; read it with "
-            "--source=table --space=volume"
+            f"{path} is a synapse table, in its volume's frame already; read it with "
+            "--source=table and without --space, --scale_nm_zyx or --offset_nm_zyx"
         )
+    absent = []
 
-    def needed(names: Sequence[str]) -> list[pa.ChunkedArray]:
+    def column(*names: str) -> list[pa.ChunkedArray]:
+        """Those of the columns that are there; one of nulls where none need be."""
         there = [table[name] for name in names if name in table.column_names]
-        if not there:
+        if there:
+            return there
+        if not set(names) <= {"", *dialect.may_lack}:
             raise UserError(
                 f"{path} has no column {' or '.join(names)}; it has "
                 f"{', '.join(table.column_names)}"
             )
-        return there
+        absent.extend(filter(None, names))
+        return [pa.chunked_array([pa.nulls(len(table), pa.string())])]
 
-    absent = []
-
-    def optional(name: str) -> pa.ChunkedArray:
-        if name in table.column_names:
-            return columns.text(table[name])
-        if name:
-            absent.append(name)
-        return pa.chunked_array([pa.nulls(len(table), pa.string())])
-
-    synapse, bad_synapse = _ids(needed([dialect.synapse_id]))
-    neuron, bad_neuron = _ids(needed(dialect.neuron_id))
+    synapse, bad_synapse = _ids(column(dialect.synapse_id))
+    neuron, bad_neuron = _ids(column(*dialect.neuron_id))
     known = _labels(path, table, dialect)
-    if dialect.verified in table.column_names:
+    if dialect.verified and dialect.verified in table.column_names:
         is_true = pc.equal(pc.utf8_lower(columns.text(table[dialect.verified])), "true")
         known = pc.if_else(pc.fill_null(is_true, False), known, None)
     small = np.zeros(len(table), bool)
     if dialect.smallest_size:
-        small = ~(columns.numbers(needed(["size"])[0]) >= dialect.smallest_size)
+        small = ~(columns.numbers(column("size")[0]) >= dialect.smallest_size)
     standard = {
         "file": pa.array([str(path)] * len(table), pa.string()),
         "row": np.arange(len(table)),
@@ -228,16 +235,18 @@ def _standard(
         "neuron_id": neuron,
         "bad_neuron_id": bad_neuron,
         "neurotransmitter": known,
-        "hemilineage": optional(dialect.hemilineage),
-        "brain_region": optional(dialect.brain_region),
-        "cell_type": optional(dialect.cell_type),
         "small": small,
     }
+    for name in _FACTS:
+        standard[name] = columns.text(column(getattr(dialect, name))[0])
     if dialect.splits:
         for name in synapses.split_columns(table):
             standard[name] = columns.text(table[name])
     for axis, name in zip("xyz", dialect.xyz, strict=True):
-        standard[axis] = columns.numbers(needed([name])[0])
+        # Our own tables say the unit.
+        nm = f"{axis}_nm"
+        is_ours = name not in table.column_names and nm in table.column_names
+        standard[axis] = columns.numbers(column(nm if is_ours else name)[0])
     return pa.table(standard), absent
 
 
@@ -260,6 +269,8 @@ def _labels(path: pathlib.Path, table: pa.Table, dialect: Dialect) -> pa.Chunked
     for names in dialect.neurotransmitter:
         if set(names) <= set(table.column_names):
             return pc.coalesce(*(columns.text(table[name]) for name in names))
+    if {*sum(dialect.neurotransmitter, ())} <= {*dialect.may_lack}:
+        return pa.chunked_array([pa.nulls(len(table), pa.string())])
     choices = " or ".join(" and ".join(names) for names in dialect.neurotransmitter)
     raise UserError(
         f"{path} has no column {choices}; it has {', '.join(table.column_names)}"
@@ -273,7 +284,7 @@ def _transmitters(rows: pa.Table, sieve: _Sieve, keep_unknown: bool) -> pa.Array
     index = pc.fill_null(said.indices, len(names)).to_numpy(zero_copy_only=False)
     values = np.array([*names, None], object)[index]
     for text, name in zip(said.dictionary.to_pylist(), names, strict=True):
-        for part in (name or "").split("+") if name else []:
+        for part in [] if name is None else name.split("+"):
             if part not in synapses.NEUROTRANSMITTERS:
                 known = ", ".join(synapses.NEUROTRANSMITTERS)
                 why = f"unknown neurotransmitter {text!r} (known: {known})"
@@ -293,8 +304,8 @@ def _transmitters(rows: pa.Table, sieve: _Sieve, keep_unknown: bool) -> pa.Array
 
 def _class_name(text: str) -> str | None:
     parts = [part.strip() for part in text.lower().split("+")]
-    parts = [_SYNONYMS.get(part, part) for part in parts]
-    return "+".join(sorted(parts)) if all(parts) else None
+    parts = {_SYNONYMS.get(part, part) for part in parts}
+    return None if None in parts else "+".join(sorted(parts))
 
 
 def _over_neuron(
@@ -365,6 +376,28 @@ def _drop_duplicates(table: pa.Table, sieve: _Sieve) -> None:
     repeated[at] = True
     repeated[distinct["at_min"].to_numpy()] = False
     sieve.drop(repeated, "identical row again")
+
+
+def _one_to_a_neuron(table: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    """Each neuron's first known hemilineage and cell type in all of its rows.
+
+    As ingest.py takes them of a neuron's first synapse. Also tells how many neurons
+    had several.
+    """
+    several = {}
+    for name in ("hemilineage", "cell_type"):
+        known = table.filter(
+            pc.and_(*map(pc.is_valid, (table[name], table["neuron_id"])))
+        )
+        first = known.group_by("neuron_id", use_threads=False).aggregate(
+            [(name, "first"), (name, "count_distinct")]
+        )
+        at = pc.index_in(table["neuron_id"], first["neuron_id"].combine_chunks())
+        values = pc.coalesce(first[f"{name}_first"].take(at), table[name])
+        table = table.set_column(table.column_names.index(name), name, values)
+        if count := pc.sum(pc.greater(first[f"{name}_count_distinct"], 1)).as_py():
+            several[name] = count
+    return table, several
 
 
 def _drop_small_classes(

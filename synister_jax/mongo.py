@@ -82,7 +82,13 @@ def _client(uri: str) -> pymongo.MongoClient:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # options that it leaves out
             return pymongo.MongoClient(uri, connect=False, **ours)
-    except (errors.PyMongoError, UserWarning, TypeError, ValueError) as error:
+    except (
+        errors.PyMongoError,
+        UserWarning,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
         why = str(error)
         if any(secret in why for secret in mongo_uri.secrets(uri)):
             why = type(error).__name__

@@ -70,7 +70,7 @@ def _from_ini(path: pathlib.Path, database: str) -> str:
     # A % in a password is no interpolation.
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+        parser.read_string(path.read_text(encoding="utf-8-sig"))
         section = parser["Credentials"]
         host = section["host"]
         port = section.getint("port", 27017)

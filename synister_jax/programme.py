@@ -281,7 +281,14 @@ def _optimise(
     weights = 1 / np.maximum(wanted, 1)
     unit = weights.min()  # the smallest possible deviation costs 1 in the programme
     constraints = _constraints(
-        kinds, made, fractions, wanted, weights / unit, np.array(least) / unit, spread
+        kinds,
+        made,
+        fractions,
+        wanted,
+        weights / unit,
+        np.array(least) / unit,
+        spread,
+        with_worst=minimise_worst or tolerance < 1,
     )
     x, deviations = len(kinds.many) * (len(made) - 1), wanted.size
     cost = np.zeros(x + 2 * deviations + 1)
@@ -293,17 +300,23 @@ def _optimise(
     most[:x] = np.tile(kinds.many * ~kinds.anchored, len(made) - 1)
     most[-1] = tolerance + _ROUNDING
     work = _WORK // 10 if spread else _WORK
-    found = optimize.milp(
-        cost,
-        constraints=constraints,
-        bounds=optimize.Bounds(0, most),
-        integrality=np.arange(len(cost)) < x,
-        options={
-            "mip_rel_gap": 0,
-            "node_limit": int(np.clip(work // len(cost), _FEWEST_NODES, _MOST_NODES)),
-            "time_limit": max(1.0, groups.deadline - time.monotonic()),
-        },
-    )
+    nodes = int(np.clip(work // len(cost), _FEWEST_NODES, _MOST_NODES))
+    # HiGHS 1.12 now and then trips over its own presolve (status "Solve error").
+    for presolve in (True, False):
+        found = optimize.milp(
+            cost,
+            constraints=constraints,
+            bounds=optimize.Bounds(0, most),
+            integrality=np.arange(len(cost)) < x,
+            options={
+                "presolve": presolve,
+                "mip_rel_gap": 0,
+                "node_limit": nodes,
+                "time_limit": max(1.0, groups.deadline - time.monotonic()),
+            },
+        )
+        if found.x is not None or "error" not in found.message:
+            break
     # 0 solved, 1 time, 2 infeasible; 4 is nodes, or infeasible found by presolve.
     proven = found.status in (0, 2) or "infeasible or unbounded" in found.message
     stopped = "" if proven else "clock" if found.status == 1 else "nodes"
@@ -337,6 +350,7 @@ def _constraints(
     costs: np.ndarray,
     least: np.ndarray,
     spread: bool,
+    with_worst: bool,
 ) -> optimize.LinearConstraint:
     """Columns: groups of each kind in each part after the first; over, then under, for
     each part and class; the worst deviation of a fraction."""
@@ -368,10 +382,13 @@ def _constraints(
         ([has_in_part, None, None, None], fewest.ravel() - has_rest, most),
         ([known[: len(types)], None, None, None], 1 - known_rest[: len(types)], np.inf),
         ([in_part, -eye, eye, None], wanted.ravel() - rest, wanted.ravel() - rest),
-        ([None, cost, cost, None], least, np.inf),
-        ([in_part, None, None, -worst], -np.inf, exact),
-        ([in_part, None, None, worst], exact, np.inf),
+        ([None, cost, cost, sparse.csr_array((classes, 1))], least, np.inf),
     ]
+    if with_worst:
+        rows += [
+            ([in_part, None, None, -worst], -np.inf, exact),
+            ([in_part, None, None, worst], exact, np.inf),
+        ]
     matrix = sparse.block_array([blocks for blocks, _, _ in rows], format="csr")
     limits = [np.broadcast_arrays(low, high) for _, low, high in rows]
     low, high = np.concatenate(limits, axis=1)

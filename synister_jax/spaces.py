@@ -34,7 +34,7 @@ class Space:
 # funkelab/synistereq (repositories) and funkelab/synister_data (NOTES.md, consolidate)
 # say how each service's coordinates reach the containers; htem/synister_banc for BANC.
 SPACES: Mapping[str, Space] = {
-    "volume": Space("the volume itself, nm"),
+    "volume": Space("the volume"),
     # One section lies between CATMAID's FAFB v14 and the N5 container.
     "fafb-catmaid": Space("FAFB v14 N5", offset_nm_zyx=(-40.0, 0.0, 0.0)),
     "hemibrain-neuprint": Space(
@@ -71,7 +71,7 @@ def to_volume(
             if shape_zyx is None:
                 raise UserError(
                     f"coordinates of {space.frame} count from the far end of an axis: "
-                    "give its shape with --volume=URI or --shape_zyx=z,y,x (voxels)"
+                    "give the volume with --volume=URI"
                 )
             values = shape_zyx[axis] - 1 - values
         result.append(values * space.scale_nm_zyx[axis] + space.offset_nm_zyx[axis])
@@ -93,15 +93,23 @@ def outside(positions_nm_zyx: np.ndarray, volume: "Volume") -> np.ndarray:
     return ~((index >= 0) & (index < volume.shape_zyx)).all(axis=1)
 
 
-def doubt(positions_nm_zyx: np.ndarray, volume: "Volume") -> str | None:
+def doubt(
+    positions_nm_zyx: np.ndarray, volume: "Volume", least_share: float = 0.5
+) -> str | None:
     """What seems wrong with the unit or the order of positions in a volume, or None.
 
-    A guess is made where more than half of the finite positions lie outside and one
-    simple change puts nine tenths of these inside.
+    A guess is made where one simple change puts nine tenths of the positions inside
+    that lie outside. Where these are less than half, only those count that lie outside
+    by the volume's length and more (others are neighbours of it), and they must be more
+    than `least_share` of all.
     """
     positions, lost = _lost(positions_nm_zyx, volume)
     if len(lost) * 2 <= len(positions):
-        return None
+        length_nm = np.multiply(volume.shape_zyx, volume.voxel_size_nm_zyx)
+        lengths = (lost - volume.offset_nm_zyx) / length_nm
+        lost = lost[(np.abs(lengths - 0.5) > 1.5).any(axis=1)]
+        if len(lost) <= least_share * len(positions):
+            return None
     voxel = np.asarray(volume.voxel_size_nm_zyx)
     guesses = {
         "they look like nm multiplied by the voxel size once more": lost / voxel,

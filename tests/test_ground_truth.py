@@ -143,7 +143,7 @@ def test_banc(tmp_path: pathlib.Path) -> None:
     found = ground_truth.read(
         [tmp_path / "gt.feather"], dialects.DIALECTS["banc"], **ALL
     )
-    assert found.dropped["reason"].to_pylist() == ["size below 5"]
+    assert found.dropped["reason"].to_pylist() == ["size below 5 or missing"]
     [row] = found.table.to_pylist()
     assert (row["z_nm"], row["y_nm"], row["x_nm"]) == (30 * 45, 80, 40)
     assert (row["neuron_id"], row["cell_type"]) == (720575941473083712, "R1-6")
@@ -188,7 +188,7 @@ def test_a_table_is_never_moved_twice(tmp_path: pathlib.Path) -> None:
     synapses.write(table, tmp_path / "a.feather")
     again = dialects.of_table({axis: f"{axis}_nm" for axis in "xyz"})
     options = ALL | {"space": spaces.SPACES["fafb-catmaid"]}
-    with pytest.raises(UserError, match="frame already"):
+    with pytest.raises(UserError, match="in its volume's frame already"):
         ground_truth.read([tmp_path / "a.feather"], again, **options)
     same = ground_truth.read([tmp_path / "a.feather"], again, **ALL).table
     assert synapses.positions_nm_zyx(same).tolist() == [[60, 2, 1]]
@@ -452,6 +452,11 @@ def by_the_rules(content: bytes) -> tuple[list[dict], int, bool] | str:
     neurons = {name: {r[4] for r in kept if r[5] == name} for name in counts}
     small = {n for n in counts if counts[n] < 4 or len(neurons[n]) < 2}
     table = [row for row in kept if row[5] not in small]
+    lineage: dict[int, str] = {}
+    for row in table:
+        if row[6] is not None:
+            lineage.setdefault(row[4], row[6])
+    table = [(*row[:6], lineage.get(row[4]), *row[7:]) for row in table]
     names = synapses.SCHEMA.names
     listed = [dict(zip(names, row, strict=True)) for row in table]
     return listed, len(lines) - 1, bad
@@ -465,8 +470,8 @@ def part_of(label: str) -> list[str | None]:
     synonyms = {"kc_acetylcholine": "acetylcholine", "others": None, "unclear": None}
     synonyms |= {"ach": "acetylcholine", "da": "dopamine"}
     parts = [part.strip() for part in label.lower().split("+")]
-    found = [synonyms.get(part, part) or None for part in parts]
-    return [None] if None in found else found
+    found = {synonyms.get(part, part) for part in parts}
+    return [None] if None in found else [*found]
 
 
 def whole(text: str | None) -> int | None:

@@ -16,6 +16,7 @@ import dataclasses
 import pathlib
 import sys
 
+import numpy as np
 from absl import flags
 
 from synister_jax import (
@@ -71,6 +72,8 @@ def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
     if output.suffix not in (".feather", ".parquet"):
         raise UserError(f"--output={output}: name a .feather or .parquet file")
+    if not _INPUT.value:
+        raise UserError("--input is empty; name one or more files")
     files.make_folder(output.parent)
     volume = None if _VOLUME.value is None else volumes.open(_VOLUME.value)
     if _SOURCE.value == "export-v3":
@@ -98,8 +101,17 @@ def main() -> None:
     _print(output, report)
 
 
+# What an export v3, already in its volume's frame and taken as it is, has no use for.
+_NOT_OF_EXPORT = ("space", "scale_nm_zyx", "offset_nm_zyx", "columns")
+_NOT_OF_EXPORT += ("voxel_size_nm_zyx", "minimum_synapses", "minimum_neurons")
+_NOT_OF_EXPORT += ("keep_unknown", "drop_bad_rows")
+
+
 def _export_v3() -> ground_truth.GroundTruth:
     """As published: nothing is left out."""
+    for name in _NOT_OF_EXPORT:
+        if flags.FLAGS[name].present:
+            raise UserError(f"--{name} does nothing for --source=export-v3; remove it")
     if len(_INPUT.value) != 1:
         raise UserError("--source=export-v3 takes one folder as --input")
     folder = pathlib.Path(_INPUT.value[0])
@@ -117,15 +129,22 @@ def _dialect() -> dialects.Dialect:
         pairs = [pair.partition("=") for pair in _COLUMNS.value]
         if not all(ours and theirs for ours, _, theirs in pairs):
             raise UserError("--columns: write pairs ours=theirs, as neuron_id=body")
-        dialect = dialects.of_table({ours: theirs for ours, _, theirs in pairs})
+        mapping = {ours: theirs for ours, _, theirs in pairs}
+        if len(mapping) < len(pairs):
+            raise UserError("--columns names one of our columns twice")
+        dialect = dialects.of_table(mapping)
     elif _COLUMNS.value:
         raise UserError("--columns is for --source=table; this source has its own")
     else:
         dialect = dialects.DIALECTS[_SOURCE.value]
     if _VOXEL_SIZE.value is None:
         return dialect
-    size = _numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value)
-    return dataclasses.replace(dialect, voxel_size_nm_zyx=size)
+    size = _numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value, positive=True)
+    return dataclasses.replace(
+        dialect,
+        voxel_size_nm_zyx=size,
+        may_lack=(*dialect.may_lack, dialect.synapse_id),
+    )
 
 
 def _space() -> spaces.Space | None:
@@ -136,32 +155,40 @@ def _space() -> spaces.Space | None:
     if own and _SPACE.value not in (None, "volume"):
         raise UserError("give --space or --scale_nm_zyx and --offset_nm_zyx, not both")
     if own:
-        scale = _numbers("scale_nm_zyx", _SCALE.value or ["1"] * 3)
+        scale = _numbers("scale_nm_zyx", _SCALE.value or ["1"] * 3, positive=True)
         offset = _numbers("offset_nm_zyx", _OFFSET.value or ["0"] * 3)
         return spaces.Space("the volume", scale, offset)
     return None if _SPACE.value is None else spaces.SPACES[_SPACE.value]
 
 
-def _numbers(flag: str, texts: list[str]) -> tuple[float, ...]:
+def _numbers(flag: str, texts: list[str], positive: bool = False) -> tuple[float, ...]:
     try:
-        z, y, x = (float(text) for text in texts)
+        z, y, x = numbers = [float(text) for text in texts]
     except ValueError:
         raise UserError(f"--{flag} takes three numbers, as 40,4,4") from None
+    if not np.isfinite(numbers).all() or (positive and min(numbers) <= 0):
+        raise UserError(f"--{flag}={','.join(texts)}: not possible; as 40,4,4")
     return z, y, x
 
 
 def _check_positions(result: ground_truth.GroundTruth, volume: volumes.Volume) -> int:
     """How many lie outside; an error where the unit or the axes seem mistaken."""
     positions = synapses.positions_nm_zyx(result.table)
-    if doubt := spaces.doubt(positions, volume):
-        raise UserError(f"{doubt}; check --space and --scale_nm_zyx")
+    outside = spaces.outside(positions, volume)
+    if doubt := spaces.doubt(positions, volume, least_share=0):
+        ids = result.table["synapse_id"].filter(outside).to_pylist()
+        more = ", …" if len(ids) > 5 else ""
+        raise UserError(
+            f"{doubt}; check --space and --scale_nm_zyx, or mend these: synapse_id "
+            f"{', '.join(map(str, ids[:5]))}{more}"
+        )
     if spaces.look_like_voxels(positions, volume):
         print(
             "warning: all positions lie where their voxel indices would: if they are "
             "voxels, give --scale_nm_zyx",
             file=sys.stderr,
         )
-    return int(spaces.outside(positions, volume).sum())
+    return int(outside.sum())
 
 
 def _print(output: pathlib.Path, report: dict) -> None:
@@ -171,6 +198,8 @@ def _print(output: pathlib.Path, report: dict) -> None:
         print(f"  {name:<16}{synapse_count:>12,} synapses {neurons:>8,} neurons")
     for reason, count in report["dropped"].items():
         print(f"  left out: {count:,} rows: {reason}")
+    for column, count in report.get("first_value_taken", {}).items():
+        print(f"  {count:,} neurons have several values of {column}; the first counts")
     for path, absent in report.get("absent_columns", {}).items():
         print(f"  not there: {', '.join(absent)} in {path}")
     if report.get("outside_volume"):
