@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from synister_jax import columns, position_ids, spaces, synapses
 from synister_jax.command import UserError
 from synister_jax.dialects import Dialect
+from synister_jax.sieve import Sieve
 
 if TYPE_CHECKING:
     from synister_jax.volumes import Volume
@@ -50,16 +51,6 @@ class GroundTruth:
 
 
 _FACTS = ("hemilineage", "brain_region", "cell_type")
-_DROPPED = pa.schema(
-    [
-        ("file", pa.string()),
-        ("row", pa.int64()),
-        ("synapse_id", pa.int64()),
-        ("neuron_id", pa.int64()),
-        ("reason", pa.string()),
-    ]
-)
-NOTHING_DROPPED = _DROPPED.empty_table()
 
 
 def read(
@@ -89,7 +80,7 @@ def read(
     read_files = [_standard(path, dialect, space) for path in paths]
     tables = [table for table, _ in read_files]
     rows = pa.concat_tables(tables, promote_options="default")
-    sieve = _Sieve(rows, drop_bad_rows)
+    sieve = Sieve(rows, drop_bad_rows)
     bad = rows["bad_neuron_id"].to_numpy()
     if dialect.neuron_needed:
         bad |= pc.is_null(rows["neuron_id"]).to_numpy()
@@ -151,44 +142,6 @@ def summary(table: pa.Table, dropped: pa.Table | None = None) -> dict[str, Any]:
         },
         "dropped": {reason["values"]: reason["counts"] for reason in reasons},
     }
-
-
-class _Sieve:
-    """Which rows are still in, and why the others are not."""
-
-    def __init__(self, rows: pa.Table, drop_bad_rows: bool) -> None:
-        self._rows = rows
-        self._drop_bad_rows = drop_bad_rows
-        self._reason = np.full(len(rows), None, object)
-
-    @property
-    def kept(self) -> np.ndarray:
-        return self._reason == None  # noqa: E711 - element by element
-
-    def drop(self, rows: np.ndarray, reason: str) -> None:
-        self._reason[rows & self.kept] = reason
-
-    def refuse(self, rows: np.ndarray, reason: str) -> None:
-        """An error that names the rows, or a drop where the user asked for that."""
-        at = np.flatnonzero(rows & self.kept)
-        if not len(at) or self._drop_bad_rows:
-            self.drop(rows, reason)
-            return
-        places = self._rows.select(["file", "row"]).take(at[:5]).to_pylist()
-        shown = ", ".join(f"{place['file']} row {place['row']}" for place in places)
-        more = f" and {len(at) - 5:,} more" if len(at) > 5 else ""
-        raise UserError(
-            f"{reason}: {shown}{more} (rows count from 0 after the header); mend them, "
-            "or leave them out and list them with --drop_bad_rows"
-        )
-
-    def dropped(self, synapse_id: np.ndarray) -> pa.Table:
-        reason = pa.array(self._reason, pa.string())
-        rows = self._rows.set_column(
-            self._rows.column_names.index("synapse_id"), "synapse_id", [synapse_id]
-        )
-        rows = rows.append_column("reason", reason).filter(~self.kept)
-        return rows.select(_DROPPED.names).cast(_DROPPED)
 
 
 def _standard(
@@ -277,7 +230,7 @@ def _labels(path: pathlib.Path, table: pa.Table, dialect: Dialect) -> pa.Chunked
     )
 
 
-def _transmitters(rows: pa.Table, sieve: _Sieve, keep_unknown: bool) -> pa.Array:
+def _transmitters(rows: pa.Table, sieve: Sieve, keep_unknown: bool) -> pa.Array:
     """Class names (several joined by `+`), null for unknown; one to a neuron."""
     said = pc.dictionary_encode(rows["neurotransmitter"]).combine_chunks()
     names = [_class_name(text) for text in said.dictionary.to_pylist()]
@@ -309,7 +262,7 @@ def _class_name(text: str) -> str | None:
 
 
 def _over_neuron(
-    rows: pa.Table, sieve: _Sieve, code: np.ndarray
+    rows: pa.Table, sieve: Sieve, code: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest code among the rows that each row shares its neuron with."""
     lowest, highest = code.copy(), code.copy()
@@ -324,7 +277,7 @@ def _over_neuron(
 
 def _synapse_ids(
     rows: pa.Table,
-    sieve: _Sieve,
+    sieve: Sieve,
     dialect: Dialect,
     xyz: Mapping[str, np.ndarray],
     position_nm_zyx: np.ndarray,
@@ -355,7 +308,7 @@ def _synapse_ids(
     return ids
 
 
-def _drop_duplicates(table: pa.Table, sieve: _Sieve) -> None:
+def _drop_duplicates(table: pa.Table, sieve: Sieve) -> None:
     """Of identical rows one stays; rows that say different things of an id all go."""
     at = np.flatnonzero(sieve.kept)
     _, member, count = np.unique(
@@ -401,7 +354,7 @@ def _one_to_a_neuron(table: pa.Table) -> tuple[pa.Table, dict[str, int]]:
 
 
 def _drop_small_classes(
-    table: pa.Table, sieve: _Sieve, minimum_synapses: int, minimum_neurons: int
+    table: pa.Table, sieve: Sieve, minimum_synapses: int, minimum_neurons: int
 ) -> None:
     for name, count in summary(table.filter(sieve.kept))["classes"].items():
         enough = count["synapses"] >= minimum_synapses

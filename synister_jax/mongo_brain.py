@@ -41,10 +41,13 @@ def write_brain(
     what = f"{name}.nts_{number}"
     plan = feather.plan() | {"rows": {name: len(ids)}}
     state = mongo.state_of(database, what, plan)
+    if state not in (mongo.DROPPING, mongo.FILLING):
+        _drop_half(database, name)
     there = database[name].count_documents({f"nts_{number}": {"$exists": True}})
     if state == mongo.DONE and there == known and not overwrite:
         return False
-    if state == mongo.FILLING or database[name].find_one({}, {"id": True}) is None:
+    filling = state in (mongo.DROPPING, mongo.FILLING)
+    if filling or database[name].find_one({}, {"id": True}) is None:
         found = _brain_documents(feather, number)
         content = mongo.Content(found, len(ids), "id", {"id": ("id",)})
         return mongo.publish(database, what, {name: content}, plan, overwrite)
@@ -58,6 +61,15 @@ def write_brain(
         mongo.record(database, what, plan, mongo.CLEARING)
     _add(database, name, number, feather, plan)
     return True
+
+
+def _drop_half(database: mongo.Database, name: str) -> None:
+    """A collection that another import began to make and left is nobody's."""
+    states = {"$in": [mongo.DROPPING, mongo.FILLING]}
+    for half in list(database[mongo.IMPORTS].find({"state": states})):
+        if list(half["rows"]) == [name]:
+            database.drop_collection(name)
+            database[mongo.IMPORTS].delete_one({"_id": half["_id"]})
 
 
 def _brain_documents(feather: Feather, number: int) -> Iterator[Document]:

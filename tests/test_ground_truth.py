@@ -280,6 +280,54 @@ def test_partly_unknown_neurons_go_whole(tmp_path: pathlib.Path) -> None:
     assert found.table["neuron_id"].to_pylist() == [17, 18]
 
 
+def test_row_names_of_r_and_pandas_are_no_column(tmp_path: pathlib.Path) -> None:
+    write_csv(tmp_path / "a.csv", ("", *FAFB_COLUMNS), ("1", *GOOD))
+    [row] = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL).table.to_pylist()
+    assert (row["cell_type"], row["neurotransmitter"]) == (None, "gaba")
+
+
+def test_first_hemilineage_of_a_neuron_is_that_of_all_its_rows(
+    tmp_path: pathlib.Path,
+) -> None:
+    rows = [list(GOOD) for _ in range(4)]
+    for at, name in enumerate(("NA", "LHl1", "ALad1", "")):
+        rows[at][1], rows[at][4] = at, name
+    write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows)
+    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL)
+    assert found.table["hemilineage"].to_pylist() == ["LHl1"] * 4
+    assert found.report["first_value_taken"] == {"hemilineage": 1}
+
+
+def test_own_table_with_ids_and_coordinates_alone(tmp_path: pathlib.Path) -> None:
+    write_csv(tmp_path / "a.csv", ("synapse_id", "x", "y", "z"), (5, 1, 2, 3))
+    options = ALL | {"keep_unknown": True}
+    found = ground_truth.read([tmp_path / "a.csv"], dialects.of_table({}), **options)
+    assert found.table["synapse_id"].to_pylist() == [5]
+    mapped = dialects.of_table({"neuron_id": "body"})
+    with pytest.raises(UserError, match="no column body"):
+        ground_truth.read([tmp_path / "a.csv"], mapped, **options)
+
+
+def test_odd_cells_are_named(tmp_path: pathlib.Path) -> None:
+    rows = [{"synapse_id": 1, "x": 1, "y": 2, "z": 3, "neurotransmitter": ["gaba"]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="unknown neurotransmitter.*a.json row 0"):
+        ground_truth.read([tmp_path / "a.json"], dialects.of_table({}), **ALL)
+    columns = ("synapse_id", "x", "y", "z", "split_a")
+    write_csv(tmp_path / "b.csv", columns, (1, 1, 2, 3, "train"), (2, 1, 2, 3, "tset"))
+    options = ALL | {"keep_unknown": True}
+    with pytest.raises(UserError, match="split_a is not train, .*b.csv row 1"):
+        ground_truth.read([tmp_path / "b.csv"], dialects.of_table({}), **options)
+
+
+def test_quoted_line_breaks_in_a_long_file(tmp_path: pathlib.Path) -> None:
+    rows = [(16, i, *GOOD[2:6], "A\nL", 1, 2, 100 + i) for i in range(60_000)]
+    write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows)
+    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL)
+    assert found.table["brain_region"].unique().to_pylist() == ["A\nL"]
+    assert len(found.table) == 60_000
+
+
 def tbars() -> list[pathlib.Path]:
     folder = shared_data("malevnc_tbars")
     names = ("acetylcholine", "gaba", "glutamate", "others")

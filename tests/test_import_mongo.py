@@ -47,6 +47,28 @@ def run(*arguments: str) -> str:
             1,
             "a MongoDB URI is",
         ),
+        (["mongodb://me:pass@h/a", "dump"], 2, "mongodb://…@h/a"),
+        (
+            ["dump", "mongodb://me:pass@h/a", "--mongo=x", "--output=o"],
+            2,
+            "mongodb://…@h/a",
+        ),
+        (
+            ["load", "--mongo=mongodb://h/d", "--synapses=MongoDB://me:pass@h/d"],
+            1,
+            "does not exist",
+        ),
+        (
+            ["dump", "--mongo=mongodb://h/d?tlsCAFile=/pass", "--output=o.feather"],
+            1,
+            "mongodb://h/d with its options is not usable",
+        ),
+        (
+            ["load", "--mongo=mongodb://h/d", "--synapses=mongodb://g/d"]
+            + ["--overwrite"],
+            1,
+            "from a database of that name: dump it",
+        ),
         (
             ["load_predictions", "--mongo=mongodb://h/d", "--predictions=p"],
             2,

@@ -63,6 +63,27 @@ def test_own_table_checked_against_its_volume(
     assert said.count("\n") == 1
 
 
+def test_rows_of_another_unit_are_named(
+    tmp_path: pathlib.Path, mine: pathlib.Path
+) -> None:
+    volume = tmp_path / "raw.n5"
+    volumes.write_n5(volume, np.zeros((60, 200, 300), np.uint8), (40, 4, 4))
+    lines = mine.read_text().split("\n")
+    for at in (7, 31, 90):  # nm among voxels
+        cells = lines[at].split(",")
+        cells[3:] = [
+            str(int(c) * f + f) for c, f in zip(cells[3:], (4, 4, 40), strict=True)
+        ]
+        lines[at] = ",".join(cells)
+    mine.write_text("\n".join(lines))
+    output = tmp_path / "mine.feather"
+    options = ["--source=table", f"--input={mine}", f"--output={output}", COLUMNS]
+    options += [*SMALL, f"--volume={volume}", "--scale_nm_zyx=40,4,4"]
+    code, _, said = run(*options)
+    assert code == 1 and "multiplied by the voxel size once more" in said
+    assert "synapse_id 6, 30, 89" in said and not output.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -74,6 +95,12 @@ def test_own_table_checked_against_its_volume(
         ([COLUMNS, "--scale_nm_zyx=4,4,4", "--space=banc"], 1, "not both"),
         ([COLUMNS, "--space=hemibrain-neuprint"], 1, "--volume"),
         (["--source=tables"], 2, "source"),
+        (["--source=export-v3"], 1, "is not a folder"),
+        (["--source=export-v3", "--space=banc"], 1, "--space does nothing"),
+        (["--input="], 1, "--input is empty"),
+        ([COLUMNS, "--scale_nm_zyx=0,4,4"], 1, "not possible"),
+        (["--columns=x=y,x=z"], 1, "twice"),
+        (["--columns=hemilineage=typo"], 1, "no column"),
         ([COLUMNS, "--output=a.csv"], 1, "name a .feather or .parquet"),
         (["--source=fafb"], 1, "has no column connector_id"),
         (["--source=fafb", "--scale_nm_zyx=4,4,4"], 1, "are for --source=table"),

@@ -665,7 +665,7 @@ def read_test_set(
     name = "skeleton_fafb_t3_p1000"
     with mongo.connect(uri) as database:
         found = mongo_predictions.read_test_set(database, name, classes, "there")
-        mongo_predictions.write_feather(str(output), *found)
+        synapses.write_batches(str(output), *found)
     return predictions.load(output)
 
 
@@ -793,7 +793,7 @@ def write_brain(
 def read_brain(uri: str, number: int, output: pathlib.Path) -> pa.Table:
     with mongo.connect(uri) as database:
         found = mongo_brain.read_brain(database, "partners", number, None, "there")
-        mongo_brain_rows = mongo_predictions.write_feather(str(output), *found)
+        mongo_brain_rows = synapses.write_batches(str(output), *found)
     result = predictions.load(output)
     assert len(result) == mongo_brain_rows
     return result
@@ -912,6 +912,31 @@ def test_predictions_of_a_brain_interrupted_anywhere(
     assert points > 15
 
 
+@pytest.mark.parametrize("number", [8, 9])
+def test_a_half_made_brain_is_replaced_by_another_file(
+    tmp_path: pathlib.Path,
+    mongo_database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    table = brain_table(11)
+    half, path = tmp_path / "a.feather", tmp_path / "b.feather"
+    write_predictions(half, table)
+    write_predictions(path, table.slice(0, 3), 1)  # lies in the half that is there
+    monkeypatch.setattr(mongo, "BATCH_DOCUMENTS", 4)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 11)
+        with pytest.raises(Interrupted):
+            write_brain(mongo_database, half, 8)
+    with mongo.connect(mongo_database) as database:
+        [name] = set(database.list_collection_names()) - {mongo.IMPORTS}
+        assert 3 < database[name].count_documents({}) < 11
+    assert write_brain(mongo_database, path, number)
+    with mongo.connect(mongo_database) as database:
+        assert database[name].count_documents({}) == 3
+    assert not write_brain(mongo_database, path, number)
+
+
 def test_a_brain_that_the_original_wrote(
     tmp_path: pathlib.Path, mongo_database: str
 ) -> None:
@@ -958,7 +983,7 @@ def test_a_brain_that_the_original_wrote(
                 source = mongo_brain.read_brain(
                     database, "partners", 3, ["gaba", "dopamine"], "there"
                 )
-                mongo_predictions.write_feather(str(output), *source)
+                synapses.write_batches(str(output), *source)
             database.partners.replace_one(key, document)
 
 

@@ -34,6 +34,7 @@ from synister_jax import (
     mongo_uri,
     synapses,
 )
+from synister_jax.command import UserError
 
 TEST_SET, BRAIN = "testset", "brain"
 _OF_LAYOUT = {
@@ -83,6 +84,7 @@ def _define_load() -> None:
 
 def load() -> None:
     given = flags.FLAGS
+    _check_not_itself(given.synapses)
     table = synapses.load(given.synapses)
     fractions = (synapses.positions_nm_zyx(table) % 1 != 0).any(axis=1)
     if count := np.count_nonzero(fractions):
@@ -96,6 +98,21 @@ def load() -> None:
         counts = mongo.recorded(database, mongo.GROUND_TRUTH)["rows"]
     shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     print(f"{_where()}: {shown}{'' if written else ', there already'}")
+
+
+def _check_not_itself(source: str) -> None:
+    """A killed --overwrite of a database by its own content would leave no copy."""
+    if not flags.FLAGS.overwrite or not source.startswith(mongo_uri.SCHEMES):
+        return
+    names = [
+        mongo_uri.database_name(mongo_uri.resolve(*uri))
+        for uri in ((source,), (flags.FLAGS.mongo, flags.FLAGS.credentials))
+    ]
+    if names[0] == names[1]:
+        raise UserError(
+            f"--overwrite of database {names[0]} from a database of that name: dump it "
+            "to a file first, and load that"
+        )
 
 
 def _source(
@@ -157,6 +174,8 @@ def _define_load_predictions() -> None:
 def load_predictions() -> None:
     given = flags.FLAGS
     name = _collection()
+    if given.layout == BRAIN and given.part != "all":
+        raise UserError("--part is of a split; --layout=brain takes all rows")
     feather = mongo_predictions.open_feather(given.predictions, given.split, given.part)
     with mongo.connect(given.mongo, given.credentials) as database:
         if given.layout == BRAIN:

@@ -25,6 +25,7 @@ from synister_jax import (
     export_v3,
     files,
     ground_truth,
+    sieve,
     spaces,
     synapses,
     volumes,
@@ -115,13 +116,15 @@ def _export_v3() -> ground_truth.GroundTruth:
     if len(_INPUT.value) != 1:
         raise UserError("--source=export-v3 takes one folder as --input")
     folder = pathlib.Path(_INPUT.value[0])
+    if not folder.is_dir():
+        raise UserError(f"--input={folder} is not a folder of an export v3")
     table = synapses.load(folder)
     different = export_v3.unpublished(folder)
     for name, how in different.items():
         print(f"warning: {folder / name} {how} from the published one", file=sys.stderr)
     report = {"inputs": [str(folder)], "unpublished": different}
     report |= ground_truth.summary(table)
-    return ground_truth.GroundTruth(table, ground_truth.NOTHING_DROPPED, report)
+    return ground_truth.GroundTruth(table, sieve.NOTHING_DROPPED, report)
 
 
 def _dialect() -> dialects.Dialect:
