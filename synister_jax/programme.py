@@ -167,7 +167,9 @@ def _within_any_tolerance(
     found = dataclasses.replace(found, stopped="clock" if by_clock else found.stopped)
     if isinstance(even, str) or even.objective > found.objective * (1 + _ROUNDING):
         return found
-    bound = min(found.bound, even.objective)
+    # Equal objectives may be summed with other roundings.
+    proven = found.bound == found.objective
+    bound = even.objective if proven else min(found.bound, even.objective)
     return dataclasses.replace(even, bound=bound, stopped=found.stopped)
 
 
