@@ -17,6 +17,8 @@ import numpy as np
 from scipy import optimize, sparse
 from scipy.sparse import csgraph
 
+from synister_jax import shares
+
 TOLERANCE = 0.05  # of a class's fraction in a part, absolute
 _ROUNDING = 1e-9
 _FILL_ORDER = (0, 2, 1)  # a class with one group is in train, with two also in test
@@ -24,8 +26,6 @@ _FILL_ORDER = (0, 2, 1)  # a class with one group is in train, with two also in 
 # case takes some 20 s on two cores and has the same answer everywhere.
 _WORK = 1_500_000
 _FEWEST_NODES, _MOST_NODES = 200, 50_000
-_WINDOW = 300  # counts on either side of a target that the lower bound looks at
-_LARGEST_SUBSET_SUM = 10**10  # bits to shift
 _SPREAD = 0.1  # of a part's share of the groups: how far it may be off, at least 1
 _EQUAL = 1e-3  # of the cost of a single synapse in the largest part
 
@@ -80,13 +80,6 @@ class Infeasible(Exception):
         self.classes, self.stopped = list(classes), stopped
 
 
-def targets(count: int, fractions: np.ndarray) -> np.ndarray:
-    """[parts] int: truncated; the first part that is made takes the rest."""
-    wanted = np.floor(fractions * count + _ROUNDING).astype(np.int64)
-    wanted[np.flatnonzero(fractions)[0]] += count - wanted.sum()
-    return wanted
-
-
 def anchor(counts: np.ndarray, cell_types: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`cell_types` and `anchored` of Groups, with as few constraints as will do.
 
@@ -125,7 +118,8 @@ def solve(groups: Groups, classes: Sequence[int], *, spread: bool = True) -> Sol
         parts = np.full(len(everything), groups.fractions.argmax())
         return Solution(everything, parts, np.zeros(len(classes)), 0.0, 0.0, "")
     if len(classes) == 1:
-        least = [_least_objective(groups, classes[0])]
+        counts = groups.counts[:, classes[0]]
+        least = [shares.least_objective(counts[counts > 0], groups.fractions)]
     else:
         least = _each_alone(groups, classes)
     found = _within_any_tolerance(groups, classes, least, spread)
@@ -187,49 +181,6 @@ def _each_alone(groups: Groups, classes: Sequence[int]) -> list[float]:
     return least
 
 
-def _least_objective(groups: Groups, which: int) -> float:
-    """Lower bound of a class's objective: which counts can parts have at all?
-
-    Counts are sums of group sizes; the nearest such sums to the targets that leave
-    such a sum to the first part are a relaxation that a solver's LP does not see.
-    """
-    counts = groups.counts[:, which]
-    total = int(counts.sum())
-    sizes, many = np.unique(counts[counts > 0], return_counts=True)
-    made = np.flatnonzero(groups.fractions)
-    if len(sizes) * total > _LARGEST_SUBSET_SUM:
-        return 0.0
-    is_sum = _subset_sums(sizes.tolist(), many.tolist(), total)
-    wanted = targets(total, groups.fractions)[made]
-    weights = 1 / np.maximum(wanted, 1)
-    near = [np.array([0])] * 2
-    for i, target in enumerate(wanted[1:]):
-        first = max(target - _WINDOW, 0)
-        near[i] = first + np.flatnonzero(is_sum[first : target + _WINDOW + 1])
-    others = near[0][:, None] + near[1]
-    possible = (others <= total) & is_sum[np.minimum(others, total)]
-    cost = weights[0] * np.abs(others - wanted[1:].sum())
-    cost += weights[1] * np.abs(near[0] - wanted[1])[:, None]
-    if len(made) == 3:
-        cost += weights[2] * np.abs(near[1] - wanted[2])
-    outside = (_WINDOW + 1) * weights[1:].min()
-    return float(min(cost[possible].min(initial=np.inf), outside))
-
-
-def _subset_sums(sizes: list[int], many: list[int], total: int) -> np.ndarray:
-    """[total + 1] bool: whether some of the groups add up to the index."""
-    sums = 1
-    for size, left in zip(sizes, many, strict=True):
-        take = 1
-        while left:
-            take = min(take, left)
-            sums |= sums << (size * take)
-            left -= take
-            take *= 2
-    octets = np.frombuffer(sums.to_bytes(total // 8 + 1, "little"), np.uint8)
-    return np.unpackbits(octets, bitorder="little")[: total + 1].astype(bool)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Kinds:
     """Groups alike in what matters for the classes solved for, merged."""
@@ -279,7 +230,9 @@ def _optimise(
     made = np.flatnonzero(groups.fractions)
     fractions = groups.fractions[made]
     totals = kinds.many @ kinds.counts
-    wanted = np.stack([targets(n, groups.fractions)[made] for n in totals], axis=1)
+    wanted = np.stack(
+        [shares.targets(n, groups.fractions)[made] for n in totals], axis=1
+    )
     weights = 1 / np.maximum(wanted, 1)
     unit = weights.min()  # the smallest possible deviation costs 1 in the programme
     constraints = _constraints(

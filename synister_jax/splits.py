@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax import programme, synapses
+from synister_jax import programme, shares, synapses
 from synister_jax.command import UserError
 
 GROUP_COLUMNS = {
@@ -161,11 +161,11 @@ def make(
 
     part = part_of_group[group_of_row]
     achieved = np.stack([counts[part_of_group == p].sum(axis=0) for p in range(3)], 1)
-    targets = [programme.targets(n, groups_to_split.fractions) for n in counts.sum(0)]
+    targets = [shares.targets(n, groups_to_split.fractions) for n in counts.sum(0)]
     targets = np.stack(targets)
     for k in per_synapse:
         of_class = labels == k
-        targets[k] = programme.targets(of_class.sum(), groups_to_split.fractions)
+        targets[k] = shares.targets(of_class.sum(), groups_to_split.fractions)
         achieved[k] = targets[k]
         ids = table["synapse_id"].to_numpy()[rows[of_class]]
         part[of_class] = _per_synapse(ids, targets[k])
@@ -317,7 +317,7 @@ def _explain(
     described = []
     for k in [k for failure in failures for k in failure.classes]:
         counts = groups.counts[:, k]
-        target = programme.targets(counts.sum(), groups.fractions)
+        target = shares.targets(counts.sum(), groups.fractions)
         best = programme.nearest(groups, k)
         can = "none" if best is None else "/".join(f"{f:.2f}" for f in best)
         described.append(

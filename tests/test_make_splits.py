@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import shared_data
+from pyarrow import feather
 
 from synister_jax import dialects, ground_truth, synapses
 
@@ -132,6 +133,18 @@ def test_mistakes_are_one_line(
     found, _, said = run(f"--synapses={table}", "--name=skeleton", *options)
     assert (found, said.count("\n")) == (code, 1) and message in said, said
     assert not (ROOT / "a.feather").exists() and not (ROOT / "r").exists()
+
+
+def test_columns_of_ones_own_are_not_written_over(
+    tmp_path: pathlib.Path, table: pathlib.Path
+) -> None:
+    own = feather.read_table(table).append_column("my_note", pa.array(["a"] * 600))
+    path = tmp_path / "own.feather"
+    feather.write_feather(own, str(path))
+    options = [f"--synapses={path}", "--by=neuron", "--name=skeleton"]
+    code, _, said = run(*options, f"--output={path}")
+    assert code == 1 and "my_note" in said and feather.read_table(path).equals(own)
+    assert run(*options, f"--output={tmp_path / 'other.feather'}")[0] == 0
 
 
 def test_male_vnc(tmp_path: pathlib.Path) -> None:

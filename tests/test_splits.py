@@ -306,3 +306,38 @@ def test_male_vnc() -> None:
     assert split.objective == 0 and split.optimal
     share = split.counts / split.counts.sum(axis=1, keepdims=True)
     assert np.abs(share - FRACTIONS).max() < 0.001
+    # Among equal splits, one in which the neurons are spread like the synapses.
+    parts = parts_of_groups(table, split, "neuron_id")
+    for part, fraction in zip(synapses.PARTS, FRACTIONS, strict=True):
+        share = list(parts.values()).count(part) / len(parts)
+        assert abs(share - fraction) < 0.04
+
+
+def test_shared_cell_types_equal_brute_force() -> None:
+    rng = np.random.default_rng(2)
+    possible = 0
+    for _ in range(25):
+        many = rng.integers(1, 9, int(rng.integers(4, 8))).tolist()
+        types = rng.integers(0, 3, len(many)).tolist()
+        table = neurons({"gaba": many})
+        of_row = np.repeat([f"T{t}" for t in types], many)
+        at = table.column_names.index("cell_type")
+        table = table.set_column(at, "cell_type", [pa.array(of_row)])
+        wanted = targets(sum(many), FRACTIONS)
+        best = None
+        for parts in itertools.product(range(3), repeat=len(many)):
+            known = {t for t, part in zip(types, parts, strict=True) if part == 0}
+            held = np.bincount(parts, many, minlength=3)
+            off = np.abs(held / sum(many) - FRACTIONS).max()
+            if known < set(types) or set(parts) != {0, 1, 2} or off > 0.05 + 1e-9:
+                continue
+            objective = (np.abs(held - wanted) / np.maximum(wanted, 1)).sum()
+            best = objective if best is None else min(best, objective)
+        if best is None:
+            with pytest.raises(splits.ImpossibleSplit):
+                splits.make(table, "neuron", shared_cell_types=True)
+            continue
+        split = splits.make(table, "neuron", shared_cell_types=True)
+        assert split.objective == pytest.approx(best, abs=1e-9) and split.optimal
+        possible += 1
+    assert possible > 5

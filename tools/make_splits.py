@@ -69,8 +69,9 @@ def _split(table: pa.Table) -> pa.Table:
     column = f"split_{_NAME.value}"
     if not _NAME.value.isidentifier():
         raise UserError(f"--name={_NAME.value}: use letters, digits and _")
-    if _OUTPUT.value is None:
-        raise UserError("give --output=TABLE, .feather or .parquet")
+    if pathlib.Path(_OUTPUT.value or "").suffix not in (".feather", ".parquet"):
+        raise UserError("give --output=TABLE: name a .feather or .parquet file")
+    _keep_columns(table)
     if column in table.column_names:
         if not _OVERWRITE.value:
             raise UserError(
@@ -106,6 +107,19 @@ def _split(table: pa.Table) -> pa.Table:
     return table
 
 
+def _keep_columns(table: pa.Table) -> None:
+    """Refuses to write over a file of which the table has not all columns."""
+    source, output = pathlib.Path(_SYNAPSES.value), pathlib.Path(_OUTPUT.value)
+    if not source.is_file() or source.resolve() != output.resolve():
+        return
+    lost = set(columns.read(source).column_names) - set(table.column_names)
+    if lost:
+        raise UserError(
+            f"--output={output} is the input, and its columns {', '.join(sorted(lost))} "
+            "are not of a synapse table: they would be lost; name another --output"
+        )
+
+
 def _ids(path: str) -> np.ndarray:
     table = columns.read(path)
     if "synapse_id" not in table.column_names:
@@ -127,7 +141,7 @@ def _numbers(flag: str, texts: list[str]) -> list[float]:
 
 def _print(split: splits.Split) -> None:
     unit = _BALANCE.value
-    print(f"{'class':<16}" + "".join(f"{part:>24}" for part in synapses.PARTS))
+    print(f"{'class':<16}" + "".join(f"{part:>28}" for part in synapses.PARTS))
     for name, counts, targets in zip(
         split.classes, split.counts, split.targets, strict=True
     ):
@@ -137,7 +151,7 @@ def _print(split: splits.Split) -> None:
             for count, target in zip(counts, targets, strict=True)
         )
         mark = " per synapse" if name in split.per_synapse else ""
-        print(f"{name:<16}" + "".join(f"{cell:>24}" for cell in cells) + mark)
+        print(f"{name:<16}" + "".join(f"{cell:>28}" for cell in cells) + mark)
     how = "optimal" if split.optimal else f"within {split.gap:.2g} of the optimum"
     if split.stopped == "clock":
         how += "; stopped by --time_limit_s: another machine may find another split"
