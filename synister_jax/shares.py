@@ -18,9 +18,9 @@ def targets(count: int, fractions: np.ndarray) -> np.ndarray:
 def least_objective(sizes_of_groups: np.ndarray, fractions: np.ndarray) -> float:
     """Lower bound of sum over parts of |count - target| / target, for one class.
 
-    Which counts can parts have at all? Sums of group sizes; the nearest such sums to the
-    targets that leave such a sum to the first part are a relaxation that a solver's LP
-    does not see.
+    Which counts can parts have at all? Sums of group sizes; the nearest such sums to
+    the targets that leave such a sum to the first part are a relaxation that a solver's
+    LP does not see.
 
     Args:
       sizes_of_groups: [groups] int, positive.

@@ -115,8 +115,8 @@ def _keep_columns(table: pa.Table) -> None:
     lost = set(columns.read(source).column_names) - set(table.column_names)
     if lost:
         raise UserError(
-            f"--output={output} is the input, and its columns {', '.join(sorted(lost))} "
-            "are not of a synapse table: they would be lost; name another --output"
+            f"--output={output} is the input; its {', '.join(sorted(lost))} are "
+            "no columns of a synapse table and would be lost: name another --output"
         )
 
 
