@@ -116,7 +116,8 @@ def read(
     about = {"space": f"{space.frame}, nm", "made_by": done}
     about["inputs"] = [str(path) for path in paths]
     table = table.replace_schema_metadata({"synister_jax": json.dumps(about)})
-    dropped = sieve.dropped(synapse_id)
+    nameless = pc.is_null(rows["synapse_id"]).to_numpy() & (synapse_id == 0)
+    dropped = sieve.dropped(pa.array(synapse_id, mask=nameless))
     table = synapses.conform(table, " and ".join(map(str, paths)))
     absent = {str(p): a for p, (_, a) in zip(paths, read_files, strict=True) if a}
     report = about | {"absent_columns": absent, "first_value_taken": several}

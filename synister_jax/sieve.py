@@ -33,9 +33,11 @@ class Sieve:
 
     @property
     def kept(self) -> np.ndarray:
+        """[n] bool."""
         return self._reason == None  # noqa: E711 - element by element
 
     def drop(self, rows: np.ndarray, reason: str) -> None:
+        """Takes out the rows, [n] bool."""
         self._reason[rows & self.kept] = reason
 
     def refuse(self, rows: np.ndarray, reason: str) -> None:
@@ -52,7 +54,8 @@ class Sieve:
             "or leave them out and list them with --drop_bad_rows"
         )
 
-    def dropped(self, synapse_id: np.ndarray) -> pa.Table:
+    def dropped(self, synapse_id: pa.Array) -> pa.Table:
+        """The rows that are out, with the ids that were made or given, and why."""
         reason = pa.array(self._reason, pa.string())
         rows = self._rows.set_column(
             self._rows.column_names.index("synapse_id"), "synapse_id", [synapse_id]

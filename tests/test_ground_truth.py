@@ -263,6 +263,7 @@ def test_bad_rows_are_named_or_listed(
     options = ALL | {"drop_bad_rows": True}
     found = ground_truth.read([tmp_path / "a.csv"], FAFB, **options)
     assert len(found.table) + len(found.dropped) == 3
+    assert 0 not in found.dropped["synapse_id"].to_pylist()
     assert 7 in found.table["synapse_id"].to_pylist()
     assert 1 in found.dropped["row"].to_pylist()
 
