@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import shared_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import csv, feather, parquet
 
 from synister_jax import synapses
@@ -89,6 +91,36 @@ def test_published_neurons_and_hemilineages(tmp_path: pathlib.Path) -> None:
         "gaba+octopamine": 1,
         None: 2116,
     }
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False, width=64)
+name = st.none() | st.text("abcαβ,\"'+ _1", min_size=1).filter(
+    lambda text: text.strip() == text
+)
+row = st.fixed_dictionaries(
+    {"synapse_id": st.integers(-(2**63), 2**63 - 1)}
+    | dict.fromkeys(synapses.POSITION, finite)
+    | {"neuron_id": st.none() | st.integers(0, 2**63 - 1)}
+    | {"neurotransmitter": st.sampled_from([None, "gaba", "dopamine+gaba"])}
+    | dict.fromkeys(("hemilineage", "brain_region", "cell_type"), name)
+    | {"split_a": st.sampled_from([None, *synapses.PARTS])}
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(row, unique_by=lambda line: line["synapse_id"], min_size=1))
+def test_any_table_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[dict]
+) -> None:
+    schema = pa.schema([*synapses.SCHEMA, ("split_a", pa.string())])
+    table = synapses.conform(pa.Table.from_pylist(lines, schema), "drawn")
+    folder = tmp_path_factory.mktemp("files")
+    for suffix in ("feather", "parquet"):
+        synapses.write(table, folder / f"a.{suffix}")
+        found = synapses.load(folder / f"a.{suffix}")
+        assert found.equals(table) and found.schema.equals(table.schema)
+    csv.write_csv(table, folder / "a.csv")
+    assert synapses.load(folder / "a.csv").equals(table)
 
 
 @pytest.mark.parametrize("suffix", ["feather", "parquet", "csv"])
