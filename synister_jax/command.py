@@ -2,6 +2,7 @@
 """What every command shares: how it starts, reports progress, and fails."""
 
 import collections
+import math
 import re
 import sys
 import time
@@ -34,6 +35,24 @@ def _exit(message: str, code: int) -> None:
     one_line = re.sub(r"(\w+:/*)[^\s/]\S*@", r"\1…@", " ".join(message.split()))
     print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {one_line}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def three_numbers(
+    flag: str, texts: Sequence[str], positive: bool = False
+) -> tuple[float, float, float]:
+    """The finite numbers of a flag that takes three, as `--scale_nm_zyx=40,4,4`.
+
+    Raises:
+      UserError: there are not three, or they are not all possible.
+    """
+    given = f"--{flag}={','.join(texts)}"
+    try:
+        first, second, third = numbers = [float(text) for text in texts]
+    except ValueError:
+        raise UserError(f"{given}: the flag takes three numbers") from None
+    if not all(map(math.isfinite, numbers)) or (positive and min(numbers) <= 0):
+        raise UserError(f"{given}: not possible")
+    return first, second, third
 
 
 def subcommand(names: Sequence[str]) -> str:

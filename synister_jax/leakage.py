@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import spatial
 
-from synister_jax import splits, synapses
+from synister_jax import spaces, splits, synapses
 from synister_jax.command import UserError
 
 _SHOWN = 20
@@ -52,7 +52,8 @@ def measure(
     labels = synapses.labels(table, classes)
     counted = (part >= 0) & (labels >= 0)
     rows = np.flatnonzero(counted)
-    starts = _starts_vx_zyx(
+    # In a volume that begins at 0 nm.
+    starts = spaces.crop_starts_vx_zyx(
         synapses.positions_nm_zyx(table)[rows], crop_shape_zyx, voxel_size_nm_zyx
     )
     return {
@@ -97,17 +98,6 @@ def _parts(table: pa.Table, split: str) -> np.ndarray:
     for number, name in enumerate(synapses.PARTS):
         part[synapses.in_part(table, split, name)] = number
     return part
-
-
-def _starts_vx_zyx(
-    positions_nm_zyx: np.ndarray,
-    crop_shape_zyx: Sequence[int],
-    voxel_size_nm_zyx: Sequence[float],
-) -> np.ndarray:
-    """First voxel of each crop as in volumes.py, in a volume that begins at 0 nm."""
-    voxel = np.asarray(voxel_size_nm_zyx, float)
-    half = np.asarray(crop_shape_zyx) // 2 * voxel
-    return np.rint((positions_nm_zyx - half) / voxel).astype(np.int64)
 
 
 def _per_class(

@@ -228,12 +228,7 @@ def classes_of(record: Document, given: Sequence[str] | None) -> list[str] | Non
     known = record.get("classes")
     if given is None:
         return known
-    for name in given:
-        if name not in synapses.NEUROTRANSMITTERS or list(given).count(name) > 1:
-            raise UserError(
-                f"--classes: {name!r} is unknown or there twice (known: "
-                f"{', '.join(synapses.NEUROTRANSMITTERS)})"
-            )
+    synapses.check_classes(given)
     if known is not None and list(given) != known:
         raise UserError(
             f"--classes={','.join(given)}, but this was imported with the classes "

@@ -241,7 +241,7 @@ def main() -> None:
         )
         size = classifier.config.voxel_size_nm_zyx
         if voxel_size.value is not None:
-            size = _numbers(voxel_size.value)
+            size = command.three_numbers("voxel_size_nm_zyx", voxel_size.value, True)
         rows = synapses.load(table.value, allow_bad_positions=True)
         opened = volumes.open(volume.value, size)
         # A warning only: every row is answered, those outside too.
@@ -261,16 +261,6 @@ def main() -> None:
         print(f"{output.value}/predictions.feather: {len(result):,} rows: {shown}")
 
     command.run(run)
-
-
-def _numbers(texts: Sequence[str]) -> list[float]:
-    try:
-        numbers = [float(text) for text in texts]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 3:
-        raise UserError(f"--voxel_size_nm_zyx={','.join(texts)}: give z,y,x in nm")
-    return numbers
 
 
 if __name__ == "__main__":

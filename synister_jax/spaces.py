@@ -86,6 +86,23 @@ def describe(space: Space, shape_zyx: Sequence[int] | None) -> dict[str, Any]:
     return record
 
 
+def crop_starts_vx_zyx(
+    positions_nm_zyx: np.ndarray,
+    crop_shape_zyx: Sequence[int],
+    voxel_size_nm_zyx: Sequence[float],
+    offset_nm_zyx: Sequence[float] = (0, 0, 0),
+) -> np.ndarray:
+    """First voxel of each crop, [n, 3] int64, for positions [n, 3] in nm.
+
+    The original's rule: `rint((position - size//2 * voxel) / voxel)`, half to even,
+    in the container's frame; for even sizes the synapse lies at index size/2.
+    """
+    voxel = np.asarray(voxel_size_nm_zyx)
+    half = np.asarray(crop_shape_zyx) // 2 * voxel
+    corner_nm = positions_nm_zyx - np.asarray(offset_nm_zyx) - half
+    return np.rint(corner_nm / voxel).astype(np.int64)
+
+
 def outside(positions_nm_zyx: np.ndarray, volume: "Volume") -> np.ndarray:
     """[n] bool: positions that lie in no voxel of the volume (NaN: True)."""
     voxel = np.asarray(volume.voxel_size_nm_zyx)

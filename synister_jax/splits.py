@@ -214,12 +214,7 @@ def _check(
         raise UserError(f"--fractions={shown} add up to {sum(fractions):g}, not to 1")
     if shared_cell_types and (by != "neuron" or not fractions[0]):
         raise UserError("--shared_cell_types needs --by=neuron and a train part")
-    for name in classes:
-        if name not in synapses.NEUROTRANSMITTERS or classes.count(name) > 1:
-            raise UserError(
-                f"--classes: {name!r} is unknown or there twice; known are "
-                f"{', '.join(synapses.NEUROTRANSMITTERS)}"
-            )
+    synapses.check_classes(classes)
 
 
 def _check_rows(labels: np.ndarray, classes: Sequence[str], by: str) -> None:

@@ -115,6 +115,22 @@ def write_batches(
         return len(check_unique(ids, str(path)))
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` for a name that `write` would not take."""
+    if pathlib.Path(path).suffix not in (".feather", ".parquet"):
+        raise UserError(f"cannot write {path}: name a .feather or .parquet file")
+
+
+def check_classes(names: Sequence[str]) -> None:
+    """Raises `UserError` for --classes with an unknown name, or one twice."""
+    for name in names:
+        if name not in NEUROTRANSMITTERS or list(names).count(name) > 1:
+            raise UserError(
+                f"--classes: {name!r} is unknown or there twice (known: "
+                f"{', '.join(NEUROTRANSMITTERS)})"
+            )
+
+
 def check_unique(ids: Sequence[np.ndarray], where: str) -> np.ndarray:
     """All the ids, [n] int64; `UserError` where one is there twice."""
     together = np.concatenate([np.zeros(0, np.int64), *ids])
@@ -131,11 +147,9 @@ def check_unique(ids: Sequence[np.ndarray], where: str) -> np.ndarray:
 def _writer(
     path: str | os.PathLike[str], schema: pa.Schema
 ) -> Iterator[pa.ipc.RecordBatchFileWriter | parquet.ParquetWriter]:
-    suffix = pathlib.Path(path).suffix
-    if suffix not in (".feather", ".parquet"):
-        raise UserError(f"cannot write {path}: name a .feather or .parquet file")
+    check_writable(path)
     with files.replacing(path) as partial:
-        if suffix == ".feather":
+        if pathlib.Path(path).suffix == ".feather":
             options = pa.ipc.IpcWriteOptions(compression="zstd")
             opened = pa.ipc.new_file(str(partial), schema, options=options)
         else:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from synister_jax import container, files
+from synister_jax import container, files, spaces
 from synister_jax.command import UserError
 
 OK = "ok"
@@ -143,15 +143,13 @@ def write_n5(
 def crop_starts_vx_zyx(
     positions_nm_zyx: np.ndarray, crop_shape_zyx: Sequence[int], volume: Volume
 ) -> np.ndarray:
-    """First voxel of each crop, [n, 3] int64, for positions [n, 3] in nm.
-
-    The original's rule: `rint((position - size//2 * voxel) / voxel)`, half to even,
-    in the container's frame; for even sizes the synapse lies at index size/2.
-    """
-    voxel = np.asarray(volume.voxel_size_nm_zyx)
-    half = np.asarray(crop_shape_zyx) // 2 * voxel
-    corner_nm = positions_nm_zyx - np.asarray(volume.offset_nm_zyx) - half
-    return np.rint(corner_nm / voxel).astype(np.int64)
+    """`spaces.crop_starts_vx_zyx` in the volume, [n, 3] int64."""
+    return spaces.crop_starts_vx_zyx(
+        positions_nm_zyx,
+        crop_shape_zyx,
+        volume.voxel_size_nm_zyx,
+        volume.offset_nm_zyx,
+    )
 
 
 def border_status(

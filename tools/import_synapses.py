@@ -16,7 +16,6 @@ import dataclasses
 import pathlib
 import sys
 
-import numpy as np
 from absl import flags
 
 from synister_jax import (
@@ -71,8 +70,7 @@ _DROP_BAD_ROWS = flags.DEFINE_bool(
 
 def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
-    if output.suffix not in (".feather", ".parquet"):
-        raise UserError(f"--output={output}: name a .feather or .parquet file")
+    synapses.check_writable(output)
     if not _INPUT.value:
         raise UserError("--input is empty; name one or more files")
     files.make_folder(output.parent)
@@ -142,7 +140,7 @@ def _dialect() -> dialects.Dialect:
         dialect = dialects.DIALECTS[_SOURCE.value]
     if _VOXEL_SIZE.value is None:
         return dialect
-    size = _numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value, positive=True)
+    size = command.three_numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value, positive=True)
     return dataclasses.replace(
         dialect,
         voxel_size_nm_zyx=size,
@@ -158,20 +156,12 @@ def _space() -> spaces.Space | None:
     if own and _SPACE.value not in (None, "volume"):
         raise UserError("give --space or --scale_nm_zyx and --offset_nm_zyx, not both")
     if own:
-        scale = _numbers("scale_nm_zyx", _SCALE.value or ["1"] * 3, positive=True)
-        offset = _numbers("offset_nm_zyx", _OFFSET.value or ["0"] * 3)
+        scale = command.three_numbers(
+            "scale_nm_zyx", _SCALE.value or ["1"] * 3, positive=True
+        )
+        offset = command.three_numbers("offset_nm_zyx", _OFFSET.value or ["0"] * 3)
         return spaces.Space("the volume", scale, offset)
     return None if _SPACE.value is None else spaces.SPACES[_SPACE.value]
-
-
-def _numbers(flag: str, texts: list[str], positive: bool = False) -> tuple[float, ...]:
-    try:
-        z, y, x = numbers = [float(text) for text in texts]
-    except ValueError:
-        raise UserError(f"--{flag} takes three numbers, as 40,4,4") from None
-    if not np.isfinite(numbers).all() or (positive and min(numbers) <= 0):
-        raise UserError(f"--{flag}={','.join(texts)}: not possible; as 40,4,4")
-    return z, y, x
 
 
 def _check_positions(result: ground_truth.GroundTruth, volume: volumes.Volume) -> int:

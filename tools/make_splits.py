@@ -69,8 +69,9 @@ def _split(table: pa.Table) -> pa.Table:
     column = f"split_{_NAME.value}"
     if not _NAME.value.isidentifier():
         raise UserError(f"--name={_NAME.value}: use letters, digits and _")
-    if pathlib.Path(_OUTPUT.value or "").suffix not in (".feather", ".parquet"):
-        raise UserError("give --output=TABLE: name a .feather or .parquet file")
+    if _OUTPUT.value is None:
+        raise UserError("give --output=TABLE, a .feather or .parquet file")
+    synapses.check_writable(_OUTPUT.value)
     _keep_columns(table)
     if column in table.column_names:
         if not _OVERWRITE.value:
@@ -80,7 +81,7 @@ def _split(table: pa.Table) -> pa.Table:
             )
         table = table.drop_columns([column])
     hold_out = None if _HOLD_OUT.value is None else _ids(_HOLD_OUT.value)
-    fractions = _numbers("fractions", _FRACTIONS.value)
+    fractions = command.three_numbers("fractions", _FRACTIONS.value)
     split = splits.make(
         table,
         _BY.value,
@@ -131,14 +132,6 @@ def _ids(path: str) -> np.ndarray:
     return values
 
 
-def _numbers(flag: str, texts: list[str]) -> list[float]:
-    try:
-        first, second, third = (float(text) for text in texts)
-    except ValueError:
-        raise UserError(f"--{flag} takes three numbers") from None
-    return [first, second, third]
-
-
 def _print(split: splits.Split) -> None:
     unit = _BALANCE.value
     print(f"{'class':<16}" + "".join(f"{part:>28}" for part in synapses.PARTS))
@@ -164,14 +157,18 @@ def _print(split: splits.Split) -> None:
 
 
 def _report(table: pa.Table, folder: pathlib.Path) -> None:
-    shape = [int(size) for size in _numbers("crop_shape_zyx", _CROP_SHAPE.value)]
-    voxel = _numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value)
+    shape = [
+        int(size) for size in command.three_numbers("crop_shape_zyx", _CROP_SHAPE.value)
+    ]
+    voxel = command.three_numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value)
     measured = leakage.measure(table, _NAME.value, shape, voxel, _CLASSES.value)
     files.make_folder(folder)
     known = json.loads(table.schema.metadata[b"synister_jax"]).get("splits", {})
     made = known.get(_NAME.value, {})
     files.write_json(folder / "report.json", {"made": made, **measured})
-    fractions = made.get("fractions") or _numbers("fractions", _FRACTIONS.value)
+    fractions = made.get("fractions") or command.three_numbers(
+        "fractions", _FRACTIONS.value
+    )
     figure = figures.balance(measured, fractions)
     with files.replacing(folder / "balance.png") as partial:
         partial.write_bytes(figures.png(figure))
