@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 PARTS = ("train", "validation", "test")
-# Every class that a network of the family has had as an output.
+# What a table can say of a synapse.
 NEUROTRANSMITTERS = (
     "gaba",
     "acetylcholine",
@@ -48,6 +48,9 @@ NEUROTRANSMITTERS = (
     "tyramine",
     "neither",
 )
+# Every class that a network of the family has had as an output. Only extra_classes
+# makes rows of "unknown": in a table from elsewhere the word means that nobody knows.
+CLASSES = (*NEUROTRANSMITTERS, "unknown")
 POSITION = ("z_nm", "y_nm", "x_nm")
 _REQUIRED = ("synapse_id", *POSITION)
 
@@ -124,10 +127,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def check_classes(names: Sequence[str]) -> None:
     """Raises `UserError` for --classes with an unknown name, or one twice."""
     for name in names:
-        if name not in NEUROTRANSMITTERS or list(names).count(name) > 1:
+        if name not in CLASSES or list(names).count(name) > 1:
             raise UserError(
                 f"--classes: {name!r} is unknown or there twice (known: "
-                f"{', '.join(NEUROTRANSMITTERS)})"
+                f"{', '.join(CLASSES)})"
             )
 
 
