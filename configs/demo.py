@@ -22,16 +22,21 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dense_features = 128
     config.model.dropout = 0.0  # it sees each crop a few times only
 
-    config.augment.jitter_vx_zyx = (0, 3, 3)
+    config.augment.jitter_zyx = (0, 3, 3)
+    config.augment.elastic_spacing_zyx = (4, 12, 12)  # as many as the published crop
+    config.augment.elastic_sigma_zyx = (0.0, 0.6, 0.6)
+    config.augment.max_misalign_yx = (3, 3)
+    config.balance_clusters = False
 
     config.learning_rate = 1e-3
-    config.cosine_decay = True  # a short run has no time to settle otherwise
+    config.schedule = "cosine"  # a short run has no time to settle otherwise
     config.batch_size = 16
     config.num_train_steps = 1_000
 
     config.log_every_steps = 10
     config.eval_every_steps = 200
     config.checkpoint_every_steps = 200
+    config.snapshot_every_steps = 500
     config.keep_latest = 3
     config.keep_every_steps = 1_000
     return config

@@ -20,5 +20,21 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.features = 24
     config.model.downsample_factors = ((2, 2, 2),) * 4
     config.model.convolutions = (4, 2, 2, 2)
-    config.augment.jitter_vx_zyx = (5, 5, 5)
+    augment_isotropic(config.augment)
     return config
+
+
+def augment_isotropic(augment: ml_collections.ConfigDict) -> None:
+    """The published sizes in nm, alike in every direction.
+
+    The original used FAFB's numbers of voxels here too. FIB-SEM has no sections that
+    could slip or differ in brightness, and z is an axis like the others.
+    """
+    augment.sizes_in = "nm"
+    augment.jitter_zyx = (40, 40, 40)
+    augment.elastic_spacing_zyx = (160, 160, 160)
+    augment.elastic_sigma_zyx = (8.0, 8.0, 8.0)
+    augment.slip_probability = 0.0
+    augment.shift_probability = 0.0
+    augment.transpose_axes = (0, 1, 2)
+    augment.intensity_per_section = False

@@ -1,44 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation of a batch on the device, and the scaling that every network input gets.
 
-Numbers and order follow the original (train_pipeline.py): mirror, transpose,
+Numbers and order follow the original (train_pipeline.py): one resampling for elastic
+warp, rotation, section shift and location jitter (warp.py), then mirror, transpose,
 intensity per section, clip, scale to [-1, 1]. Every example draws from a key of its
-own, so a batch does not depend on how many devices share it.
+own, so a batch does not depend on how many devices or processes share it.
 """
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+
+from synister_jax import warp
+from synister_jax.command import UserError
 
 
-def margin_vx_zyx(settings: ml_collections.ConfigDict) -> tuple[int, ...]:
-    """Voxels of context, on either side of a crop, that augmentation can reach."""
-    return tuple(int(j) for j in settings.jitter_vx_zyx)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `config.augment` says, sizes in voxels."""
+
+    crop_shape_zyx: tuple[int, int, int]
+    jitter_zyx: tuple[int, int, int]  # of the location, either way
+    elastic_spacing_zyx: tuple[float, float, float]  # between control points
+    elastic_sigma_zyx: tuple[float, float, float]  # of their displacements
+    elastic_subsample: int  # the warp is cubic at every so many voxels, else linear
+    rotation: tuple[float, float]  # in the section plane, radians
+    slip_probability: float  # a section is displaced alone
+    shift_probability: float  # a section and all after it are displaced
+    max_misalign_yx: tuple[int, int]
+    mirror: bool  # every axis
+    transpose_axes: tuple[int, ...]  # shuffled among themselves
+    intensity_scale: tuple[float, float]  # about the mean
+    intensity_shift: tuple[float, float]
+    intensity_per_section: bool  # else one draw and one mean a crop
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "Settings":
+        """Raises `UserError` for settings that the crop or each other rule out."""
+        given = config.augment
+        if given.sizes_in not in ("voxels", "nm"):
+            raise UserError(
+                f"config.augment.sizes_in is {given.sizes_in!r}: voxels or nm"
+            )
+        unit = config.voxel_size_nm_zyx if given.sizes_in == "nm" else (1, 1, 1)
+
+        def sizes(name: str, whole: bool = False) -> tuple:
+            voxels = [
+                size / voxel
+                for size, voxel in zip(
+                    given[name], unit[-len(given[name]) :], strict=True
+                )
+            ]
+            if min(voxels) < 0 or ("spacing" in name and min(voxels) == 0):
+                raise UserError(f"config.augment.{name} = {given[name]}: not possible")
+            return tuple(round(v) for v in voxels) if whole else tuple(voxels)
+
+        settings = cls(
+            crop_shape_zyx=tuple(config.crop_shape_zyx),
+            jitter_zyx=sizes("jitter_zyx", whole=True),
+            elastic_spacing_zyx=sizes("elastic_spacing_zyx"),
+            elastic_sigma_zyx=sizes("elastic_sigma_zyx"),
+            elastic_subsample=given.elastic_subsample,
+            rotation=tuple(given.rotation),
+            slip_probability=given.slip_probability,
+            shift_probability=given.shift_probability,
+            max_misalign_yx=sizes("max_misalign_yx", whole=True),
+            mirror=given.mirror,
+            transpose_axes=tuple(given.transpose_axes),
+            intensity_scale=tuple(given.intensity_scale),
+            intensity_shift=tuple(given.intensity_shift),
+            intensity_per_section=given.intensity_per_section,
+        )
+        swapped = {settings.crop_shape_zyx[axis] for axis in settings.transpose_axes}
+        if len(swapped) > 1:
+            raise UserError(
+                f"config.augment.transpose_axes {settings.transpose_axes} swaps axes "
+                f"of different size (config.crop_shape_zyx {settings.crop_shape_zyx})"
+            )
+        chances = settings.slip_probability, settings.shift_probability
+        if min(chances) < 0 or sum(chances) > 1:
+            raise UserError(
+                f"config.augment: slip_probability {chances[0]} and shift_probability "
+                f"{chances[1]} must not be negative, nor more than 1 together"
+            )
+        return settings
+
+    @property
+    def resamples(self) -> bool:
+        """Whether voxels are interpolated at all; jitter alone only moves a window."""
+        return any((*self.elastic_sigma_zyx, *self.rotation)) or self.misaligns
+
+    @property
+    def misaligns(self) -> bool:
+        probability = self.slip_probability + self.shift_probability
+        return probability > 0 and any(self.max_misalign_yx)
+
+    @property
+    def margin_vx_zyx(self) -> tuple[int, ...]:
+        """Voxels of context, on either side of a crop, that augmentation can reach."""
+        return warp.reach_zyx(
+            self.crop_shape_zyx,
+            jitter_zyx=self.jitter_zyx,
+            elastic_spacing_zyx=self.elastic_spacing_zyx,
+            elastic_sigma_zyx=self.elastic_sigma_zyx,
+            elastic_subsample=self.elastic_subsample,
+            rotation=self.rotation,
+            max_misalign_yx=self.max_misalign_yx if self.misaligns else (0, 0),
+        )
 
 
-def augment(
-    records: jax.Array,
-    key: jax.Array,
-    crop_shape_zyx: Sequence[int],
-    settings: ml_collections.ConfigDict,
-) -> jax.Array:
-    """uint8 [batch, *record] with margin → float32 [batch, *crop] in [-1, 1]."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(records)))
+class Draws(NamedTuple):
+    """All that is random in one example; sizes in voxels."""
 
-    def one(record: jax.Array, key: jax.Array) -> jax.Array:
-        place, mirror, transpose, intensity = jax.random.split(key, 4)
-        crop = _jitter(record, place, crop_shape_zyx, settings.jitter_vx_zyx)
-        crop = crop.astype(jnp.float32) / 255
-        if settings.mirror:
-            crop = _mirror(crop, mirror)
-        if settings.transpose:
-            swap = jax.random.bernoulli(transpose)
-            crop = jnp.where(swap, crop.swapaxes(1, 2), crop)
-        return _intensity(crop, intensity, settings)
+    jitter: jax.Array  # [3] int32
+    control: jax.Array  # [3, *control points]
+    angle: jax.Array  # radians
+    offset_yx: jax.Array  # [z, 2], of each section
+    mirror: jax.Array  # [3] bool
+    permutation: jax.Array  # int32, of the transposed axes
+    scale: jax.Array  # [z, 1, 1] or [1, 1, 1]
+    shift: jax.Array
 
-    return jnp.clip(jax.vmap(one)(records, keys), 0, 1) * 2 - 1
+
+def augment(records: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
+    """uint8 [batch, *record], keys [batch] → float32 [batch, *crop] in [-1, 1]."""
+    return jax.vmap(lambda r, k: apply(r, draw(k, settings), settings))(records, keys)
+
+
+def example_keys(key: jax.Array, batch_size: int) -> jax.Array:
+    """[batch] keys, each a function of `key` and its place in the global batch."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 
 def centre(records: jax.Array, crop_shape_zyx: Sequence[int]) -> jax.Array:
@@ -50,34 +148,116 @@ def centre(records: jax.Array, crop_shape_zyx: Sequence[int]) -> jax.Array:
     return records[(slice(None), *middle)].astype(jnp.float32) / 255 * 2 - 1
 
 
-def _jitter(
-    record: jax.Array,
-    key: jax.Array,
-    crop_shape_zyx: Sequence[int],
-    jitter_vx_zyx: Sequence[int],
-) -> jax.Array:
-    reach = jnp.asarray(jitter_vx_zyx)
-    shift = jax.random.randint(key, (3,), -reach, reach + 1)
-    middle = [(r - c) // 2 for r, c in zip(record.shape, crop_shape_zyx, strict=True)]
-    return jax.lax.dynamic_slice(record, jnp.asarray(middle) + shift, crop_shape_zyx)
+def draw(key: jax.Array, settings: Settings) -> Draws:
+    """The draws of one example, a pure function of its key."""
+    depth = settings.crop_shape_zyx[0]
+    sections = (depth if settings.intensity_per_section else 1, 1, 1)
+    points = warp.control_shape_zyx(
+        settings.crop_shape_zyx, settings.elastic_spacing_zyx
+    )
+    shapes = {
+        "jitter": (3,),
+        "control": (3, *points),
+        "angle": (),
+        "misalign": (depth,),
+        "offset_yx": (depth, 2),
+        "mirror": (3,),
+        "permutation": (),
+        "scale": sections,
+        "shift": sections,
+    }
+    # One draw for all: every further call of the generator costs compilation time.
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    pieces = jnp.split(jax.random.uniform(key, (ends[-1],)), ends[:-1])
+    u = {
+        name: piece.reshape(shape)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+    sigma = jnp.asarray(settings.elastic_sigma_zyx)[:, None, None, None]
+    permutations = math.factorial(len(settings.transpose_axes))
+    return Draws(
+        jitter=_symmetric(u["jitter"], settings.jitter_zyx),
+        control=sigma * _truncated_normal(u["control"]),
+        angle=_between(u["angle"], settings.rotation),
+        offset_yx=_misalignment(u["misalign"], u["offset_yx"], settings),
+        mirror=(u["mirror"] < 0.5) & settings.mirror,
+        permutation=jnp.floor(u["permutation"] * permutations).astype(jnp.int32),
+        scale=_between(u["scale"], settings.intensity_scale),
+        shift=_between(u["shift"], settings.intensity_shift),
+    )
 
 
-def _mirror(crop: jax.Array, key: jax.Array) -> jax.Array:
-    flips = jax.random.bernoulli(key, shape=(3,))
+def apply(record: jax.Array, draws: Draws, settings: Settings) -> jax.Array:
+    """uint8 record with margin → float32 crop in [-1, 1], as the draws say."""
+    # The record has an even number of voxels more than the crop: both middles agree.
+    margin = [
+        (r - c) // 2 for r, c in zip(record.shape, settings.crop_shape_zyx, strict=True)
+    ]
+    if settings.resamples:
+        middle = jnp.asarray([(r - 1) / 2 for r in record.shape]) + draws.jitter
+        source = warp.source_vx_zyx(
+            draws.control,
+            draws.angle,
+            draws.offset_yx,
+            settings.crop_shape_zyx,
+            settings.elastic_subsample,
+        )
+        source += middle[:, None, None, None]
+        whole_sections = settings.elastic_sigma_zyx[0] == 0
+        crop = warp.resample(record, source, whole_sections)
+    else:
+        start = jnp.asarray(margin) + draws.jitter
+        crop = jax.lax.dynamic_slice(record, start, settings.crop_shape_zyx)
+    crop = crop.astype(jnp.float32) / 255
     for axis in range(3):
-        crop = jnp.where(flips[axis], jnp.flip(crop, axis), crop)
-    return crop
+        crop = jnp.where(draws.mirror[axis], jnp.flip(crop, axis), crop)
+    crop = _transpose(crop, draws.permutation, settings.transpose_axes)
+    axes = (1, 2) if settings.intensity_per_section else (0, 1, 2)
+    mean = crop.mean(axis=axes, keepdims=True)
+    crop = mean + (crop - mean) * draws.scale + draws.shift
+    return jnp.clip(crop, 0, 1) * 2 - 1
 
 
-def _intensity(
-    crop: jax.Array, key: jax.Array, settings: ml_collections.ConfigDict
+def _misalignment(
+    chance: jax.Array, offset: jax.Array, settings: Settings
 ) -> jax.Array:
-    """mean + (value - mean)·scale + shift, a draw and a mean for each z section."""
-    draw_scale, draw_shift = jax.random.split(key)
-    shape = (crop.shape[0], 1, 1)
-    low, high = settings.intensity_scale
-    scale = jax.random.uniform(draw_scale, shape, minval=low, maxval=high)
-    low, high = settings.intensity_shift
-    shift = jax.random.uniform(draw_shift, shape, minval=low, maxval=high)
-    mean = crop.mean(axis=(1, 2), keepdims=True)
-    return mean + (crop - mean) * scale + shift
+    """[z, 2]: a slip displaces one section, a shift that section and all after it.
+
+    A slipped section forgets the shifts before it, as in the original.
+    """
+    slips = chance < settings.slip_probability
+    shifts = ~slips & (chance < settings.slip_probability + settings.shift_probability)
+    offset = _symmetric(offset, settings.max_misalign_yx)
+    total = jnp.cumsum(shifts[:, None] * offset, axis=0)
+    total = jnp.where(slips[:, None], offset, total)
+    limit = warp.MISALIGN_STEPS * jnp.asarray(settings.max_misalign_yx)
+    return jnp.clip(total, -limit, limit).astype(jnp.float32)
+
+
+def _transpose(
+    crop: jax.Array, permutation: jax.Array, axes: Sequence[int]
+) -> jax.Array:
+    branches = []
+    for shuffled in itertools.permutations(axes):
+        order = [0, 1, 2]
+        for axis, new in zip(axes, shuffled, strict=True):
+            order[axis] = new
+        branches.append(lambda crop, order=tuple(order): crop.transpose(order))
+    return jax.lax.switch(permutation, branches, crop)
+
+
+def _between(u: jax.Array, interval: Sequence[float]) -> jax.Array:
+    low, high = interval
+    return low + u * (high - low)
+
+
+def _symmetric(u: jax.Array, reach: Sequence[int]) -> jax.Array:
+    """u in [0, 1) → whole numbers from -reach to reach, all equally often."""
+    most = jnp.asarray(reach)
+    return jnp.floor(u * (2 * most + 1)).astype(jnp.int32) - most
+
+
+def _truncated_normal(u: jax.Array) -> jax.Array:
+    """u in [0, 1) → standard normal, between -warp.SIGMAS and warp.SIGMAS."""
+    within = math.erf(warp.SIGMAS / math.sqrt(2))
+    return math.sqrt(2) * jax.lax.erf_inv(within * (2 * u - 1))

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: config.json, and Orbax checkpoints of state and data position."""
+"""A run's folder: config.json, and Orbax checkpoints of its training state."""
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import ml_collections
 from orbax.checkpoint import v1 as ocp
 
+import synister_jax
 from synister_jax import files
 from synister_jax.command import UserError
+
+# What the best checkpoint is best in, of those that were validated.
+BEST_BY = "validation/synapse_mean_class_accuracy"
 
 # What may differ between two starts of one run: how long it goes on, what it reports.
 _MAY_CHANGE = (
@@ -21,8 +26,11 @@ _MAY_CHANGE = (
     "log_every_steps",
     "eval_every_steps",
     "checkpoint_every_steps",
+    "snapshot_every_steps",
+    "early_stop_evals",
     "keep_latest",
     "keep_every_steps",
+    "head_devices",
 )
 
 
@@ -40,7 +48,7 @@ def save_config(
     if path.exists():
         before = files.read_json(path)
         may_change = set(_MAY_CHANGE)
-        if config.cosine_decay:  # then the length decides every step's rate
+        if config.schedule == "cosine":  # then the length decides every step's rate
             may_change.remove("num_train_steps")
         for key in sorted(before.keys() | now.keys()):
             if key not in may_change and before.get(key) != now.get(key):
@@ -97,13 +105,22 @@ def parse_steps(workdir: pathlib.Path, texts: Sequence[str] | None) -> list[int]
 
 
 def best_step(workdir: pathlib.Path) -> int:
-    """The checkpoint that did best on validation, from its summary.json."""
+    """The checkpoint that did best on validation.
+
+    From the summary of `evaluate --part=validation`, else as measured in training.
+    """
     path = workdir / "evaluation" / "validation" / "summary.json"
-    if not path.exists():
+    if path.exists():
+        return files.read_json(path)["best_step"]
+    with ocp.training.Checkpointer((workdir / "checkpoints").resolve()) as orbax:
+        measured = {c.step: (c.metrics or {}).get(BEST_BY) for c in orbax.checkpoints}
+    measured = {step: value for step, value in measured.items() if value is not None}
+    if not measured:
         raise UserError(
-            f"no {path} yet: run evaluate --part=validation --steps=all first"
+            f"no checkpoint of {workdir} was validated in training, and there is no "
+            f"{path}: run evaluate --part=validation --steps=all first"
         )
-    return files.read_json(path)["best_step"]
+    return max(measured, key=lambda step: (measured[step], step))
 
 
 def load_variables(
@@ -111,61 +128,180 @@ def load_variables(
 ) -> Any:
     """`params` and `batch_stats` alone, for inference.
 
+    Where the run averages its parameters, `params` are the average.
+
     Args:
       abstract: {"params", "batch_stats"} of `jax.ShapeDtypeStruct` with shardings.
     """
     path = (workdir / "checkpoints" / str(step)).resolve()  # Orbax wants it absolute
-    _require_same(path, abstract, config)
+    if config.ema_decay:
+        wanted = {"ema": abstract["params"], "batch_stats": abstract["batch_stats"]}
+    else:
+        wanted = abstract
+    _require_same(path, wanted, config)
+    loaded = load_partly(path, wanted)
+    return {
+        "params": loaded["ema" if config.ema_decay else "params"],
+        "batch_stats": loaded["batch_stats"],
+    }
+
+
+def load_partly(path: pathlib.Path, abstract: Any) -> Any:
+    """The arrays of `abstract`, of all that a checkpoint holds."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
         return ocp.load_checkpointables(path, {"state": abstract})["state"]
 
 
+def load_fitting(
+    workdir: pathlib.Path, step: int, fresh: Any, config: ml_collections.ConfigDict
+) -> tuple[Any, list[str]]:
+    """Variables of another run, to go on from: (variables, names left as they were).
+
+    Args:
+      fresh: {"params", "batch_stats"}, arrays; those of the last layer `logits` stay
+        where the other run has other classes.
+
+    Raises:
+      UserError: any other array differs, or the voxels do.
+    """
+    other = load_config(workdir)
+    if list(other.voxel_size_nm_zyx) != list(config.voxel_size_nm_zyx):
+        raise UserError(
+            f"config.init_from {workdir} was trained with voxel_size_nm_zyx "
+            f"{list(other.voxel_size_nm_zyx)}, not {list(config.voxel_size_nm_zyx)}"
+        )
+    same_classes = list(other.classes) == list(config.classes)
+    kept = [] if same_classes else ["params.logits.bias", "params.logits.kernel"]
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        fresh,
+    )
+    taken = dict(abstract, params=dict(abstract["params"]))
+    if not same_classes:
+        del taken["params"]["logits"]
+    variables = load_variables(workdir, step, taken, other)
+    if not same_classes:
+        variables["params"]["logits"] = fresh["params"]["logits"]
+    return variables, kept
+
+
 class Checkpointer:
-    """Saves and restores training state and Grain iterator, both at the same step."""
+    """Saves and restores the training state."""
 
     def __init__(
-        self, workdir: pathlib.Path, config: ml_collections.ConfigDict
+        self,
+        workdir: pathlib.Path,
+        config: ml_collections.ConfigDict,
+        crops_sha256: str,
     ) -> None:
         keep = ocp.training.preservation_policies
         self._folder = (workdir / "checkpoints").resolve()
         self._config = config
+        self._about = _about(config) | {
+            "code": code_version(),
+            "crops_sha256": crops_sha256,
+            "config": json.loads(config.to_json_best_effort()),
+        }
         self._orbax = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=keep.AnyPreservationPolicy(
                 [
                     keep.LatestN(config.keep_latest),
                     keep.EveryNSteps(config.keep_every_steps),
+                    keep.BestN(
+                        n=1,
+                        get_metric_fn=lambda metrics: metrics[BEST_BY],
+                        keep_checkpoints_without_metrics=False,
+                    ),
                 ]
             ),
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
-        """Saves; writing goes on behind."""
-        self._orbax.save_checkpointables_async(
-            step,
-            {"state": state, "data": batches},
-            force=True,
-            custom_metadata=_about(self._config),
-        )
+    def save(
+        self, step: int, state: Any, measured: Mapping[str, float] | None = None
+    ) -> None:
+        """Saves; writing goes on behind.
 
-    def restore(
-        self, abstract_state: Any, batches: grain.DatasetIterator
-    ) -> Any | None:
-        """The latest state, with `batches` moved to its step; None if there is none."""
+        Args:
+          measured: numbers of the validation part, which decide the best checkpoint.
+
+        Raises:
+          UserError: this or the save before it could not be written.
+        """
+        with self._writing():
+            self._orbax.save_checkpointables_async(
+                step,
+                {"state": state},
+                force=True,
+                metrics=None if measured is None else dict(measured),
+                custom_metadata=self._about,
+            )
+
+    def restore(self, abstract_state: Any) -> Any | None:
+        """The latest state; None if there is none."""
         latest = self._orbax.latest
         if latest is None:
             return None
         path = self._folder / str(latest.step)
         _require_same(path, abstract_state, self._config)
-        abstract = {"state": abstract_state, "data": batches}
+        abstract = {"state": abstract_state}
         return self._orbax.load_checkpointables(latest.step, abstract)["state"]
 
     def close(self) -> None:
-        """Waits for the save in flight."""
-        self._orbax.close()
+        """Waits for the save in flight; `UserError` when it fails."""
+        with self._writing():
+            self._orbax.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"cannot write a checkpoint to {self._folder} ({reason}); those "
+                "already there are whole: make room or mend the disk, and run the "
+                "same command again"
+            ) from None
+
+
+def save_imported(
+    workdir: pathlib.Path,
+    step: int,
+    variables: Mapping[str, Any],
+    config: ml_collections.ConfigDict,
+) -> None:
+    """Makes a workdir of weights from elsewhere, for evaluate and predict.
+
+    Raises:
+      UserError: the folder holds another run, or this step.
+    """
+    workdir = files.make_folder(workdir)
+    save_config(workdir, config, "")
+    if step in steps(workdir):
+        raise UserError(f"{workdir} has a checkpoint of step {step} already")
+    checkpointer = Checkpointer(workdir, config, "")
+    checkpointer.save(step, dict(variables))
+    checkpointer.close()
+
+
+def code_version() -> str:
+    """The package's version, with the commit where it runs from a repository."""
+    root = pathlib.Path(synister_jax.__file__).parents[1]
+    version = synister_jax.__version__
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return version
+    return f"{version}+{described.stdout.strip()}"
 
 
 def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -85,13 +85,22 @@ def run(main: Callable[[], None]) -> None:
 
 
 class Progress:
-    """Prints `what: done/total, rate, ETA, note` at most every `every_seconds`."""
+    """Prints `what: done/total, rate, ETA, note` at most every `every_seconds`.
+
+    Silent where another process prints the same.
+    """
 
     def __init__(
-        self, what: str, total: int, unit: str, done: int = 0, every_seconds: float = 5
+        self,
+        what: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        every_seconds: float = 5,
+        silent: bool = False,
     ) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._done = done
+        self._done, self._silent = done, silent
         self.note = ""
         self._every = every_seconds
         self._start = self._printed = time.monotonic()
@@ -121,7 +130,8 @@ class Progress:
             f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, "
             f"{rate:,.1f}/s, {left}"
         )
-        print(f"{line}, {self.note}" if self.note else line, flush=True)
+        if not self._silent:
+            print(f"{line}, {self.note}" if self.note else line, flush=True)
 
 
 def _duration(seconds: float) -> str:

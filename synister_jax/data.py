@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grain pipelines over shards: an endless class-uniform stream, and an exact pass."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -8,14 +10,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from synister_jax import augment, synapses
+from synister_jax import augment, clusters, sharding, synapses
 from synister_jax import shards as shards_lib
 from synister_jax.command import UserError
 from synister_jax.shards import Shards
 
 Batch = dict[str, jax.Array]
 
-# Batches, not examples: a batch of FAFB crops is 5 MB.
+# Batches, not examples: with its context a batch of FAFB crops is 14 MB.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
@@ -27,66 +29,133 @@ def open_shards(config: ml_collections.ConfigDict) -> Shards:
     shards_lib.require(
         shards,
         crop_shape_zyx=config.crop_shape_zyx,
-        margin_vx_zyx=augment.margin_vx_zyx(config.augment),
+        margin_vx_zyx=augment.Settings.of(config).margin_vx_zyx,
         voxel_size_nm_zyx=config.voxel_size_nm_zyx,
         classes=config.classes,
     )
     return shards
 
 
-def train_batches(
-    shards: Shards, split: str, batch_size: int, seed: int, sharding: jax.NamedSharding
-) -> grain.DatasetIterator:
-    """Endless batches from the train part, every class equally often.
+@dataclasses.dataclass(frozen=True)
+class TrainBatches:
+    """Batches from the train part without end; batch i depends on (seed, i) alone.
 
-    Each class is shuffled anew in each of its own epochs; classes take turns. A batch
-    is {crop: uint8 [batch, *record], label: int32 [batch]} on the devices. The
-    iterator's state is its position; batch i depends on (seed, i) alone.
-
-    Raises:
-      UserError: a class has no example in the train part.
+    Hence nothing of the stream is saved: a run that goes on at step i asks for the
+    batches from i on, in however many processes.
     """
-    in_train = synapses.in_part(shards.index, split, "train")
-    labels = synapses.labels(shards.index, shards.classes)
-    empty = [
-        name
-        for i, name in enumerate(shards.classes)
-        if not (in_train & (labels == i)).any()
-    ]
-    if empty:
-        raise UserError(
-            f"shards {shards.folder} have no train example of {', '.join(empty)} in "
-            f"split {split!r}; remove the class from the config or choose another split"
-        )
-    source = shards.source()
 
-    def read(row: np.int64) -> dict[str, np.ndarray]:
-        _, crop = shards.decode(source[row])
-        return {"crop": crop, "label": labels[row]}
+    shards: Shards
+    labels: np.ndarray  # of the records, [n] int32
+    order: grain.MapDataset  # endless: example → record
+    batch_size: int  # over all processes
 
-    of_class = []
-    for label in range(len(shards.classes)):
-        rows = np.flatnonzero(in_train & (labels == label))
-        class_seed = int(np.random.SeedSequence((seed, label)).generate_state(1)[0])
-        dataset = grain.MapDataset.source(rows).seed(class_seed).shuffle().repeat()
-        of_class.append(dataset)
-    dataset = grain.MapDataset.mix(of_class).map(read).batch(batch_size)
-    return iter(_on_devices(dataset, sharding))
+    @classmethod
+    def of(cls, shards: Shards, config: ml_collections.ConfigDict) -> "TrainBatches":
+        """Classes take turns, so each comes equally often.
+
+        Within a class every example comes once an epoch, in an order that is new in
+        each; with `config.balance_clusters` they are drawn instead, each with the
+        original's chance 1/n, n synapses of its class being as close to it as
+        jitter reaches.
+
+        Raises:
+          UserError: a class has no example in the train part.
+        """
+        in_train = synapses.in_part(shards.index, config.split, "train")
+        labels = synapses.labels(shards.index, shards.classes)
+        of_class = [
+            np.flatnonzero(in_train & (labels == i)) for i in range(len(shards.classes))
+        ]
+        empty = [
+            name
+            for name, rows in zip(shards.classes, of_class, strict=True)
+            if not len(rows)
+        ]
+        if empty:
+            raise UserError(
+                f"shards {shards.folder} have no train example of {', '.join(empty)} "
+                f"in split {config.split!r}; remove the class from the config or "
+                "choose another split"
+            )
+        chances = None
+        if config.balance_clusters:
+            reach = augment.Settings.of(config).jitter_zyx
+            half_box_nm_zyx = np.multiply(reach, config.voxel_size_nm_zyx)
+            chances = np.zeros(len(labels))
+            chances[in_train] = clusters.acceptance(
+                synapses.positions_nm_zyx(shards.index)[in_train],
+                labels[in_train],
+                half_box_nm_zyx,
+            )
+        parts = []
+        for label, rows in enumerate(of_class):
+            sequence = np.random.SeedSequence((config.seed, label))
+            dataset = grain.MapDataset.source(rows)
+            dataset = dataset.seed(int(sequence.generate_state(1)[0]))
+            if chances is None:
+                parts.append(dataset.shuffle().repeat())
+            else:
+                draw = functools.partial(_draw, rows, np.cumsum(chances[rows]))
+                parts.append(dataset.repeat().random_map(draw))
+        return cls(shards, labels, grain.MapDataset.mix(parts), config.batch_size)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Records of the batch that follows `step` updates, [batch] int64."""
+        first = step * self.batch_size
+        return np.array([self.order[first + i] for i in range(self.batch_size)])
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """{crop: uint8 [n, *record], label: int32 [n]}."""
+        records = self._source.__getitems__([int(row) for row in rows])
+        crops = np.stack([self.shards.decode(record)[1] for record in records])
+        return {"crop": crops, "label": self.labels[rows].astype(np.int32)}
+
+    def stream(
+        self, first_step: int, placed: jax.NamedSharding
+    ) -> grain.DatasetIterator:
+        """Batches from `first_step` on, as global arrays on the devices.
+
+        Each process reads the examples of its own devices only.
+        """
+        places = sharding.local_places(placed, self.batch_size)
+
+        def local(step: int) -> dict[str, np.ndarray]:
+            return self.read(self.rows(step)[places])
+
+        steps = grain.MapDataset.range(first_step, np.iinfo(np.int64).max)
+        return iter(_on_devices(steps.map(local), placed, self.batch_size))
+
+    @functools.cached_property
+    def _source(self) -> grain.sources.ArrayRecordDataSource:
+        return self.shards.source()
+
+
+def _draw(
+    rows: np.ndarray, up_to: np.ndarray, _: np.int64, rng: np.random.Generator
+) -> np.int64:
+    """One of `rows`, with the chances whose cumulative sum is `up_to`."""
+    place = np.searchsorted(up_to, rng.random() * up_to[-1], side="right")
+    return rows[min(place, len(rows) - 1)]
 
 
 def padded_batches(
-    shards: Shards, rows: Sequence[int], batch_size: int, sharding: jax.NamedSharding
+    shards: Shards, rows: Sequence[int], batch_size: int, placed: jax.NamedSharding
 ) -> Iterator[Batch]:
-    """The records of `rows` once, in order, {crop} as in `train_batches`.
+    """The records of `rows` once, in order, {crop: uint8 [batch, *record]}.
 
     The last batch is filled up with repetitions: the consumer knows from len(rows)
     how many results count.
     """
     source = shards.source()
     filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch_size)])
-    dataset = grain.MapDataset.source(filled)
-    dataset = dataset.map(lambda row: {"crop": shards.decode(source[row])[1]})
-    iterator = iter(_on_devices(dataset.batch(batch_size), sharding))
+    places = sharding.local_places(placed, batch_size)
+
+    def local(batch_rows: np.ndarray) -> dict[str, np.ndarray]:
+        records = source.__getitems__([int(row) for row in batch_rows[places]])
+        return {"crop": np.stack([shards.decode(record)[1] for record in records])}
+
+    dataset = grain.MapDataset.source(filled.reshape(-1, batch_size)).map(local)
+    iterator = iter(_on_devices(dataset, placed, batch_size))
     try:
         yield from iterator
     finally:
@@ -94,11 +163,13 @@ def padded_batches(
 
 
 def _on_devices(
-    dataset: grain.MapDataset, sharding: jax.NamedSharding
+    dataset: grain.MapDataset, placed: jax.NamedSharding, batch_size: int
 ) -> grain.IterDataset:
     def put(batch: dict[str, np.ndarray]) -> Batch:
         return {
-            name: jax.make_array_from_process_local_data(sharding, values)
+            name: jax.make_array_from_process_local_data(
+                placed, values, (batch_size, *values.shape[1:])
+            )
             for name, values in batch.items()
         }
 

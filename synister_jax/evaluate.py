@@ -110,6 +110,7 @@ def scalars(part: str, measured: dict[str, Any]) -> dict[str, float]:
         f"{part}/loss": measured["loss"],
         f"{part}/synapse_accuracy": synapses_["accuracy"],
         f"{part}/synapse_mean_class_accuracy": synapses_["mean_class_accuracy"],
+        f"{part}/synapse_macro_f1": synapses_["macro_f1"],
         f"{part}/neuron_accuracy": neurons["accuracy"],
     }
     return {name: value for name, value in values.items() if value is not None}

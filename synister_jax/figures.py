@@ -94,6 +94,41 @@ def contact_sheet(
     return figure
 
 
+def augmented(
+    records: np.ndarray, crops: np.ndarray, names: Sequence[str], sections: int = 5
+) -> Figure:
+    """A row an example: its record's middle section, then sections of its crop.
+
+    Args:
+      records: uint8 [n, *record], whose margin is drawn around a frame of the crop.
+      crops: float32 [n, *crop] in [-1, 1], as the network gets them.
+    """
+    figure, grid = plt.subplots(
+        len(records),
+        sections + 1,
+        figsize=(1.5 * (sections + 1), 1.58 * len(records)),
+        layout="constrained",
+        squeeze=False,
+    )
+    depth, height, width = crops.shape[1:]
+    shown = np.linspace(0, depth - 1, sections).round().astype(int)
+    for axes_row, record, crop, name in zip(grid, records, crops, names, strict=True):
+        first = axes_row[0]
+        first.imshow(record[len(record) // 2], cmap="gray", vmin=0, vmax=255)
+        corner = (
+            (record.shape[2] - width) / 2 - 0.5,
+            (record.shape[1] - height) / 2 - 0.5,
+        )
+        first.add_patch(plt.Rectangle(corner, width, height, fill=False, color=_WRONG))
+        first.set_title(name, fontsize=8, loc="left")
+        for axes, z in zip(axes_row[1:], shown, strict=True):
+            axes.imshow(crop[z], cmap="gray", vmin=-1, vmax=1)
+            axes.set_title(f"section {z}", fontsize=7)
+        for axes in axes_row:
+            axes.axis("off")
+    return figure
+
+
 def balance(measured: Mapping[str, Any], fractions: Sequence[float]) -> Figure:
     """Parts of a split by class, and what they share (leakage.measure).
 
@@ -156,3 +191,9 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
     return buffer.getvalue()
+
+
+def pixels(png_content: bytes) -> np.ndarray:
+    """uint8 [height, width, 3] of a PNG."""
+    image = plt.imread(io.BytesIO(png_content), format="png")
+    return (image[..., :3] * 255).round().astype(np.uint8)

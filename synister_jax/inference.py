@@ -21,17 +21,21 @@ def make_classify(
 ) -> Callable[[Variables, jax.Array], jax.Array]:
     """Jitted (variables, uint8 records [batch, *record]) → probabilities [batch, k].
 
-    The batch is split over the mesh; crops are taken from the records' middle.
+    The batch is split over the mesh; crops are taken from the records' middle. Every
+    process gets all probabilities.
     """
-    network = model.from_config(config)
+    network = model.from_config(config, sharding.head_input(mesh))
     crop_shape_zyx = tuple(config.crop_shape_zyx)
 
     def classify(variables: Variables, records: jax.Array) -> jax.Array:
         crops = augment.centre(records, crop_shape_zyx)
         return jax.nn.softmax(network.apply(variables, crops, train=False))
 
-    batch, replicated = sharding.batch(mesh), sharding.replicated(mesh)
-    return jax.jit(classify, in_shardings=(replicated, batch), out_shardings=batch)
+    return jax.jit(
+        classify,
+        in_shardings=(None, sharding.batch(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
 
 
 class Classifier:

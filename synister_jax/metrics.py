@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from synister_jax import files
+from synister_jax import figures, files
 from synister_jax.command import UserError
 
 
@@ -25,15 +26,18 @@ def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """Numbers of a confusion matrix (rows true).
 
     `accuracy`: fraction of all right. `mean_class_accuracy`: mean recall over the
-    classes that occur; both as the original's `get_accuracy`. None where undefined.
+    classes that occur; both as the original's `get_accuracy`. `macro_f1`: mean of
+    2·right / (true + called) over the same classes. None where undefined.
     """
     support, right = counts.sum(axis=1), np.diag(counts)
     recall = [r / s if s else None for r, s in zip(right, support, strict=True)]
     occurring = [value for value in recall if value is not None]
+    f1 = 2 * right[support > 0] / (support + counts.sum(axis=0))[support > 0]
     return {
         "count": int(counts.sum()),
         "accuracy": float(right.sum() / counts.sum()) if counts.sum() else None,
         "mean_class_accuracy": float(np.mean(occurring)) if occurring else None,
+        "macro_f1": float(np.mean(f1)) if len(f1) else None,
         "class_accuracy": {
             name: None if value is None else float(value)
             for name, value in zip(classes, recall, strict=True)
@@ -43,7 +47,7 @@ def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
 
 
 class Writer:
-    """Scalars of a run → `metrics.jsonl` and TensorBoard event files.
+    """Scalars and pictures of a run → `metrics.jsonl`, TensorBoard, `snapshots/`.
 
     A resumed run starts at a step that may have been written before: lines of later
     steps are removed first, so that the files tell one story.
@@ -51,11 +55,7 @@ class Writer:
 
     def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
         self._path = workdir / "metrics.jsonl"
-        kept = (
-            [line for line in read(workdir) if line["step"] <= first_step]
-            if self._path.exists()
-            else []
-        )
+        kept = [line for line in read(workdir) if line["step"] <= first_step]
         files.write_text(self._path, "".join(json.dumps(x) + "\n" for x in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
@@ -68,14 +68,25 @@ class Writer:
             self._events.add_scalar(name, value, step)
         self._events.flush()
 
+    def write_picture(self, step: int, name: str, picture: Figure) -> None:
+        """As snapshots/<name>-<step>.png, and for TensorBoard; the figure is closed."""
+        folder = files.make_folder(self._path.parent / "snapshots")
+        content = figures.png(picture)
+        with files.replacing(folder / f"{name}-{step:08d}.png") as partial:
+            partial.write_bytes(content)
+        self._events.add_image(name, figures.pixels(content), step, dataformats="HWC")
+        self._events.flush()
+
     def close(self) -> None:
         self._file.close()
         self._events.close()
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of metrics.jsonl, if it is there; a last one cut short is left out."""
     path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -4,7 +4,10 @@
     python -m synister_jax.train --config=configs/skeleton.py --workdir=runs/skeleton \
         --config.shards=/data/fafb/shards
 
-The same command resumes a run that was stopped, exactly where its last checkpoint is.
+The same command resumes a run that was stopped, exactly where its last checkpoint is;
+SIGTERM makes one before the run ends. On several machines start it on each, with
+`--coordinator=auto` under Slurm, Open MPI or on a TPU pod, else with
+`--coordinator=HOST:PORT --processes=N --process_index=I` and a workdir that all share.
 """
 
 import functools
@@ -12,6 +15,8 @@ import math
 import pathlib
 
 import flax
+import flax.linen as nn
+import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -27,11 +32,23 @@ from synister_jax import (
     evaluate,
     files,
     inference,
+    journal,
+    life,
     metrics,
     model,
+    recipe,
     sharding,
 )
 from synister_jax.command import UserError
+
+
+class Window(flax.struct.PyTreeNode):
+    """Sums since the last line of the log; saved, so that a resumed run logs alike."""
+
+    steps: jax.Array  # int32
+    loss: jax.Array  # float32, of the steps' means
+    correct: jax.Array  # int32, examples
+    bad_after_step: jax.Array  # int32, before the first ruined update; -1: none
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -41,14 +58,8 @@ class TrainState(flax.struct.PyTreeNode):
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
-
-
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Adam, PyTorch's defaults; constant as published, or falling to 0 at the end."""
-    rate = config.learning_rate
-    if config.cosine_decay:
-        rate = optax.cosine_decay_schedule(rate, config.num_train_steps)
-    return optax.adam(rate)
+    ema: dict  # averaged parameters; empty when config.ema_decay is 0
+    window: Window
 
 
 def create_state(
@@ -57,101 +68,144 @@ def create_state(
     """The state before the first step; a pure function of the key."""
     crops = jnp.zeros((1, *config.crop_shape_zyx), jnp.float32)
     variables = model.from_config(config).init(key, crops, train=False)
+    params = variables["params"]
+    zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        step=zero,
+        params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=tx.init(variables["params"]),
+        opt_state=tx.init(params),
+        ema=params if config.ema_decay else {},
+        window=Window(zero, jnp.zeros(()), zero, zero - 1),
     )
 
 
 def train_step(
     config: ml_collections.ConfigDict,
+    network: nn.Module,
     tx: optax.GradientTransformation,
     state: TrainState,
     batch: data.Batch,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update; all randomness is a function of (seed, step, example)."""
-    network = model.from_config(config)
+    """One update; all randomness is a function of (seed, step, example).
+
+    Returns the new state and the numbers since the last line of the log.
+    """
+    settings = augment.Settings.of(config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     augment_key, dropout_key = jax.random.split(key)
-    crops = augment.augment(
-        batch["crop"], augment_key, config.crop_shape_zyx, config.augment
+    parts = config.accumulate_steps
+    batch = batch | {"key": augment.example_keys(augment_key, len(batch["label"]))}
+    # Every device keeps its examples: part i takes each `parts`-th of them.
+    batch = jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
-    def loss_fn(params: dict) -> tuple[jax.Array, tuple[jax.Array, dict]]:
-        logits, updated = network.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            crops,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_key},
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return losses.mean(), (logits, updated["batch_stats"])
+    def add_part(sums: tuple, part: tuple[jax.Array, data.Batch]) -> tuple:
+        grads, batch_stats, loss, correct = sums
+        number, examples = part
+        crops = augment.augment(examples["crop"], examples["key"], settings)
+        dropout = jax.random.fold_in(dropout_key, number)
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (logits, batch_stats)), grads = grad_fn(state.params)
+        def loss_fn(params: dict) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+            logits, updated = network.apply(
+                {"params": params, "batch_stats": batch_stats},
+                crops,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout},
+            )
+            value = recipe.losses(logits, examples["label"], config).mean()
+            return value, (logits, updated["batch_stats"])
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (value, (logits, updated)), more = grad_fn(state.params)
+        right = (logits.argmax(axis=-1) == examples["label"]).sum(dtype=jnp.int32)
+        grads = jax.tree.map(lambda a, b: a + b / parts, grads, more)
+        return (grads, updated, loss + value / parts, correct + right), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    sums = (zeros, state.batch_stats, jnp.zeros(()), jnp.zeros((), jnp.int32))
+    numbered = (jnp.arange(parts), batch)
+    (grads, batch_stats, loss, correct), _ = jax.lax.scan(
+        add_part, sums, numbered, unroll=parts == 1
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    state = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
-    accuracy = (logits.argmax(axis=-1) == batch["label"]).mean()
+    params = optax.apply_updates(state.params, updates)
+    ema = recipe.average(state.ema, params, config.ema_decay) if state.ema else {}
     # The loss is of the parameters before the update: those after it can be ruined
     # while it is still a number.
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(state.params))
-    return state, {"loss": loss, "accuracy": accuracy, "finite": finite}
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(params))
+
+    window = state.window
+    is_new = state.step % config.log_every_steps == 0
+    seen_bad = window.bad_after_step >= 0
+    window = Window(
+        steps=jnp.where(is_new, 0, window.steps) + 1,
+        loss=jnp.where(is_new, 0, window.loss) + loss,
+        correct=jnp.where(is_new, 0, window.correct) + correct,
+        bad_after_step=jnp.where(seen_bad | finite, window.bad_after_step, state.step),
+    )
+    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, window)
+    return state, {
+        "loss": window.loss / window.steps,
+        "accuracy": window.correct / (window.steps * config.batch_size),
+        "bad_after_step": window.bad_after_step,
+    }
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises `UserError` for numbers that cannot be meant."""
     for name, value in config.items():
-        counted = name.endswith("_steps") or name in ("batch_size", "keep_latest")
+        counted = name.endswith("_every_steps") or name in (
+            "num_train_steps",
+            "accumulate_steps",
+            "batch_size",
+            "keep_latest",
+        )
         if counted and value < 1:
             raise UserError(f"config.{name} is {value}; it must be at least 1")
     if config.seed < 0:
         raise UserError(f"config.seed is {config.seed}; it must not be negative")
+    recipe.check(config)
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Trains until `config.num_train_steps`, or raises `UserError` at the start."""
     check(config)
     # ---------------------------------------------------------------- mesh
-    mesh = sharding.make_mesh()
-    sharding.require_divisible(config.batch_size, mesh)
+    mesh = sharding.make_mesh(head_devices=config.head_devices)
+    sharding.require_divisible(config.batch_size, mesh, config.accumulate_steps)
 
     # ---------------------------------------------------------------- data
     shards = data.open_shards(config)
-    batches = data.train_batches(
-        shards, config.split, config.batch_size, config.seed, sharding.batch(mesh)
-    )
+    examples = data.TrainBatches.of(shards, config)
     validation = evaluate.Part.of(shards, config.split, "validation")
 
     # ---------------------------------------------------------------- model and state
-    tx = make_optimizer(config)
+    network = model.from_config(config, sharding.head_input(mesh))
+    tx = recipe.make_optimizer(config)
     init_key = jax.random.key(config.seed)
-    replicated = sharding.replicated(mesh)
-    abstract = sharding.abstract(
-        jax.eval_shape(lambda key: create_state(key, config, tx), init_key), replicated
+    abstract = sharding.abstract_state(
+        jax.eval_shape(lambda key: create_state(key, config, tx), init_key), mesh
+    )
+    placed = sharding.shardings(abstract)
+    step_fn = jax.jit(
+        functools.partial(train_step, config, network, tx),
+        donate_argnums=0,
+        out_shardings=(placed, sharding.replicated(mesh)),
     )
 
     # ---------------------------------------------------------------- restore
     workdir = files.make_folder(workdir).resolve()
     config.shards = str(shards.folder.resolve())
-    checkpoint.save_config(workdir, config, shards.sha256(config.split))
-    checkpointer = checkpoint.Checkpointer(workdir, config)
-    state = checkpointer.restore(abstract, batches)
+    crops_sha256 = shards.sha256(config.split)
+    if jax.process_index() == 0:
+        checkpoint.save_config(workdir, config, crops_sha256)
+    checkpointer = checkpoint.Checkpointer(workdir, config, crops_sha256)
+    state = checkpointer.restore(abstract)
     if state is None:
-        # Runs once: the unoptimised program starts 18 s sooner on a CPU.
-        init = jax.jit(
-            lambda key: create_state(key, config, tx),
-            out_shardings=replicated,
-            compiler_options={"xla_backend_optimization_level": 0},
-        )
-        state = init(init_key)
+        state = _first_state(config, tx, init_key, placed)
     first_step = int(state.step)  # the only time that the loop's step leaves the device
     if first_step > config.num_train_steps:
         raise UserError(
@@ -159,90 +213,119 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             f"config.num_train_steps = {config.num_train_steps}"
         )
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    print(
+    journal.say(
         f"{parameters:,} parameters, {len(shards.index):,} crops, "
-        f"{mesh.size} {jax.default_backend()} device(s), "
-        f"step {first_step} of {config.num_train_steps}",
-        flush=True,
+        f"{mesh.size} {jax.default_backend()} device(s) in {jax.process_count()} "
+        f"process(es), step {first_step} of {config.num_train_steps}"
     )
-
-    # ---------------------------------------------------------------- steps
-    step_fn = jax.jit(
-        lambda state, batch: train_step(config, tx, state, batch),
-        donate_argnums=0,
-        out_shardings=replicated,
-    )
-    classify = inference.make_classify(config, mesh)
 
     # ---------------------------------------------------------------- loop
-    writer = metrics.Writer(workdir, first_step)
-    progress = command.Progress(
-        "train",
-        config.num_train_steps * config.batch_size,
-        "crops",
-        done=first_step * config.batch_size,
-    )
-    numbers, written = {}, first_step  # of the last step, still on the device
-
-    def fetch(step: int) -> None:
-        """Waits for the numbers of `step`, checks them and writes them."""
-        nonlocal written
-        if step == written:
-            return
-        written = step
-        if not bool(numbers["finite"]):
-            raise UserError(
-                f"loss {float(numbers['loss'])}, then no finite parameters, at step "
-                f"{step}; the last checkpoint is intact: look at the data, or start "
-                "another --workdir with a lower config.learning_rate"
-            )
-        scalars = {name: float(numbers[name]) for name in ("loss", "accuracy")}
-        writer.write(step, {f"train/{k}": v for k, v in scalars.items()})
-        progress.note = f"step {step}, loss {scalars['loss']:.3f}"
-
+    history = _validated(workdir, first_step)
+    log = journal.Journal(config, workdir, examples, first_step)
+    classify = inference.make_classify(config, mesh)
+    batches = examples.stream(first_step, sharding.batch(mesh))
     try:
-        for step in range(first_step, config.num_train_steps):
-            is_due = step % config.log_every_steps == 0
-            if step > first_step and step % config.checkpoint_every_steps == 0:
-                fetch(step)  # never save what is ruined
-                # Before next(): state and iterator both say `step`.
-                checkpointer.save(step, state, batches)
-            batch, before = next(batches), numbers
-            state, after = step_fn(state, batch)
-            # The numbers of a step are fetched when the next one is under way.
-            if is_due:
-                numbers = before
-                fetch(step)
-            numbers = after
-            progress.add(config.batch_size)
-            if (step + 1) % config.eval_every_steps == 0:
-                fetch(step + 1)
-                variables = {"params": state.params, "batch_stats": state.batch_stats}
-                table = validation.predict(
-                    functools.partial(classify, variables), config.batch_size, mesh, {}
-                )
-                measured = evaluate.scalars(validation.name, evaluate.measure(table))
-                writer.write(step + 1, measured)
-                print(_line(step + 1, measured), flush=True)
-        if first_step < config.num_train_steps:
-            fetch(config.num_train_steps)
-            checkpointer.save(config.num_train_steps, state, batches)
+        with life.StopRequest() as stop:
+            for step in range(first_step, config.num_train_steps):
+                if life.is_stale(history, config.early_stop_evals):
+                    journal.say(
+                        f"stopped early at step {step}: {checkpoint.BEST_BY} has not "
+                        f"risen for {config.early_stop_evals} evaluations"
+                    )
+                    break
+                if step % config.snapshot_every_steps == 0:
+                    log.snapshot(step)
+                with jax.transfer_guard("disallow"):
+                    batch = _next(batches, shards.folder)
+                    state, numbers = step_fn(state, batch)
+                done, measured = step + 1, None
+                log.note(done, numbers)
+                is_stopped = stop.reached(done)
+                is_last = is_stopped or done == config.num_train_steps
+                if done % config.eval_every_steps == 0:
+                    log.settle(numbers)
+                    measured = log.validate(done, validation, classify, state, mesh)
+                    history.append(measured[checkpoint.BEST_BY])
+                if is_last or measured or done % config.checkpoint_every_steps == 0:
+                    log.settle(numbers)  # never save what is ruined
+                    checkpointer.save(done, state, measured)
+                if is_stopped:
+                    journal.say(
+                        f"SIGTERM: saved at step {done}; the same command goes on"
+                    )
+                    break
     finally:
-        checkpointer.close()
-        writer.close()
         batches.close()
+        log.close()
+        checkpointer.close()
 
 
-def _line(step: int, numbers: dict[str, float]) -> str:
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-    return f"step {step}: {shown}"
+def _first_state(
+    config: ml_collections.ConfigDict,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    placed: TrainState,
+) -> TrainState:
+    """The state of a new run, from `config.init_from` where that is given."""
+    # Runs once: the unoptimised program starts 18 s sooner on a CPU.
+    init = jax.jit(
+        lambda key: create_state(key, config, tx),
+        out_shardings=placed,
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    state = init(key)
+    if config.init_from is None:
+        return state
+    other = pathlib.Path(config.init_from)
+    step = checkpoint.choose_step(other, None)
+    fresh = {"params": state.params, "batch_stats": state.batch_stats}
+    variables, left = checkpoint.load_fitting(other, step, fresh, config)
+    reset = f"; new: {', '.join(left)} (other classes)" if left else ""
+    journal.say(f"weights of {other}, step {step}{reset}")
+    # The step donates the state: nothing in it may be there twice.
+    ema = jax.tree.map(jnp.copy, variables["params"]) if config.ema_decay else {}
+    return state.replace(**variables, ema=ema)
+
+
+def _validated(workdir: pathlib.Path, first_step: int) -> list[float]:
+    """The number that decides the best checkpoint, of every evaluation so far."""
+    return [
+        line[checkpoint.BEST_BY]
+        for line in metrics.read(workdir)
+        if line["step"] <= first_step and checkpoint.BEST_BY in line
+    ]
+
+
+def _next(batches: grain.DatasetIterator, folder: pathlib.Path) -> data.Batch:
+    try:
+        return next(batches)
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"cannot read a batch from shards {folder} "
+            f"({' '.join(str(error).split())[:300]}); the last checkpoint is whole: "
+            "restore the shards and run the same command again"
+        ) from None
 
 
 def main() -> None:
     config = config_flags.DEFINE_config_file("config", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    coordinator = flags.DEFINE_string(
+        "coordinator", None, "Several processes: `auto`, or host:port of process 0."
+    )
+    processes = flags.DEFINE_integer("processes", None, "How many.", lower_bound=1)
+    index = flags.DEFINE_integer("process_index", None, "Of this one.", lower_bound=0)
     flags.mark_flags_as_required(["config", "workdir"])
-    command.run(lambda: train(config.value, pathlib.Path(workdir.value)))
+
+    def run() -> None:
+        folder = files.make_folder(workdir.value).resolve()
+        # A run that was stopped starts again without compiling.
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        if coordinator.value is not None:
+            sharding.join_processes(coordinator.value, processes.value, index.value)
+        train(config.value, folder)
+
+    command.run(run)
 
 
 if __name__ == "__main__":

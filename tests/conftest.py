@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import shutil
 import uuid
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ import pyarrow as pa  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import skeleton  # noqa: E402
-from synister_jax import mongo, shards, synapses, volumes  # noqa: E402
+from synister_jax import cutting, mongo, shards, synapses, volumes  # noqa: E402
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
@@ -44,13 +45,18 @@ def tiny_config() -> ml_collections.ConfigDict:
     config.model.downsample_factors = ((1, 2, 2), (2, 2, 2))
     config.model.convolutions = (1, 1)
     config.model.dense_features = 16
-    config.augment.jitter_vx_zyx = (1, 2, 2)
+    config.augment.jitter_zyx = (1, 2, 2)
+    config.augment.elastic_sigma_zyx = (0.0, 0.0, 0.0)
+    config.augment.rotation = (0.0, 0.0)
+    config.augment.max_misalign_yx = (0, 0)
+    config.balance_clusters = False
     config.learning_rate = 1e-2
     config.batch_size = 12
     config.num_train_steps = 6
     config.log_every_steps = 1
     config.eval_every_steps = 3
     config.checkpoint_every_steps = 3
+    config.snapshot_every_steps = 1_000
     config.keep_latest = 3
     config.keep_every_steps = 1_000
     return config
@@ -114,10 +120,16 @@ def shards_folder(
     return folder
 
 
+@pytest.fixture
+def own_shards(tmp_path: pathlib.Path, shards_folder: pathlib.Path) -> pathlib.Path:
+    """A copy of the finished shards for a test that changes them."""
+    return shutil.copytree(shards_folder, tmp_path / "shards")
+
+
 def write_shards(
     folder: pathlib.Path, volume_path: pathlib.Path, table: pa.Table
 ) -> shards.Shards:
-    return shards.write(
+    return cutting.write(
         folder,
         table,
         volumes.open(str(volume_path)),

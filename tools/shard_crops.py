@@ -5,6 +5,9 @@
         --synapses=data/fafb_v3 --volume=/data/fafb/v14.n5/volumes/raw/s0 \
         --output=/data/fafb/shards
 
+With `config.neither_crops` and `config.unknown_per_class`, pseudo-classes are cut
+too: both depend on `config.seed`, the second on the parts of `config.split`.
+
 Kill it at any moment and run the same command again. `--verify` reads every record
 back, after cutting or, with nothing left to cut, alone.
 """
@@ -12,7 +15,16 @@ back, after cutting or, with nothing left to cut, alone.
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import augment, command, shards, spaces, synapses, volumes
+from synister_jax import (
+    augment,
+    command,
+    cutting,
+    extra_classes,
+    shards,
+    spaces,
+    synapses,
+    volumes,
+)
 from synister_jax.command import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -32,14 +44,20 @@ def main() -> None:
     volume = volumes.open(_VOLUME.value, config.voxel_size_nm_zyx)
     if doubt := spaces.doubt(synapses.positions_nm_zyx(table), volume):
         raise UserError(f"{_SYNAPSES.value}: {doubt}; see tools/import_synapses.py")
-    written = shards.write(
+    options = ("neither_crops", "unknown_per_class", "seed")
+    extra = {name: config[name] for name in options}
+    both = extra_classes.with_extra_classes(
+        table, volume, classes=config.classes, split=config.split, **extra
+    )
+    written = cutting.write(
         _OUTPUT.value,
-        table,
+        both,
         volume,
         crop_shape_zyx=config.crop_shape_zyx,
-        margin_vx_zyx=augment.margin_vx_zyx(config.augment),
+        margin_vx_zyx=augment.Settings.of(config).margin_vx_zyx,
         classes=config.classes,
         shard_bytes=_SHARD_MIB.value << 20,
+        made_with=extra if len(both) > len(table) else None,
     )
     if _VERIFY.value:
         shards.verify(written)

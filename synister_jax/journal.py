@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says and writes while it goes: lines, scalars, pictures, a bad batch."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from synister_jax import augment, command, data, evaluate, figures, files, metrics
+from synister_jax.command import UserError
+
+_SNAPSHOT_EXAMPLES = 8
+
+
+def say(text: str) -> None:
+    """Prints, in the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Journal:
+    """What a run says and writes; only the first process does either."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        examples: data.TrainBatches,
+        first_step: int,
+    ) -> None:
+        self._config, self._workdir, self._examples = config, workdir, examples
+        self._is_first = jax.process_index() == 0
+        self._writer = metrics.Writer(workdir, first_step) if self._is_first else None
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._progress = command.Progress(
+            "train",
+            config.num_train_steps * config.batch_size,
+            "crops",
+            done=first_step * config.batch_size,
+            silent=not self._is_first,
+        )
+
+    def note(self, step: int, numbers: dict[str, jax.Array]) -> None:
+        """Takes the numbers of a step that is under way; fetches the last due ones."""
+        self._write_pending()
+        if step % self._config.log_every_steps == 0:
+            self._pending = step, numbers
+        self._progress.add(self._config.batch_size)
+
+    def settle(self, numbers: dict[str, jax.Array]) -> None:
+        """Waits for the step; `UserError` if it, or one before it, ruined the state."""
+        self._write_pending()
+        self._require_finite(jax.device_get(numbers))
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, numbers = self._pending[0], jax.device_get(self._pending[1])
+        self._pending = None
+        self._require_finite(numbers)
+        scalars = {f"train/{k}": float(numbers[k]) for k in ("loss", "accuracy")}
+        self._progress.note = f"step {step}, loss {scalars['train/loss']:.3f}"
+        if self._writer:
+            self._writer.write(step, scalars)
+
+    def _require_finite(self, numbers: dict[str, np.ndarray]) -> None:
+        step = int(numbers["bad_after_step"])
+        if step < 0:
+            return
+        saved = ""
+        if self._is_first:
+            rows = self._examples.rows(step)
+            ids = self._examples.shards.index["synapse_id"].to_numpy()[rows]
+            batch = self._examples.read(rows) | {"synapse_id": ids}
+            batch["augmented"] = self._augmented(step, batch["crop"])
+            folder = files.make_folder(self._workdir / "nonfinite")
+            path = folder / f"after-step-{step}.npz"
+            with files.replacing(path) as partial, partial.open("wb") as file:
+                np.savez_compressed(file, **batch)
+            saved = f" (saved in {path})"
+        raise UserError(
+            f"the update after step {step} gave no finite loss or parameters; its batch"
+            f"{saved} is worth a look. The last checkpoint is intact: mend the data, "
+            "or start another --workdir with a lower config.learning_rate or with "
+            "config.clip_norm"
+        )
+
+    def _augmented(self, step: int, records: np.ndarray) -> np.ndarray:
+        """The first crops of the batch after `step` as the network gets them."""
+        key = jax.random.fold_in(jax.random.key(self._config.seed), step)
+        keys = augment.example_keys(jax.random.split(key)[0], len(records))
+        settings = augment.Settings.of(self._config)
+        apply = jax.jit(lambda r, k: augment.augment(r, k, settings))
+        return np.asarray(apply(records, keys))
+
+    def snapshot(self, step: int) -> None:
+        """A picture of the first crops of the next batch, before and after."""
+        if not self._writer:
+            return
+        rows = self._examples.rows(step)[:_SNAPSHOT_EXAMPLES]
+        batch = self._examples.read(rows)
+        names = [self._config.classes[label] for label in batch["label"]]
+        crops = self._augmented(step, batch["crop"])
+        picture = figures.augmented(batch["crop"], crops, names)
+        self._writer.write_picture(step, "augmented", picture)
+
+    def validate(
+        self,
+        step: int,
+        part: evaluate.Part,
+        classify: Callable[..., jax.Array],
+        state: Any,
+        mesh: jax.sharding.Mesh,
+    ) -> dict[str, float]:
+        """The scalars of the whole part, written, with a picture of its confusions."""
+        variables = {
+            "params": state.ema if self._config.ema_decay else state.params,
+            "batch_stats": state.batch_stats,
+        }
+        table = part.predict(
+            functools.partial(classify, variables), self._config.batch_size, mesh, {}
+        )
+        measured = evaluate.measure(table)
+        scalars = evaluate.scalars(part.name, measured)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
+        say(f"step {step}: {shown}")
+        if self._writer:
+            self._writer.write(step, scalars)
+            counts = np.asarray(measured["synapses"]["confusion"])
+            title = f"{part.name}, step {step}: {counts.sum():,} synapses"
+            picture = figures.confusion(counts, self._config.classes, title)
+            self._writer.write_picture(step, f"{part.name}_confusion", picture)
+        return scalars
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
