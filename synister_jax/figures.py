@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 # Of Okabe and Ito, for eyes that see colours differently; light enough for text.
@@ -110,23 +111,80 @@ def augmented(
         layout="constrained",
         squeeze=False,
     )
-    depth, height, width = crops.shape[1:]
-    shown = np.linspace(0, depth - 1, sections).round().astype(int)
+    shown = np.linspace(0, crops.shape[1] - 1, sections).round().astype(int)
     for axes_row, record, crop, name in zip(grid, records, crops, names, strict=True):
-        first = axes_row[0]
-        first.imshow(record[len(record) // 2], cmap="gray", vmin=0, vmax=255)
-        corner = (
-            (record.shape[2] - width) / 2 - 0.5,
-            (record.shape[1] - height) / 2 - 0.5,
-        )
-        first.add_patch(plt.Rectangle(corner, width, height, fill=False, color=_WRONG))
-        first.set_title(name, fontsize=8, loc="left")
+        _framed(axes_row[0], record, crop.shape)
+        axes_row[0].set_title(name, fontsize=8, loc="left")
         for axes, z in zip(axes_row[1:], shown, strict=True):
             axes.imshow(crop[z], cmap="gray", vmin=-1, vmax=1)
             axes.set_title(f"section {z}", fontsize=7)
         for axes in axes_row:
             axes.axis("off")
     return figure
+
+
+def augmentations(
+    records: np.ndarray,
+    crops: np.ndarray,
+    names: Sequence[str],
+    voxel_size_nm_zyx: Sequence[float],
+    sections: int = 16,
+) -> Figure:
+    """Several augmentations of each example, and the sections of the first of them.
+
+    Two rows an example. Above the middle sections of its record and of each crop, and
+    the first crop cut along z, where a displaced section is a step; below the first
+    crop's sections side by side, at most `sections` of them.
+
+    Args:
+      records: uint8 [n, *record], whose margin is drawn around a frame of the crop.
+      crops: float32 [n, variants, *crop] in [-1, 1], as the network gets them.
+    """
+    n, variants, depth, height, width = crops.shape
+    shown = np.linspace(0, depth - 1, min(depth, sections)).round().astype(int)
+    columns, inches = variants + 2, 1.5
+    gap = ((0, 0), (0, 0), (0, width // 20))  # white, right of each section
+    strip = columns * height / ((width + width // 20) * len(shown))  # height, columns
+    figure = plt.figure(
+        figsize=(inches * columns, (inches * (1 + strip) + 0.6) * n),
+        layout="constrained",
+    )
+    grid = figure.add_gridspec(2 * n, columns, height_ratios=(1, strip) * n)
+    grey = {"cmap": "gray", "vmin": -1, "vmax": 1}
+    for i, (record, name) in enumerate(zip(records, names, strict=True)):
+        first, *middles, along_z = (
+            figure.add_subplot(grid[2 * i, column]) for column in range(columns)
+        )
+        _framed(first, record, crops.shape[2:])
+        first.set_title(name, fontsize=8, loc="left")
+        for number, axes in enumerate(middles):
+            axes.imshow(crops[i, number, depth // 2], **grey)
+            axes.set_title(str(number + 1), fontsize=7)
+        along_z.imshow(
+            crops[i, 0, :, height // 2],
+            aspect=voxel_size_nm_zyx[0] / voxel_size_nm_zyx[2],
+            interpolation="nearest",
+            **grey,
+        )
+        along_z.set_title("1, z–x", fontsize=7)
+        below = figure.add_subplot(grid[2 * i + 1, :], anchor="W")
+        side_by_side = np.pad(crops[i, 0, shown], gap, constant_values=1)
+        below.imshow(np.hstack(side_by_side), **grey)
+        below.set_title(f"1, {len(shown)} of {depth} sections", fontsize=7, loc="left")
+        for axes in (first, *middles, along_z, below):
+            axes.axis("off")
+    return figure
+
+
+def _framed(axes: Axes, record: np.ndarray, crop_shape_zyx: Sequence[int]) -> None:
+    """The record's middle section, a frame where the crop is without augmentation."""
+    axes.imshow(record[len(record) // 2], cmap="gray", vmin=0, vmax=255)
+    height, width = crop_shape_zyx[1:]
+    corner = (
+        (record.shape[2] - width) / 2 - 0.5,
+        (record.shape[1] - height) / 2 - 0.5,
+    )
+    axes.add_patch(plt.Rectangle(corner, width, height, fill=False, color=_WRONG))
 
 
 def balance(measured: Mapping[str, Any], fractions: Sequence[float]) -> Figure:

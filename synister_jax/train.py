@@ -235,8 +235,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                     break
                 if step % config.snapshot_every_steps == 0:
                     log.snapshot(step)
+                batch = _next(batches, shards.folder)
                 with jax.transfer_guard("disallow"):
-                    batch = _next(batches, shards.folder)
                     state, numbers = step_fn(state, batch)
                 done, measured = step + 1, None
                 log.note(done, numbers)
@@ -299,7 +299,7 @@ def _validated(workdir: pathlib.Path, first_step: int) -> list[float]:
 def _next(batches: grain.DatasetIterator, folder: pathlib.Path) -> data.Batch:
     try:
         return next(batches)
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
+    except (UserError, OSError, RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"cannot read a batch from shards {folder} "
             f"({' '.join(str(error).split())[:300]}); the last checkpoint is whole: "
@@ -319,8 +319,9 @@ def main() -> None:
 
     def run() -> None:
         folder = files.make_folder(workdir.value).resolve()
-        # A run that was stopped starts again without compiling.
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        if jax.config.jax_compilation_cache_dir is None:
+            # A run that was stopped starts again without compiling.
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         if coordinator.value is not None:
             sharding.join_processes(coordinator.value, processes.value, index.value)
         train(config.value, folder)

@@ -4,6 +4,7 @@
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 
@@ -11,6 +12,10 @@ from collections.abc import Iterator
 # other accelerators, so that the suite means the same on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+# Many tests compile the same programs, and so do the commands that they start.
+_compiled = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import ml_collections  # noqa: E402
 import mongo_server  # noqa: E402
@@ -127,14 +132,17 @@ def own_shards(tmp_path: pathlib.Path, shards_folder: pathlib.Path) -> pathlib.P
 
 
 def write_shards(
-    folder: pathlib.Path, volume_path: pathlib.Path, table: pa.Table
+    folder: pathlib.Path,
+    volume_path: pathlib.Path,
+    table: pa.Table,
+    margin_vx_zyx: tuple[int, ...] = (1, 2, 2),
 ) -> shards.Shards:
     return cutting.write(
         folder,
         table,
         volumes.open(str(volume_path)),
         crop_shape_zyx=(4, 16, 16),
-        margin_vx_zyx=(1, 2, 2),
+        margin_vx_zyx=margin_vx_zyx,
         classes=CLASSES,
         shard_bytes=20 * 6 * 20 * 20,
     )

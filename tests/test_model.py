@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from configs import hemibrain, skeleton
@@ -139,4 +140,112 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     config = tiny_config()
     config.model.convolutions = (1, 1, 1)
     with pytest.raises(UserError, match="config.model.convolutions has 3 entries"):
+        model.from_config(config)
+
+
+def resnet_config() -> object:
+    config = tiny_config()
+    config.crop_shape_zyx = (5, 16, 32)
+    config.model.network = "resnet18"
+    return config
+
+
+def test_resnet_has_the_published_size() -> None:
+    config = resnet_config()
+    config.classes = tuple("abcdefgh")
+    leaves = jax.tree.leaves(inference.abstract_variables(config)["params"])
+    assert sum(leaf.size for leaf in leaves) == 33_151_560
+
+
+def test_resnet_starts_as_torchvisions() -> None:
+    config = resnet_config()
+    crops = jnp.zeros((1, *config.crop_shape_zyx))
+    init = jax.jit(model.from_config(config).init, static_argnames="train")
+    params = init(jax.random.key(0), crops, train=False)["params"]
+    assert params["stem_conv"].keys() == {"kernel"}  # no bias
+    for kernel, std in (
+        (params["stem_conv"]["kernel"], (2 / (64 * 147)) ** 0.5),
+        (params["layer4_block1"]["conv1"]["kernel"], (2 / (512 * 27)) ** 0.5),
+        (params["layer2_block0"]["shortcut_conv"]["kernel"], (2 / 128) ** 0.5),
+        (params["logits"]["kernel"], 0.01),
+    ):
+        np.testing.assert_allclose(np.std(kernel), std, rtol=0.06)
+    assert not params["logits"]["bias"].any()
+
+
+@pytest.mark.parametrize("make_config", [tiny_config, resnet_config])
+def test_bfloat16_computes_about_the_same(make_config: object) -> None:
+    config = make_config()
+    variables = random_variables(config)
+    shape = (2, *config.crop_shape_zyx)
+    crops = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+
+    def logits() -> jax.Array:
+        network = model.from_config(config)
+        return jax.jit(network.apply, static_argnames="train")(
+            variables, crops, train=False
+        )
+
+    def training(params: dict) -> tuple:
+        """(gradients, batch statistics, initial variables)"""
+        network = model.from_config(config)
+
+        def loss(params: dict) -> tuple:
+            out, updated = network.apply(
+                variables | {"params": params},
+                crops,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+            return out.sum(), updated
+
+        grads, updated = jax.grad(loss, has_aux=True)(params)
+        return grads, updated, network.init(jax.random.key(0), crops, False)
+
+    expected = logits()
+    config.compute_dtype = "bfloat16"
+    found = logits()
+    assert found.dtype == jnp.float32
+    scale = np.abs(expected).max()
+    assert 0 < np.abs(found - expected).max() < 5e-2 * scale
+    for leaf in jax.tree.leaves(jax.eval_shape(training, variables["params"])):
+        assert leaf.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("make_config", [tiny_config, resnet_config])
+def test_a_split_head_gives_the_same(make_config: object) -> None:
+    config = make_config()
+    variables = random_variables(config)
+    shape = (4, *config.crop_shape_zyx)
+    crops = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    gathered = NamedSharding(mesh, PartitionSpec("data"))
+    split = NamedSharding(mesh, PartitionSpec(("data", "model")))
+    columns = NamedSharding(mesh, PartitionSpec(None, "model"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(
+        lambda leaf: jax.device_put(
+            leaf, columns if leaf.ndim == 2 and leaf.shape[1] % 2 == 0 else everywhere
+        ),
+        variables,
+    )
+
+    def logits(head_sharding: NamedSharding | None, *arguments: object) -> jax.Array:
+        network = model.from_config(config, head_sharding)
+        return jax.jit(lambda v, x: network.apply(v, x, train=False))(*arguments)
+
+    expected = logits(None, variables, crops)
+    found = logits(gathered, placed, jax.device_put(crops, split))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_unknown_network_and_type_are_refused() -> None:
+    config = tiny_config()
+    config.compute_dtype = "float16"
+    with pytest.raises(UserError, match="config.compute_dtype is 'float16'; choose"):
+        model.from_config(config)
+    config = tiny_config()
+    config.model.network = "vgg2d"
+    with pytest.raises(UserError, match="config.model.network is 'vgg2d'; choose vgg3"):
         model.from_config(config)

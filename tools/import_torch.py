@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a run of a checkpoint of the original PyTorch systems.
+
+    python tools/import_torch.py --setup=02_train/setup_t3 \
+        --checkpoint=02_train/setup_t3/model_checkpoint_500000 --workdir=runs/fafb
+    python tools/import_torch.py --config=configs/banc.py \
+        --checkpoint=model_checkpoint_1020000.pth --workdir=runs/banc
+
+`--config` says what the setup's .ini does not, or, without a setup, everything. The
+commands predict and evaluate take the run as one that was trained here. The
+checkpoint's code, if it has any, is not run.
+"""
+
+import math
+import pathlib
+import re
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from synister_jax import checkpoint, command, torch_weights
+from synister_jax.command import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/skeleton.py", lock_config=True
+)
+_SETUP = flags.DEFINE_string(
+    "setup", None, "Folder of the original's setup, or its train_config.ini; VGG3D."
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "PyTorch file.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_STEP = flags.DEFINE_integer(
+    "step", None, "Of the run's checkpoint; else from the file's name.", lower_bound=0
+)
+
+
+def main() -> None:
+    path = pathlib.Path(_CHECKPOINT.value)
+    step = _STEP.value if _STEP.value is not None else _step_of(path)
+    config = _CONFIG.value
+    network = config.model.get("network", "vgg3d")
+    if network != "vgg3d" and _SETUP.value is not None:
+        raise UserError(
+            f"--setup={_SETUP.value}: a setup is of vgg3d, --config says {network}; "
+            "leave one of them out"
+        )
+    if _SETUP.value is not None:
+        config = torch_weights.read_setup(pathlib.Path(_SETUP.value), config)
+    convert = torch_weights.resnet18 if network == "resnet18" else torch_weights.vgg3d
+    variables = convert(torch_weights.load(path), config)
+    checkpoint.save_imported(pathlib.Path(_WORKDIR.value), step, variables, config)
+    leaves = jax.tree.leaves(variables["params"])
+    print(
+        f"{_WORKDIR.value}: step {step}, {network} of "
+        f"{sum(math.prod(leaf.shape) for leaf in leaves):,} parameters from {path}; "
+        f"classes {', '.join(config.classes)}; crop {tuple(config.crop_shape_zyx)} "
+        f"voxels of {tuple(config.voxel_size_nm_zyx)} nm (z, y, x)"
+    )
+
+
+def _step_of(path: pathlib.Path) -> int:
+    """The number at the end of a name as model_checkpoint_1020000.pth."""
+    found = re.search(r"_(\d+)$", path.stem)
+    if not found:
+        raise UserError(f"{path.name} does not end in its step; give --step")
+    return int(found[1])
+
+
+if __name__ == "__main__":
+    command.run(main)
