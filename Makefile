@@ -25,6 +25,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# PyTorch is large, and only the tests and tools/import_torch.py need it.
+TORCH = $(STAMP)-torch
+
+$(TORCH): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,torch]'
+	touch $@
+
 # Every stage skips what is already done: interrupt it and type make demo again.
 demo: $(STAMP)
 	$(BIN)/python tools/make_demo.py --output='$(DEMO)/data' --seed=$(SEED) $(if $(BACKGROUND),--background='$(BACKGROUND)')
@@ -38,7 +45,7 @@ demo: $(STAMP)
 	$(BIN)/python -m synister_jax.aggregate --predictions='$(DEMO)/predictions/predictions.feather' --by=neuron --output='$(DEMO)/neurons.feather'
 	$(BIN)/python -m synister_jax.report --workdir='$(DEMO)/run' --predictions='$(DEMO)/predictions/predictions.feather' --output='$(DEMO)/report.html'
 
-test: $(STAMP)
+test: $(TORCH)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)

@@ -43,7 +43,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Settings":
-        """Raises `UserError` for settings that the crop or each other rule out."""
+        """Raises `UserError` for settings that cannot be meant."""
         given = config.augment
         if given.sizes_in not in ("voxels", "nm"):
             raise UserError(
@@ -51,44 +51,59 @@ class Settings:
             )
         unit = config.voxel_size_nm_zyx if given.sizes_in == "nm" else (1, 1, 1)
 
-        def sizes(name: str, whole: bool = False) -> tuple:
-            voxels = [
-                size / voxel
-                for size, voxel in zip(
-                    given[name], unit[-len(given[name]) :], strict=True
+        def numbers(name: str, count: int, low: float, high: float) -> tuple:
+            values = tuple(given[name])
+            if len(values) != count or not all(low <= v <= high for v in values):
+                raise UserError(
+                    f"config.augment.{name} is {values}; {count} numbers from {low:g} "
+                    f"to {high:g} are needed"
                 )
-            ]
-            if min(voxels) < 0 or ("spacing" in name and min(voxels) == 0):
-                raise UserError(f"config.augment.{name} = {given[name]}: not possible")
-            return tuple(round(v) for v in voxels) if whole else tuple(voxels)
+            return values
+
+        def sizes(name: str, low: float = 0) -> tuple[float, ...]:
+            axes = unit[1:] if name.endswith("_yx") else unit
+            values = numbers(name, len(axes), low, 1e6)
+            return tuple(size / voxel for size, voxel in zip(values, axes, strict=True))
+
+        def whole(name: str) -> tuple[int, ...]:
+            return tuple(round(size) for size in sizes(name))
 
         settings = cls(
             crop_shape_zyx=tuple(config.crop_shape_zyx),
-            jitter_zyx=sizes("jitter_zyx", whole=True),
-            elastic_spacing_zyx=sizes("elastic_spacing_zyx"),
+            jitter_zyx=whole("jitter_zyx"),
+            elastic_spacing_zyx=sizes("elastic_spacing_zyx", 1e-3),
             elastic_sigma_zyx=sizes("elastic_sigma_zyx"),
             elastic_subsample=given.elastic_subsample,
-            rotation=tuple(given.rotation),
+            rotation=numbers("rotation", 2, -2 * math.pi, 2 * math.pi),
             slip_probability=given.slip_probability,
             shift_probability=given.shift_probability,
-            max_misalign_yx=sizes("max_misalign_yx", whole=True),
+            max_misalign_yx=whole("max_misalign_yx"),
             mirror=given.mirror,
             transpose_axes=tuple(given.transpose_axes),
-            intensity_scale=tuple(given.intensity_scale),
-            intensity_shift=tuple(given.intensity_shift),
+            intensity_scale=numbers("intensity_scale", 2, 0, 10),
+            intensity_shift=numbers("intensity_shift", 2, -1, 1),
             intensity_per_section=given.intensity_per_section,
         )
-        swapped = {settings.crop_shape_zyx[axis] for axis in settings.transpose_axes}
-        if len(swapped) > 1:
+        axes = settings.transpose_axes
+        if len(set(axes)) < len(axes) or not set(axes) <= {0, 1, 2}:
             raise UserError(
-                f"config.augment.transpose_axes {settings.transpose_axes} swaps axes "
-                f"of different size (config.crop_shape_zyx {settings.crop_shape_zyx})"
+                f"config.augment.transpose_axes {axes}: of 0, 1, 2, each once"
+            )
+        if len({settings.crop_shape_zyx[axis] for axis in axes}) > 1:
+            raise UserError(
+                f"config.augment.transpose_axes {axes} swaps axes of different size "
+                f"(config.crop_shape_zyx {settings.crop_shape_zyx})"
             )
         chances = settings.slip_probability, settings.shift_probability
-        if min(chances) < 0 or sum(chances) > 1:
+        if not (min(chances) >= 0 and sum(chances) <= 1):
             raise UserError(
                 f"config.augment: slip_probability {chances[0]} and shift_probability "
                 f"{chances[1]} must not be negative, nor more than 1 together"
+            )
+        if settings.elastic_subsample < 1:
+            raise UserError(
+                f"config.augment.elastic_subsample is {settings.elastic_subsample}; it "
+                "must be at least 1"
             )
         return settings
 
@@ -134,8 +149,9 @@ def augment(records: jax.Array, keys: jax.Array, settings: Settings) -> jax.Arra
     return jax.vmap(lambda r, k: apply(r, draw(k, settings), settings))(records, keys)
 
 
-def example_keys(key: jax.Array, batch_size: int) -> jax.Array:
-    """[batch] keys, each a function of `key` and its place in the global batch."""
+def batch_keys(seed: int, step: jax.Array | int, batch_size: int) -> jax.Array:
+    """[batch] keys, each a function of (seed, step, place in the global batch)."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), step)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 

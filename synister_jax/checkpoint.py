@@ -128,22 +128,16 @@ def load_variables(
 ) -> Any:
     """`params` and `batch_stats` alone, for inference.
 
-    Where the run averages its parameters, `params` are the average.
+    Where the run averages them, the averages.
 
     Args:
       abstract: {"params", "batch_stats"} of `jax.ShapeDtypeStruct` with shardings.
     """
     path = (workdir / "checkpoints" / str(step)).resolve()  # Orbax wants it absolute
-    if config.ema_decay:
-        wanted = {"ema": abstract["params"], "batch_stats": abstract["batch_stats"]}
-    else:
-        wanted = abstract
+    wanted = {"ema": abstract} if config.ema_decay else abstract
     _require_same(path, wanted, config)
     loaded = load_partly(path, wanted)
-    return {
-        "params": loaded["ema" if config.ema_decay else "params"],
-        "batch_stats": loaded["batch_stats"],
-    }
+    return loaded["ema"] if config.ema_decay else loaded
 
 
 def load_partly(path: pathlib.Path, abstract: Any) -> Any:
@@ -282,6 +276,8 @@ def save_imported(
       UserError: the folder holds another run, or this step.
     """
     workdir = files.make_folder(workdir)
+    config = config.copy_and_resolve_references()
+    config.ema_decay = 0.0  # nothing of it is in the folder
     save_config(workdir, config, "")
     if step in steps(workdir):
         raise UserError(f"{workdir} has a checkpoint of step {step} already")

@@ -48,6 +48,7 @@ class TrainBatches:
     labels: np.ndarray  # of the records, [n] int32
     order: grain.MapDataset  # endless: example → record
     batch_size: int  # over all processes
+    seed: int
 
     @classmethod
     def of(cls, shards: Shards, config: ml_collections.ConfigDict) -> "TrainBatches":
@@ -97,12 +98,15 @@ class TrainBatches:
             else:
                 draw = functools.partial(_draw, rows, np.cumsum(chances[rows]))
                 parts.append(dataset.repeat().random_map(draw))
-        return cls(shards, labels, grain.MapDataset.mix(parts), config.batch_size)
+        order = grain.MapDataset.mix(parts)
+        return cls(shards, labels, order, config.batch_size, config.seed)
 
     def rows(self, step: int) -> np.ndarray:
         """Records of the batch that follows `step` updates, [batch] int64."""
         first = step * self.batch_size
-        return np.array([self.order[first + i] for i in range(self.batch_size)])
+        rows = np.array([self.order[first + i] for i in range(self.batch_size)])
+        # Else a part of an accumulated batch, every n-th example, could miss classes.
+        return np.random.default_rng((self.seed, step)).permutation(rows)
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """{crop: uint8 [n, *record], label: int32 [n]}."""

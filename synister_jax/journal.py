@@ -35,6 +35,7 @@ class Journal:
         self._config, self._workdir, self._examples = config, workdir, examples
         self._is_first = jax.process_index() == 0
         self._writer = metrics.Writer(workdir, first_step) if self._is_first else None
+        self._under_way: dict[str, jax.Array] | None = None
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._progress = command.Progress(
             "train",
@@ -45,16 +46,25 @@ class Journal:
         )
 
     def note(self, step: int, numbers: dict[str, jax.Array]) -> None:
-        """Takes the numbers of a step that is under way; fetches the last due ones."""
+        """Takes the numbers of a step that is under way, waits for the one before.
+
+        So no more than two batches wait on the devices.
+        """
+        if self._under_way is not None:
+            jax.block_until_ready(self._under_way)
+            self._progress.add(self._config.batch_size)
         self._write_pending()
+        self._under_way = numbers
         if step % self._config.log_every_steps == 0:
             self._pending = step, numbers
-        self._progress.add(self._config.batch_size)
 
     def settle(self, numbers: dict[str, jax.Array]) -> None:
         """Waits for the step; `UserError` if it, or one before it, ruined the state."""
         self._write_pending()
         self._require_finite(jax.device_get(numbers))
+        if self._under_way is not None:
+            self._progress.add(self._config.batch_size)
+            self._under_way = None
 
     def _write_pending(self) -> None:
         if self._pending is None:
@@ -91,8 +101,7 @@ class Journal:
 
     def _augmented(self, step: int, records: np.ndarray) -> np.ndarray:
         """The first crops of the batch after `step` as the network gets them."""
-        key = jax.random.fold_in(jax.random.key(self._config.seed), step)
-        keys = augment.example_keys(jax.random.split(key)[0], len(records))
+        keys = augment.batch_keys(self._config.seed, step, len(records))
         settings = augment.Settings.of(self._config)
         apply = jax.jit(lambda r, k: augment.augment(r, k, settings))
         return np.asarray(apply(records, keys))
@@ -117,10 +126,8 @@ class Journal:
         mesh: jax.sharding.Mesh,
     ) -> dict[str, float]:
         """The scalars of the whole part, written, with a picture of its confusions."""
-        variables = {
-            "params": state.ema if self._config.ema_decay else state.params,
-            "batch_stats": state.batch_stats,
-        }
+        own = {"params": state.params, "batch_stats": state.batch_stats}
+        variables = state.ema or own
         table = part.predict(
             functools.partial(classify, variables), self._config.batch_size, mesh, {}
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is minimised, and how: loss, optimiser, learning rate, averaged parameters."""
 
+import math
 from typing import Any
 
 import jax
@@ -20,9 +21,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not 0 <= config[name] < 1:
             raise UserError(f"config.{name} is {config[name]}; it lies in [0, 1)")
     for name in _NOT_NEGATIVE:
-        if config[name] < 0:
+        if not 0 <= config[name] < math.inf:
             raise UserError(f"config.{name} is {config[name]}; it must not be negative")
-    if config.learning_rate <= 0:
+    if not 0 < config.learning_rate < math.inf:
         raise UserError(f"config.learning_rate is {config.learning_rate}; above 0")
     if config.schedule not in ("constant", "cosine"):
         raise UserError(f"config.schedule is {config.schedule!r}: constant or cosine")
@@ -35,6 +36,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.class_weights has {len(config.class_weights)} numbers for "
             f"{len(config.classes)} classes"
+        )
+    if not all(0 <= weight < math.inf for weight in config.class_weights):
+        raise UserError(
+            f"config.class_weights are {tuple(config.class_weights)}; none may be "
+            "negative"
         )
 
 
@@ -76,14 +82,22 @@ def losses(
     targets = optax.smooth_labels(targets, config.label_smoothing)
     value = optax.softmax_cross_entropy(logits, targets)
     if config.focal_gamma:
-        log_p = jax.nn.log_softmax(logits)
-        p = jnp.exp(jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0])
-        value *= (1 - p) ** config.focal_gamma
+        # log(1 - p) from the other logits: for a sure example 1 - p rounds to 0, where
+        # a power below 1 has no gradient.
+        is_true = jnp.arange(logits.shape[-1]) == labels[:, None]
+        others = jax.nn.logsumexp(jnp.where(is_true, -jnp.inf, logits), axis=-1)
+        log_rest = others - jax.nn.logsumexp(logits, axis=-1)
+        value *= jnp.exp(config.focal_gamma * log_rest)
     if config.class_weights:
         value *= jnp.asarray(config.class_weights)[labels]
     return value
 
 
-def average(ema: Any, params: Any, decay: float) -> Any:
-    """The exponential moving average after one more step."""
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+def average(ema: Any, values: Any, decay: float, step: jax.Array) -> Any:
+    """The exponential moving average after update number `step` (from 0).
+
+    It decays faster at first, (1 + step) / (10 + step), or the initial weights would
+    stay in it for long.
+    """
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, v: decay * e + (1 - decay) * v, ema, values)

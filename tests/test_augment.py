@@ -57,7 +57,7 @@ def centre(record: np.ndarray) -> np.ndarray:
 
 
 def run(batch: np.ndarray, chosen: augment.Settings, key: int = 0) -> np.ndarray:
-    keys = augment.example_keys(jax.random.key(key), len(batch))
+    keys = augment.batch_keys(key, 0, len(batch))
     return np.asarray(jax.jit(lambda b, k: augment.augment(b, k, chosen))(batch, keys))
 
 
@@ -331,7 +331,7 @@ def test_it_lowers_for_accelerators_without_going_to_the_host(platform: str) -> 
     chosen = full(skeleton.get_config())
     shapes = (
         jax.ShapeDtypeStruct((8, *record_shape(chosen)), jnp.uint8),
-        jax.eval_shape(lambda: augment.example_keys(jax.random.key(0), 8)),
+        jax.eval_shape(lambda: augment.batch_keys(0, 0, 8)),
     )
     function = jax.jit(lambda r, k: augment.augment(r, k, chosen))
     text = jax.export.export(function, platforms=[platform])(*shapes).mlir_module()
@@ -342,8 +342,15 @@ def test_it_lowers_for_accelerators_without_going_to_the_host(platform: str) -> 
     ("change", "message"),
     [
         ({"sizes_in": "furlongs"}, "voxels or nm"),
-        ({"jitter_zyx": (-1, 2, 2)}, "jitter_zyx = .* not possible"),
+        ({"jitter_zyx": (-1, 2, 2)}, "jitter_zyx is .* 3 numbers from 0"),
+        ({"jitter_zyx": (2, 2)}, "3 numbers"),
         ({"elastic_spacing_zyx": (0, 4, 4)}, "elastic_spacing_zyx"),
+        ({"elastic_sigma_zyx": (0.0, math.nan, 2.0)}, "elastic_sigma_zyx"),
+        ({"elastic_subsample": 0}, "elastic_subsample is 0"),
+        ({"rotation": (0, 90)}, "rotation is .* from -6.28319 to 6.28319"),
+        ({"transpose_axes": (1, 3)}, "of 0, 1, 2, each once"),
+        ({"transpose_axes": (1, 1)}, "of 0, 1, 2, each once"),
+        ({"slip_probability": math.nan}, "slip_probability nan"),
         ({"transpose_axes": (0, 1)}, "swaps axes of different size"),
         ({"slip_probability": 0.7, "shift_probability": 0.7}, "probability"),
     ],

@@ -4,9 +4,11 @@ import pathlib
 
 import grain
 import jax
+import ml_collections
 import numpy as np
+import pyarrow as pa
 import pytest
-from conftest import CLASSES
+from conftest import CLASSES, tiny_config
 
 from synister_jax import data, sharding, shards, synapses
 from synister_jax.command import UserError
@@ -17,11 +19,19 @@ def opened(shards_folder: pathlib.Path) -> shards.Shards:
     return shards.open(shards_folder)
 
 
-def batches(
-    opened: shards.Shards, seed: int = 0, devices: int = 1
+def config(seed: int = 0, balance_clusters: bool = False) -> ml_collections.ConfigDict:
+    config = tiny_config()
+    config.seed = seed
+    config.balance_clusters = balance_clusters
+    return config
+
+
+def stream(
+    opened: shards.Shards, seed: int = 0, devices: int = 1, first_step: int = 0
 ) -> grain.DatasetIterator:
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    return data.train_batches(opened, "skeleton", 12, seed, sharding.batch(mesh))
+    examples = data.TrainBatches.of(opened, config(seed))
+    return examples.stream(first_step, sharding.batch(mesh))
 
 
 def test_classes_are_uniform_and_only_train_examples_appear(
@@ -31,15 +41,15 @@ def test_classes_are_uniform_and_only_train_examples_appear(
     assert len(row_of) == len(opened.index)
     labels = synapses.labels(opened.index, CLASSES)
     seen: collections.Counter[int] = collections.Counter()
-    stream = batches(opened)
+    batches = stream(opened)
     for _ in range(20):
-        batch = jax.device_get(next(stream))
+        batch = jax.device_get(next(batches))
         assert np.bincount(batch["label"]).tolist() == [4, 4, 4]
         for crop, label in zip(batch["crop"], batch["label"], strict=True):
             row = row_of[crop.tobytes()]
             assert labels[row] == label
             seen[row] += 1
-    stream.close()
+    batches.close()
     in_train = synapses.in_part(opened.index, "skeleton", "train")
     assert set(seen) == set(np.flatnonzero(in_train))
     for label in range(3):
@@ -48,8 +58,46 @@ def test_classes_are_uniform_and_only_train_examples_appear(
         assert max(counts) - min(counts) <= 1
 
 
+def test_every_part_of_a_batch_has_every_class_in_the_long_run(
+    opened: shards.Shards,
+) -> None:
+    """Accumulated parts are every n-th example: turns must not put a class in one."""
+    examples = data.TrainBatches.of(opened, config())
+    counts = np.zeros((3, 3), int)
+    for step in range(60):
+        labels = examples.labels[examples.rows(step)]
+        for part in range(3):
+            counts[part] += np.bincount(labels[part::3], minlength=3)
+    # Hypergeometric: mean 80, standard deviation about 6.
+    assert counts.sum() == 720 and counts.min() > 55 and counts.max() < 105
+
+
+def test_clustered_synapses_share_one_chance(opened: shards.Shards) -> None:
+    """Ten train synapses of a class moved to one place are drawn as often as one."""
+    index = opened.index
+    in_train = synapses.in_part(index, "skeleton", "train")
+    rows = np.flatnonzero(in_train & (synapses.labels(index, CLASSES) == 0))
+    for column in synapses.POSITION:
+        values = index[column].to_numpy().copy()
+        values[rows[:10]] = values[rows[0]]
+        place = index.column_names.index(column)
+        index = index.set_column(place, column, pa.array(values))
+    clustered = shards.Shards(opened.folder, opened.manifest, index)
+    examples = data.TrainBatches.of(clustered, config(balance_clusters=True))
+    drawn = np.concatenate([examples.rows(step) for step in range(600)])
+    counts = np.bincount(drawn, minlength=len(index))
+    assert np.bincount(examples.labels[drawn]).tolist() == [2400] * 3
+    chances = len(rows) - 9  # the ten count as one
+    # Binomial(2400, 1/chances).
+    for count in (counts[rows[:10]].sum(), *counts[rows[10:]]):
+        assert abs(count - 2400 / chances) < 5 * (2400 / chances) ** 0.5
+    # Within a class that has no clusters all are alike.
+    again = data.TrainBatches.of(clustered, config(balance_clusters=True))
+    np.testing.assert_array_equal(again.rows(7), examples.rows(7))
+
+
 def test_same_seed_same_batches_on_any_number_of_devices(opened: shards.Shards) -> None:
-    streams = [batches(opened), batches(opened, devices=4), batches(opened, seed=1)]
+    streams = [stream(opened), stream(opened, devices=4), stream(opened, seed=1)]
     first, sharded, other = ([next(s) for _ in range(5)] for s in streams)
     assert len(sharded[0]["crop"].sharding.device_set) == 4
     for a, b in zip(first, sharded, strict=True):
@@ -57,19 +105,20 @@ def test_same_seed_same_batches_on_any_number_of_devices(opened: shards.Shards) 
     assert any(
         (a["crop"] != b["crop"]).any() for a, b in zip(first, other, strict=True)
     )
-    for stream in streams:
-        stream.close()
+    for each in streams:
+        each.close()
 
 
-def test_restored_iterator_goes_on_exactly(opened: shards.Shards) -> None:
-    stream, again = batches(opened), batches(opened)
+def test_the_stream_goes_on_at_any_step(opened: shards.Shards) -> None:
+    whole, later = stream(opened), stream(opened, first_step=7)
     for _ in range(7):
-        next(stream)
-    again.set_state(stream.get_state())
+        next(whole)
     for _ in range(5):
-        np.testing.assert_array_equal(next(stream)["crop"], next(again)["crop"])
-    stream.close()
-    again.close()
+        a, b = next(whole), next(later)
+        np.testing.assert_array_equal(a["crop"], b["crop"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+    whole.close()
+    later.close()
 
 
 @pytest.mark.parametrize("batch_size", [3, 7, 50])
@@ -90,8 +139,9 @@ def test_padded_pass_is_exact(opened: shards.Shards, batch_size: int) -> None:
 def test_a_class_without_train_examples_is_named(opened: shards.Shards) -> None:
     keep = [n != "dopamine" for n in opened.index["neurotransmitter"].to_pylist()]
     poorer = shards.Shards(opened.folder, opened.manifest, opened.index.filter(keep))
-    mesh = sharding.make_mesh(jax.devices()[:1])
     with pytest.raises(UserError, match="no train example of dopamine in split"):
-        data.train_batches(poorer, "skeleton", 12, 0, sharding.batch(mesh))
+        data.TrainBatches.of(poorer, config())
+    other = config()
+    other.split = "hemilineage"
     with pytest.raises(UserError, match="no split 'hemilineage'"):
-        data.train_batches(opened, "hemilineage", 12, 0, sharding.batch(mesh))
+        data.TrainBatches.of(opened, other)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import jax
+import jax.numpy as jnp
 import pytest
 
 from synister_jax import sharding
@@ -19,3 +20,47 @@ def test_batch_that_does_not_divide() -> None:
     sharding.require_divisible(8, sharding.make_mesh())
     with pytest.raises(UserError, match="batch size 9 .* 4 devices; use 8"):
         sharding.require_divisible(9, sharding.make_mesh())
+
+
+def test_groups_share_the_matrices_of_the_head() -> None:
+    mesh = sharding.make_mesh(head_devices=2)
+    assert dict(mesh.shape) == {"data": 2, "model": 2}
+    tree = {
+        "convolution": jnp.zeros((3, 3, 3, 2, 4)),
+        "dense": jnp.zeros((6, 8)),
+        "logits": jnp.zeros((8, 3)),  # 3 classes do not divide
+        "bias": jnp.zeros(8),
+    }
+    placed = sharding.shardings(sharding.abstract_state(tree, mesh))
+    placed = jax.device_put(tree, placed)
+    parts = {
+        name: array.addressable_shards[0].data.shape for name, array in placed.items()
+    }
+    assert parts == {
+        "convolution": (3, 3, 3, 2, 4),
+        "dense": (6, 4),
+        "logits": (8, 3),
+        "bias": (8,),
+    }
+    batch = jax.device_put(jnp.zeros((8, 3)), sharding.batch(mesh))
+    assert batch.addressable_shards[0].data.shape == (2, 3)
+    gathered = jax.device_put(batch, sharding.head_input(mesh))
+    assert gathered.addressable_shards[0].data.shape == (4, 3)
+    with pytest.raises(UserError, match="head_devices = 3 does not divide the 4 dev"):
+        sharding.make_mesh(head_devices=3)
+
+
+def test_a_process_provides_the_places_of_its_devices() -> None:
+    for heads in (1, 2, 4):
+        batch = sharding.batch(sharding.make_mesh(head_devices=heads))
+        assert sharding.local_places(batch, 8).tolist() == list(range(8))
+
+
+def test_parts_of_an_accumulated_batch_must_divide_too() -> None:
+    with pytest.raises(UserError, match="12 .* 4 devices × 2 parts; use 8"):
+        sharding.require_divisible(12, sharding.make_mesh(), accumulate_steps=2)
+
+
+def test_a_coordinator_that_is_not_an_address() -> None:
+    with pytest.raises(UserError, match="--coordinator=nonsense"):
+        sharding.join_processes("nonsense", None, None)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws what augmentation makes of training crops: look at it before you train.
+
+    python tools/show_augmentation.py --config=configs/skeleton.py \
+        --shards=/data/fafb/shards --output=sheet.png
+
+A row an example, one of each class in turn: its record with a frame around the crop,
+`--variants` augmentations (middle sections), the first of them cut along z, and its
+sections. They are exactly what training gets from the same config and shards.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from synister_jax import augment, command, data, figures, files
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "PNG.", required=True)
+_EXAMPLES = flags.DEFINE_integer("examples", 6, "Rows.", lower_bound=1)
+_VARIANTS = flags.DEFINE_integer(
+    "variants", 5, "Augmentations of each example.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Another seed, other examples and augmentations.", lower_bound=0
+)
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    config = _CONFIG.value
+    config.shards, config.seed = _SHARDS.value, _SEED.value
+    config.batch_size = _EXAMPLES.value
+    shards = data.open_shards(config)
+    examples = data.TrainBatches.of(shards, config)
+    rows = examples.rows(0)
+    batch = examples.read(rows)
+    settings = augment.Settings.of(config)
+    apply = jax.jit(lambda records, keys: augment.augment(records, keys, settings))
+    crops = [
+        apply(
+            np.repeat(record[None], _VARIANTS.value, axis=0),
+            augment.example_keys(key, _VARIANTS.value),
+        )
+        for record, key in zip(
+            batch["crop"],
+            augment.example_keys(jax.random.key(config.seed), len(rows)),
+            strict=True,
+        )
+    ]
+    ids = shards.index["synapse_id"].to_numpy()[rows]
+    names = [
+        f"{config.classes[label]}\n{synapse}"
+        for label, synapse in zip(batch["label"], ids, strict=True)
+    ]
+    figure = figures.augmentations(
+        batch["crop"], np.stack(crops), names, config.voxel_size_nm_zyx
+    )
+    output = pathlib.Path(_OUTPUT.value)
+    files.make_folder(output.parent)
+    with files.replacing(output) as partial:
+        partial.write_bytes(figures.png(figure, dpi=150))
+    print(f"{output}: {_VARIANTS.value} augmentations of {len(rows)} train crops")
+
+
+if __name__ == "__main__":
+    command.run(main)
