@@ -39,7 +39,7 @@ demo: $(STAMP)
 	$(BIN)/python tools/make_splits.py --synapses='$(or $(SYNAPSES),$(DEMO)/data)' --by=neuron --name=skeleton --output='$(DEMO)/synapses.feather' --report='$(DEMO)/splits' --crop_shape_zyx=8,48,48
 	$(BIN)/python tools/shard_crops.py --config=configs/demo.py --synapses='$(DEMO)/synapses.feather' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/shards' --shard_mib=8 --verify
 	$(BIN)/python -m synister_jax.train --config=configs/demo.py --config.shards='$(DEMO)/shards' --config.seed=$(SEED) --workdir='$(DEMO)/run'
-	$(BIN)/python -m synister_jax.evaluate --workdir='$(DEMO)/run' --part=validation --steps=all
+	$(BIN)/python -m synister_jax.evaluate --workdir='$(DEMO)/run' --part=validation --steps=best
 	$(BIN)/python -m synister_jax.evaluate --workdir='$(DEMO)/run' --part=test --steps=best
 	$(BIN)/python -m synister_jax.predict --workdir='$(DEMO)/run' --step=best --synapses='$(DEMO)/synapses.feather' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/predictions'
 	$(BIN)/python -m synister_jax.aggregate --predictions='$(DEMO)/predictions/predictions.feather' --by=neuron --output='$(DEMO)/neurons.feather'

@@ -9,10 +9,9 @@
     python -m synister_jax.train --config=configs/banc.py --workdir=runs/banc \
         --config.shards=/data/banc/shards
 
-Hardware: parameters and Adam moments take 0.4 GB; any GPU or TPU with 16 GB. Expected:
-its authors' confusion matrix (htem/BANC-project) has 4,028 of 4,124 right, by their
-number neurons of the held-out part, 97.7 %; that part was watched during training and
-shares cell types with it. Not run with this code.
+Hardware: parameters and Adam moments take 0.4 GB; any GPU or TPU with 16 GB. Its
+authors' held-out part was watched during training and shares cell types with it. Not
+run with this code.
 
 From the original: network, loss, optimiser, batch, crop, jitter; of its augmentation
 rotation by ±90° and flips (here along z too). Not from it, on purpose:

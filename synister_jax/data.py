@@ -21,15 +21,20 @@ Batch = dict[str, jax.Array]
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
-def open_shards(config: ml_collections.ConfigDict) -> Shards:
-    """The shards of a config; `UserError` when they are not what it needs."""
+def open_shards(config: ml_collections.ConfigDict, training: bool = True) -> Shards:
+    """The shards of a config; `UserError` when they are not what it needs.
+
+    Args:
+      training: their context must be large enough for the augmentation.
+    """
+    margin = augment.Settings.of(config).margin_vx_zyx if training else (0, 0, 0)
     if config.shards is None:
         raise UserError("give --config.shards=FOLDER, made by tools/shard_crops.py")
     shards = shards_lib.open(config.shards)
     shards_lib.require(
         shards,
         crop_shape_zyx=config.crop_shape_zyx,
-        margin_vx_zyx=augment.Settings.of(config).margin_vx_zyx,
+        margin_vx_zyx=margin,
         voxel_size_nm_zyx=config.voxel_size_nm_zyx,
         classes=config.classes,
     )

@@ -132,7 +132,7 @@ def evaluate(
     if shards_folder is not None:
         config.shards = shards_folder
     mesh = sharding.make_mesh()
-    shards = data.open_shards(config)
+    shards = data.open_shards(config, training=False)
     part = Part.of(shards, config.split, part_name)
     chosen = [checkpoint.choose_step(workdir, step) for step in steps or [None]]
     folder = files.make_folder(workdir / "evaluation" / part_name)
@@ -212,8 +212,8 @@ def _summarise(
         }
         for m in sorted(all_metrics, key=lambda m: m["step"])
     ]
-    # max takes the first of equals: the earliest of equally good checkpoints.
-    best = max(entries, key=lambda entry: entry["synapse_mean_class_accuracy"])
+    # Of equal ones the latest, as in training.
+    best = max(entries, key=lambda e: (e["synapse_mean_class_accuracy"], e["step"]))
     summary = {"part": part, "best_step": best["step"]}
     summary |= {"best_by": "synapse_mean_class_accuracy", "checkpoints": entries}
     files.write_json(folder / "summary.json", summary)

@@ -64,7 +64,7 @@ def render(workdir: pathlib.Path | None, predictions_path: pathlib.Path | None) 
 
 def _run(workdir: pathlib.Path) -> dict[str, Any]:
     config = checkpoint.load_config(workdir)
-    shards = data.open_shards(config)
+    shards = data.open_shards(config, training=False)
     run = {
         "workdir": workdir.name,
         "manifest": shards.manifest,

@@ -130,6 +130,22 @@ def test_draws_follow_the_published_distributions() -> None:
         np.testing.assert_allclose(scale.std(), 0.2 / 12**0.5, rtol=0.02)
 
 
+def test_some_crops_stay_sharp() -> None:
+    """As many as are asked for are not interpolated; sections may slip all the same."""
+    config = skeleton.get_config()
+    config.augment.warp_probability = 0.25
+    drawn = draws(augment.Settings.of(config), 2_000)
+    sharp = drawn.angle == 0
+    np.testing.assert_allclose(sharp.mean(), 0.75, atol=0.04)
+    np.testing.assert_array_equal(sharp, ~drawn.control.any(axis=(1, 2, 3, 4)))
+    assert drawn.offset_yx[sharp].any()
+    chosen = settings(rotation=(0.3, 0.4), warp_probability=0.0)
+    record = records(1, record_shape(chosen))[0]
+    z, y, x = (slice(m, -m if m else None) for m in chosen.margin_vx_zyx)
+    expected = record[z, y, x].astype(np.float32) / 255 * 2 - 1
+    np.testing.assert_allclose(run(record[None], chosen)[0], expected, atol=1e-6)
+
+
 def test_slips_displace_a_section_and_shifts_all_that_follow() -> None:
     slips = settings(slip_probability=0.25, shift_probability=0, max_misalign_yx=(3, 3))
     shifts = settings(
@@ -350,6 +366,7 @@ def test_it_lowers_for_accelerators_without_going_to_the_host(platform: str) -> 
         ({"rotation": (0, 90)}, "rotation is .* from -6.28319 to 6.28319"),
         ({"transpose_axes": (1, 3)}, "of 0, 1, 2, each once"),
         ({"transpose_axes": (1, 1)}, "of 0, 1, 2, each once"),
+        ({"warp_probability": 1.5}, "warp_probability is 1.5"),
         ({"slip_probability": math.nan}, "slip_probability nan"),
         ({"transpose_axes": (0, 1)}, "swaps axes of different size"),
         ({"slip_probability": 0.7, "shift_probability": 0.7}, "probability"),

@@ -44,13 +44,9 @@ def main() -> None:
     crops = [
         apply(
             np.repeat(record[None], _VARIANTS.value, axis=0),
-            augment.example_keys(key, _VARIANTS.value),
+            augment.batch_keys(config.seed, row, _VARIANTS.value),
         )
-        for record, key in zip(
-            batch["crop"],
-            augment.example_keys(jax.random.key(config.seed), len(rows)),
-            strict=True,
-        )
+        for row, record in enumerate(batch["crop"])
     ]
     ids = shards.index["synapse_id"].to_numpy()[rows]
     names = [

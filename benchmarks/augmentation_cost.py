@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the augmentation costs of a training step: with it, and with crops ready made.
+
+    python benchmarks/augmentation_cost.py --config=configs/skeleton.py [--repeats=5]
+
+The two steps alternate in one process, on the same noise; medians. Prints one line of
+JSON. Runs on whatever device JAX has.
+"""
+
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from synister_jax import augment, command, model, recipe, train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/skeleton.py", lock_config=True
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each.", lower_bound=1)
+
+
+def main() -> None:
+    config = _CONFIG.value
+    tx = recipe.make_optimizer(config)
+    network = model.from_config(config)
+    plain = config.copy_and_resolve_references()
+    plain.augment.update(
+        jitter_zyx=(0, 0, 0),
+        elastic_sigma_zyx=(0.0, 0.0, 0.0),
+        rotation=(0.0, 0.0),
+        slip_probability=0.0,
+        shift_probability=0.0,
+        mirror=False,
+        transpose_axes=(),
+    )
+    steps, batches = {}, {}
+    rng = np.random.default_rng(0)
+    for name, chosen in (("augmented", config), ("plain", plain)):
+        margin = augment.Settings.of(chosen).margin_vx_zyx
+        shape = np.add(chosen.crop_shape_zyx, np.multiply(2, margin))
+        crops = rng.integers(0, 256, (chosen.batch_size, *shape), dtype=np.uint8)
+        labels = np.arange(chosen.batch_size, dtype=np.int32) % len(chosen.classes)
+        batches[name] = jax.device_put({"crop": crops, "label": labels})
+        step = functools.partial(train.train_step, chosen, network, tx)
+        steps[name] = jax.jit(step, donate_argnums=0)
+    settings = augment.Settings.of(config)
+    alone = jax.jit(lambda r, k: augment.augment(r, k, settings))
+    keys = augment.batch_keys(0, 0, config.batch_size)
+    # One state for both: at full size it is 4 GB.
+    init = jax.jit(
+        lambda key: train.create_state(key, config, tx),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    state = init(jax.random.key(0))
+    times: dict[str, list[float]] = {"augmented": [], "plain": [], "alone": []}
+    for repeat in range(-1, _REPEATS.value):  # the first is to compile
+        for name in ("augmented", "plain"):
+            (state, _), seconds = _timed(steps[name], state, batches[name])
+            times[name] += [seconds] * (repeat >= 0)
+            print(f"{repeat} {name} {seconds:.2f} s", file=sys.stderr, flush=True)
+        _, seconds = _timed(alone, batches["augmented"]["crop"], keys)
+        times["alone"] += [seconds] * (repeat >= 0)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    report = {
+        "benchmark": "augmentation_cost",
+        "crop_shape_zyx": list(config.crop_shape_zyx),
+        "batch_size": config.batch_size,
+        "seconds": medians,
+        "augmentation_of_step": medians["alone"] / medians["augmented"],
+        "augmented_over_plain": medians["augmented"] / medians["plain"],
+        "repeats": _REPEATS.value,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+    print(json.dumps(report))
+
+
+def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(run(*arguments))
+    return result, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    command.run(main)
