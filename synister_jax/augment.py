@@ -69,13 +69,16 @@ class Settings:
         def whole(name: str) -> tuple[int, ...]:
             return tuple(round(size) for size in sizes(name))
 
+        warps = given.warp_probability > 0
         settings = cls(
             crop_shape_zyx=tuple(config.crop_shape_zyx),
             jitter_zyx=whole("jitter_zyx"),
             elastic_spacing_zyx=sizes("elastic_spacing_zyx", 1e-3),
-            elastic_sigma_zyx=sizes("elastic_sigma_zyx"),
+            elastic_sigma_zyx=sizes("elastic_sigma_zyx") if warps else (0.0,) * 3,
             elastic_subsample=given.elastic_subsample,
-            rotation=numbers("rotation", 2, -2 * math.pi, 2 * math.pi),
+            rotation=numbers("rotation", 2, -2 * math.pi, 2 * math.pi)
+            if warps
+            else (0.0, 0.0),
             warp_probability=given.warp_probability,
             slip_probability=given.slip_probability,
             shift_probability=given.shift_probability,

@@ -34,29 +34,42 @@ _MAY_CHANGE = (
 )
 
 
+def require_same_config(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, crops_sha256: str
+) -> None:
+    """Raises `UserError` when the folder's run has another config.
+
+    Before its first checkpoint a run has nothing to lose: then any config will do.
+    """
+    path = workdir / "config.json"
+    if not path.exists() or not steps(workdir):
+        return
+    before, now = files.read_json(path), _as_json(config, crops_sha256)
+    may_change = set(_MAY_CHANGE)
+    if config.schedule == "cosine":  # then the length decides every step's rate
+        may_change.remove("num_train_steps")
+    for key in sorted(before.keys() | now.keys()):
+        if key not in may_change and before.get(key) != now.get(key):
+            raise UserError(
+                f"{workdir} holds a run with {key} = {before.get(key)}, now "
+                f"{now.get(key)}; choose another --workdir"
+            )
+
+
 def save_config(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, crops_sha256: str
 ) -> None:
-    """Writes config.json, or raises `UserError` when the run has another one.
+    """Writes config.json.
 
     Args:
       crops_sha256: of the training data, kept under that name; where the shards are
         may change from one start to the next, what is in them may not.
     """
-    path = workdir / "config.json"
-    now = json.loads(config.to_json_best_effort()) | {"crops_sha256": crops_sha256}
-    if path.exists():
-        before = files.read_json(path)
-        may_change = set(_MAY_CHANGE)
-        if config.schedule == "cosine":  # then the length decides every step's rate
-            may_change.remove("num_train_steps")
-        for key in sorted(before.keys() | now.keys()):
-            if key not in may_change and before.get(key) != now.get(key):
-                raise UserError(
-                    f"{workdir} holds a run with {key} = {before.get(key)}, now "
-                    f"{now.get(key)}; choose another --workdir"
-                )
-    files.write_json(path, now)
+    files.write_json(workdir / "config.json", _as_json(config, crops_sha256))
+
+
+def _as_json(config: ml_collections.ConfigDict, crops_sha256: str) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort()) | {"crops_sha256": crops_sha256}
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -126,6 +139,15 @@ def best_step(workdir: pathlib.Path) -> int:
     return max(measured, key=lambda step: (measured[step], step))
 
 
+def best_or_latest_step(workdir: pathlib.Path) -> int:
+    """The best checkpoint where any was validated, else the latest."""
+    latest = choose_step(workdir, None)
+    try:
+        return best_step(workdir)
+    except UserError:
+        return latest
+
+
 def load_variables(
     workdir: pathlib.Path, step: int, abstract: Any, config: ml_collections.ConfigDict
 ) -> Any:
@@ -137,10 +159,11 @@ def load_variables(
       abstract: {"params", "batch_stats"} of `jax.ShapeDtypeStruct` with shardings.
     """
     path = (workdir / "checkpoints" / str(step)).resolve()  # Orbax wants it absolute
-    wanted = {"ema": abstract} if config.ema_decay else abstract
+    averages = bool(config.get("ema_decay", 0.0))  # a run of version 0.1.0 has no such
+    wanted = {"ema": abstract} if averages else abstract
     _require_same(path, wanted, config)
     loaded = load_partly(path, wanted)
-    return loaded["ema"] if config.ema_decay else loaded
+    return loaded["ema"] if averages else loaded
 
 
 def load_partly(path: pathlib.Path, abstract: Any) -> Any:
@@ -194,8 +217,20 @@ class Checkpointer:
         workdir: pathlib.Path,
         config: ml_collections.ConfigDict,
         crops_sha256: str,
+        keep_all: bool = False,
     ) -> None:
         keep = ocp.training.preservation_policies
+        policies = [
+            keep.LatestN(config.keep_latest),
+            keep.EveryNSteps(config.keep_every_steps),
+            keep.BestN(
+                n=1,
+                get_metric_fn=lambda metrics: metrics[BEST_BY],
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        if keep_all:
+            policies = [keep.PreserveAll()]
         self._folder = (workdir / "checkpoints").resolve()
         self._config = config
         self._about = _about(config) | {
@@ -205,17 +240,7 @@ class Checkpointer:
         }
         self._orbax = ocp.training.Checkpointer(
             self._folder,
-            preservation_policy=keep.AnyPreservationPolicy(
-                [
-                    keep.LatestN(config.keep_latest),
-                    keep.EveryNSteps(config.keep_every_steps),
-                    keep.BestN(
-                        n=1,
-                        get_metric_fn=lambda metrics: metrics[BEST_BY],
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            preservation_policy=keep.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
 
@@ -281,10 +306,11 @@ def save_imported(
     workdir = files.make_folder(workdir)
     config = config.copy_and_resolve_references()
     config.ema_decay = 0.0  # nothing of it is in the folder
-    save_config(workdir, config, "")
+    require_same_config(workdir, config, "")
     if step in steps(workdir):
         raise UserError(f"{workdir} has a checkpoint of step {step} already")
-    checkpointer = Checkpointer(workdir, config, "")
+    save_config(workdir, config, "")
+    checkpointer = Checkpointer(workdir, config, "", keep_all=True)
     checkpointer.save(step, dict(variables))
     checkpointer.close()
 

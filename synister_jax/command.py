@@ -3,6 +3,7 @@
 
 import collections
 import math
+import os
 import re
 import sys
 import time
@@ -67,8 +68,13 @@ def subcommand(names: Sequence[str]) -> str:
     return given
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags, runs `main`; exit code 0 done, 1 a `UserError`, 2 wrong flags."""
+def run(main: Callable[[], None], abandon_threads: bool = False) -> None:
+    """Parses flags, runs `main`; exit code 0 done, 1 a `UserError`, 2 wrong flags.
+
+    Args:
+      abandon_threads: after a `UserError` leave at once, whatever other threads do:
+        those of a save that failed may wait for ever.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         del argv  # _parse_flags allows none beyond the flags
@@ -77,7 +83,13 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            _exit(str(error), 1)
+            try:
+                _exit(str(error), 1)
+            finally:
+                if abandon_threads:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(1)
         except KeyboardInterrupt:
             _exit("interrupted; the same command goes on", 130)
 

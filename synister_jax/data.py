@@ -38,6 +38,13 @@ def open_shards(config: ml_collections.ConfigDict, training: bool = True) -> Sha
         voxel_size_nm_zyx=config.voxel_size_nm_zyx,
         classes=config.classes,
     )
+    for name in ("neither_crops", "unknown_per_class") if training else ():
+        if shards.manifest.get(name, 0) != config[name]:
+            raise UserError(
+                f"shards {shards.folder} were cut with {name} = "
+                f"{shards.manifest.get(name, 0)}, the config says {config[name]}; cut "
+                f"shards with this config, or set config.{name}"
+            )
     return shards
 
 

@@ -23,6 +23,7 @@ def with_extra_classes(
     table: pa.Table,
     volume: volumes.Volume,
     *,
+    record_shape_zyx: Sequence[int],
     classes: Sequence[str],
     split: str,
     neither_crops: int,
@@ -31,21 +32,24 @@ def with_extra_classes(
 ) -> pa.Table:
     """The table, then the rows of `neither`, then those of `unknown`.
 
-    These rows have a position, a class, parts and the ids -1, -2, …; all that a table
-    says otherwise of a synapse is null. Their ids, positions and classes depend on the
-    options, the seed, the volume's box and, for `unknown`, on the labelled synapses of
-    `split`; neither on the order of the rows nor on other splits.
+    Their crops lie in the volume whole, context included: else its black outside would
+    give these classes away. The rows have a position, a class, parts and the ids -1,
+    -2, …; all that a table says otherwise of a synapse is null. Their ids, positions
+    and classes depend on the options, the seed, the volume's box and, for `unknown`,
+    on the labelled synapses of `split`; neither on the order of the rows nor on other
+    splits.
 
     Args:
       table: synapse table.
       classes: of the network, whose transmitters `unknown` is made from.
       split: the one whose train part `unknown_per_class` is about.
-      neither_crops: so many, centred on any voxel of the volume alike. In each split
-        the parts share them as they share the synapses that have one of `classes`.
+      record_shape_zyx: voxels of a crop with its context.
+      neither_crops: so many, centred on any voxel alike. In each split the parts share
+        them as they share the synapses that have one of `classes`.
       unknown_per_class: most train synapses of a transmitter to move, in a random
         direction by 2,000 to 3,999 nm; of the other parts the same fraction, rounded
-        up. A moved synapse keeps every part of its parent and may lie outside the
-        volume.
+        up. A moved synapse keeps every part of its parent; one that was moved too near
+        the volume's border is left out.
 
     Raises:
       UserError: classes and options that do not fit, negative ids in the table, or no
@@ -54,8 +58,25 @@ def with_extra_classes(
     _check(table, classes, neither_crops, unknown_per_class)
     if not neither_crops and not unknown_per_class:
         return table
-    nowhere, parts = _random_locations(table, volume, classes, neither_crops, seed)
+    lowest = np.asarray(record_shape_zyx) // 2
+    room = np.asarray(volume.shape_zyx) - record_shape_zyx + 1
+    if (room < 1).any():
+        raise UserError(
+            f"volume {volume.uri} has {tuple(volume.shape_zyx)} voxels, a crop with "
+            f"its context {tuple(record_shape_zyx)}: no place for random or moved crops"
+        )
+    nowhere, parts = _random_locations(
+        table, volume, lowest, room, classes, neither_crops, seed
+    )
     moved, parents = _moved_synapses(table, classes, split, unknown_per_class, seed)
+    starts = volumes.crop_starts_vx_zyx(moved, record_shape_zyx, volume)
+    is_inside = ((starts >= 0) & (starts < room)).all(axis=1)
+    if len(moved) and not is_inside.any():
+        raise UserError(
+            f"all {len(moved):,} synapses moved for {UNKNOWN!r} lie at the border of "
+            f"volume {volume.uri} or beyond; set config.unknown_per_class to 0"
+        )
+    moved, parents = moved[is_inside], parents[is_inside]
     positions = np.concatenate([nowhere, moved])
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         "synapse_id": -1 - np.arange(len(positions), dtype=np.int64),
@@ -111,13 +132,15 @@ def _check(
 def _random_locations(
     table: pa.Table,
     volume: volumes.Volume,
+    lowest: np.ndarray,
+    room: np.ndarray,
     classes: Sequence[str],
     count: int,
     seed: int,
 ) -> tuple[np.ndarray, dict[str, list[str | None]]]:
     """Positions [count, 3] in nm, and their parts in each column of a split."""
     rng = np.random.default_rng((seed, 0))
-    voxels = rng.integers(0, volume.shape_zyx, (count, 3))
+    voxels = lowest + rng.integers(0, room, (count, 3))
     positions = volume.offset_nm_zyx + voxels * np.asarray(volume.voxel_size_nm_zyx)
     has_class = synapses.labels(table, classes) >= 0
     parts = {}

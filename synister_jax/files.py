@@ -3,6 +3,7 @@
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -76,6 +77,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def write_feather(path: str | os.PathLike[str], table: pa.Table) -> None:
     with replacing(path) as partial:
         feather.write_feather(table, str(partial), compression="zstd")
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, what: str) -> Iterator[None]:
+    """Holds the folder for one process; it is free when that ends, however it ends.
+
+    Raises:
+      UserError: another process holds it; `what` says what that is doing.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is {what} in {folder}: wait for it, or choose "
+                "another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def keep_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:

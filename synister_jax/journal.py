@@ -35,6 +35,8 @@ class Journal:
         self._config, self._workdir, self._examples = config, workdir, examples
         self._is_first = jax.process_index() == 0
         self._writer = metrics.Writer(workdir, first_step) if self._is_first else None
+        settings = augment.Settings.of(config)
+        self._augment = jax.jit(lambda r, k: augment.augment(r, k, settings))
         self._under_way: dict[str, jax.Array] | None = None
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._progress = command.Progress(
@@ -100,11 +102,18 @@ class Journal:
         )
 
     def _augmented(self, step: int, records: np.ndarray) -> np.ndarray:
-        """The first crops of the batch after `step` as the network gets them."""
+        """The first crops of the batch after `step` as the network gets them.
+
+        A few at a time: the device has no room to spare.
+        """
         keys = augment.batch_keys(self._config.seed, step, len(records))
-        settings = augment.Settings.of(self._config)
-        apply = jax.jit(lambda r, k: augment.augment(r, k, settings))
-        return np.asarray(apply(records, keys))
+        few = _SNAPSHOT_EXAMPLES
+        return np.concatenate(
+            [
+                np.asarray(self._augment(records[i : i + few], keys[i : i + few]))
+                for i in range(0, len(records), few)
+            ]
+        )
 
     def snapshot(self, step: int) -> None:
         """A picture of the first crops of the next batch, before and after."""

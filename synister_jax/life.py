@@ -47,8 +47,31 @@ class StopRequest:
         return multihost_utils.reached_preemption_sync_point(step)
 
 
-def is_stale(history: Sequence[float], evaluations: int) -> bool:
-    """Whether the last `evaluations` values brought nothing above the best before."""
-    if not evaluations or not history:
-        return False
-    return len(history) - 1 - int(np.argmax(history)) >= evaluations
+class Patience:
+    """Counts the evaluations since the best one, alike in every process.
+
+    Args:
+      evaluations: without a better one after which it is over; 0: never.
+      history: (step, value) of the evaluations so far.
+    """
+
+    def __init__(self, evaluations: int, history: Sequence[tuple[int, float]]) -> None:
+        self._evaluations = evaluations
+        self._best, self._since, self.last_step = -np.inf, 0, 0
+        for step, value in history:
+            self.add(step, value)
+        if jax.process_count() > 1:
+            # A shared disk may show the log late: what the first process saw counts.
+            own = np.array([self._best, self._since, self.last_step], np.float32)
+            best, since, step = multihost_utils.broadcast_one_to_all(own)
+            self._best, self._since, self.last_step = best, int(since), int(step)
+
+    def add(self, step: int, value: float) -> None:
+        """Counts one more evaluation; an equal one is no better."""
+        self._since = 0 if np.float32(value) > self._best else self._since + 1
+        self._best = max(self._best, np.float32(value))
+        self.last_step = step
+
+    @property
+    def is_over(self) -> bool:
+        return 0 < self._evaluations <= self._since

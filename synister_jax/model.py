@@ -256,6 +256,18 @@ def from_config(
         raise UserError(
             f"config.model.network is {network!r}; choose vgg3d or resnet18"
         )
+    for name in ("features", "dense_features"):
+        if settings[name] < 1:
+            raise UserError(f"config.model.{name} is {settings[name]}; at least 1")
+    if not 0 <= settings.dropout < 1:
+        raise UserError(
+            f"config.model.dropout is {settings.dropout}; it lies in [0, 1)"
+        )
+    if any(len(f) != 3 or min(f) < 1 for f in settings.downsample_factors):
+        raise UserError(
+            f"config.model.downsample_factors are {settings.downsample_factors}; each "
+            "level needs three (z, y, x) of at least 1"
+        )
     levels = len(settings.downsample_factors)
     for name in ("feature_multipliers", "convolutions"):
         if len(settings[name]) != levels:

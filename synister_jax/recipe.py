@@ -42,6 +42,13 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.class_weights are {tuple(config.class_weights)}; none may be "
             "negative"
         )
+    if config.class_weights and not any(config.class_weights):
+        raise UserError("config.class_weights are all 0: nothing would be learnt")
+    if len(config.classes) < 2 or len(set(config.classes)) < len(config.classes):
+        raise UserError(
+            f"config.classes are {', '.join(config.classes)}: at least two are needed, "
+            "each once"
+        )
 
 
 def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:

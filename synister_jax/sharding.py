@@ -6,6 +6,7 @@ Crops are split over all devices, so convolutions are data-parallel everywhere; 
 matrices of the head, 99.8 % of VGG3D's parameters, are split over `model`.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,16 +24,25 @@ def join_processes(coordinator: str, processes: int | None, index: int | None) -
       coordinator: host:port of process 0, or `auto` where the cluster says all three
         (Slurm, Open MPI, Cloud TPU).
     """
+    mend = (
+        "give host:port of process 0 with --processes and --process_index, the same "
+        "command in every process"
+    )
+    if coordinator != "auto":
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"--coordinator={coordinator}: {mend}")
+        if processes is None or index is None or index >= processes:
+            raise UserError(
+                f"--processes={processes} --process_index={index}: {mend}, from 0"
+            )
+        print(f"process {index} of {processes}: waiting for all", flush=True)
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
         else:
             jax.distributed.initialize(coordinator, processes, index)
     except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--coordinator={coordinator}: {error}; give host:port of process 0 with "
-            "--processes and --process_index, the same command in every process"
-        ) from None
+        raise UserError(f"--coordinator={coordinator}: {error}; {mend}") from None
 
 
 def make_mesh(
@@ -116,5 +126,5 @@ def require_divisible(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) ->
         unit = mesh.size * accumulate_steps
         raise UserError(
             f"batch size {batch_size} is not divisible by {mesh.size} devices{parts}; "
-            f"use {max(1, batch_size // unit) * unit} or fewer devices"
+            f"make it {max(1, batch_size // unit) * unit}, or take fewer devices"
         )

@@ -142,7 +142,7 @@ def train_step(
         ema = recipe.average(ema, variables, config.ema_decay, state.step)
     # The loss is of the parameters before the update: those after it can be ruined
     # while it is still a number.
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(params))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm([params, batch_stats]))
 
     window = state.window
     is_new = state.step % config.log_every_steps == 0
@@ -172,8 +172,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
         if counted and value < 1:
             raise UserError(f"config.{name} is {value}; it must be at least 1")
-    if config.seed < 0:
-        raise UserError(f"config.seed is {config.seed}; it must not be negative")
+    for name in ("seed", "early_stop_evals"):
+        if config[name] < 0:
+            raise UserError(f"config.{name} is {config[name]}; it must not be negative")
     recipe.check(config)
 
 
@@ -207,8 +208,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     workdir = files.make_folder(workdir).resolve()
     config.shards = str(shards.folder.resolve())
     crops_sha256 = shards.sha256(config.split)
-    if jax.process_index() == 0:
-        checkpoint.save_config(workdir, config, crops_sha256)
+    checkpoint.require_same_config(workdir, config, crops_sha256)
     checkpointer = checkpoint.Checkpointer(workdir, config, crops_sha256)
     state = checkpointer.restore(abstract)
     if state is None:
@@ -219,6 +219,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             f"{workdir} is at step {first_step} already, beyond "
             f"config.num_train_steps = {config.num_train_steps}"
         )
+    if jax.process_index() == 0:
+        checkpoint.save_config(workdir, config, crops_sha256)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     journal.say(
         f"{parameters:,} parameters, {len(shards.index):,} crops, "
@@ -227,14 +229,25 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     )
 
     # ---------------------------------------------------------------- loop
-    history = _validated(workdir, first_step)
+    patience = life.Patience(config.early_stop_evals, _validated(workdir, first_step))
     log = journal.Journal(config, workdir, examples, first_step)
     classify = inference.make_classify(config, mesh)
     batches = examples.stream(first_step, sharding.batch(mesh))
+
+    def validate(step: int) -> dict[str, float]:
+        measured = log.validate(step, validation, classify, state, mesh)
+        patience.add(step, measured[checkpoint.BEST_BY])
+        return measured
+
     try:
+        if (
+            first_step % config.eval_every_steps == 0
+            and patience.last_step < first_step
+        ):
+            validate(first_step)  # SIGTERM left no time for it
         with life.StopRequest() as stop:
             for step in range(first_step, config.num_train_steps):
-                if life.is_stale(history, config.early_stop_evals):
+                if patience.is_over:
                     journal.say(
                         f"stopped early at step {step}: {checkpoint.BEST_BY} has not "
                         f"risen for {config.early_stop_evals} evaluations"
@@ -249,10 +262,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                 log.note(done, numbers)
                 is_stopped = stop.reached(done)
                 is_last = is_stopped or done == config.num_train_steps
-                if done % config.eval_every_steps == 0:
+                if done % config.eval_every_steps == 0 and not is_stopped:
                     log.settle(numbers)
-                    measured = log.validate(done, validation, classify, state, mesh)
-                    history.append(measured[checkpoint.BEST_BY])
+                    measured = validate(done)
                 if is_last or measured or done % config.checkpoint_every_steps == 0:
                     log.settle(numbers)  # never save what is ruined
                     checkpointer.save(done, state, measured)
@@ -284,7 +296,7 @@ def _first_state(
     if config.init_from is None:
         return state
     other = pathlib.Path(config.init_from)
-    step = checkpoint.choose_step(other, None)
+    step = checkpoint.best_or_latest_step(other)
     fresh = {"params": state.params, "batch_stats": state.batch_stats}
     variables, left = checkpoint.load_fitting(other, step, fresh, config)
     reset = f"; new: {', '.join(left)} (other classes)" if left else ""
@@ -294,10 +306,10 @@ def _first_state(
     return state.replace(**variables, ema=ema)
 
 
-def _validated(workdir: pathlib.Path, first_step: int) -> list[float]:
-    """The number that decides the best checkpoint, of every evaluation so far."""
+def _validated(workdir: pathlib.Path, first_step: int) -> list[tuple[int, float]]:
+    """Step and number that decides the best checkpoint, of every evaluation so far."""
     return [
-        line[checkpoint.BEST_BY]
+        (line["step"], line[checkpoint.BEST_BY])
         for line in metrics.read(workdir)
         if line["step"] <= first_step and checkpoint.BEST_BY in line
     ]
@@ -331,9 +343,15 @@ def main() -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         if coordinator.value is not None:
             sharding.join_processes(coordinator.value, processes.value, index.value)
-        train(config.value, folder)
+        elif processes.value is not None or index.value is not None:
+            raise UserError("--processes and --process_index need --coordinator")
+        if jax.process_index() > 0:
+            train(config.value, folder)
+            return
+        with files.locked(folder, "training"):
+            train(config.value, folder)
 
-    command.run(run)
+    command.run(run, abandon_threads=True)
 
 
 if __name__ == "__main__":

@@ -139,11 +139,16 @@ def test_some_crops_stay_sharp() -> None:
     np.testing.assert_allclose(sharp.mean(), 0.75, atol=0.04)
     np.testing.assert_array_equal(sharp, ~drawn.control.any(axis=(1, 2, 3, 4)))
     assert drawn.offset_yx[sharp].any()
-    chosen = settings(rotation=(0.3, 0.4), warp_probability=0.0)
+    chosen = full()
     record = records(1, record_shape(chosen))[0]
-    z, y, x = (slice(m, -m if m else None) for m in chosen.margin_vx_zyx)
+    still = draws_like(chosen, np.zeros(3), np.zeros((3, 2, 4, 4)), 0.0, np.zeros(2))
+    z, y, x = (slice(m, -m) for m in chosen.margin_vx_zyx)
     expected = record[z, y, x].astype(np.float32) / 255 * 2 - 1
-    np.testing.assert_allclose(run(record[None], chosen)[0], expected, atol=1e-6)
+    crop = augment.apply(jnp.asarray(record), still, chosen)
+    np.testing.assert_allclose(crop, expected, atol=1e-6)  # not interpolated
+    # None at all need no context for it.
+    never = settings(rotation=(0.3, 0.4), warp_probability=0.0)
+    assert never.margin_vx_zyx == (0, 0, 0) and not never.resamples
 
 
 def test_slips_displace_a_section_and_shifts_all_that_follow() -> None:

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CLASSES = ("gaba", "acetylcholine", "dopamine", "unknown", "neither")
 VOXEL_SIZE_NM_ZYX = (40.0, 50.0, 64.0)
 OFFSET_NM_ZYX = (400.0, -500.0, 0.0)
+RECORD_SHAPE_ZYX = (6, 11, 8)
 FACTS = ("neuron_id", "hemilineage", "brain_region", "cell_type")
 
 
@@ -70,6 +71,7 @@ def extra_rows(
 ) -> pa.Table:
     """The rows that are added, after a look at the others."""
     options = {"classes": CLASSES, "split": "skeleton", "seed": 0}
+    options |= {"record_shape_zyx": RECORD_SHAPE_ZYX}
     options |= {"neither_crops": 50, "unknown_per_class": 20} | (change or {})
     both = extra_classes.with_extra_classes(table, volume, **options)
     assert both.slice(0, len(table)).equals(table, check_metadata=True)
@@ -84,9 +86,12 @@ def test_neither_is_anywhere_and_shared_among_the_parts(
     assert rows["synapse_id"].to_pylist() == [-1 - i for i in range(4_001)]
     assert all(rows[name].null_count == len(rows) for name in FACTS)
     voxels = (synapses.positions_nm_zyx(rows) - OFFSET_NM_ZYX) / VOXEL_SIZE_NM_ZYX
-    assert (voxels == voxels.round()).all() and (voxels >= 0).all()
-    for axis, length in enumerate(cube.shape_zyx):
-        counts = np.bincount(voxels[:, axis].astype(int), minlength=length)
+    assert (voxels == voxels.round()).all()
+    # Anywhere that the record lies inside: so far from either border, and no further.
+    starts = (voxels - np.array(RECORD_SHAPE_ZYX) // 2).astype(int)
+    room = np.array(cube.shape_zyx) - RECORD_SHAPE_ZYX + 1
+    for axis, length in enumerate(room):
+        counts = np.bincount(starts[:, axis], minlength=length)
         assert len(counts) == length
         assert ((counts - 4_001 / length) ** 2 / (4_001 / length)).sum() < 2 * length
     labelled = synapses.labels(table, CLASSES) >= 0
@@ -98,9 +103,13 @@ def test_neither_is_anywhere_and_shared_among_the_parts(
         np.testing.assert_allclose(found, 4_001 * wanted / wanted.sum(), atol=1)
 
 
-def test_unknown_is_a_synapse_moved(cube: volumes.Volume) -> None:
+def test_unknown_is_a_synapse_moved(tmp_path: pathlib.Path) -> None:
     """Synapses 10 µm apart: the nearest to where one was moved is its parent."""
-    grid = np.stack(np.meshgrid(*[np.arange(10) * 10_000.0] * 3), axis=-1)
+    coarse = (500.0, 500.0, 500.0)
+    array = np.zeros((230, 230, 230), np.uint8)
+    volumes.write_n5(tmp_path / "raw.n5", array, coarse, (0, 0, 0), (64, 64, 64))
+    cube = volumes.open(str(tmp_path / "raw.n5"))
+    grid = np.stack(np.meshgrid(*[np.arange(1, 11) * 10_000.0] * 3), axis=-1)
     table = synapse_table(grid.reshape(-1, 3))
     options = {"neither_crops": 0, "unknown_per_class": 70, "classes": CLASSES[:4]}
     rows = extra_rows(table, cube, options)
@@ -189,6 +198,18 @@ def test_options_that_do_not_fit(
         extra_rows(table, cube, change)
 
 
+def test_places_near_the_border_are_not_used(
+    table: pa.Table, cube: volumes.Volume
+) -> None:
+    fewer = extra_rows(table, cube, {"record_shape_zyx": (100, 100, 100)})
+    names = fewer["neurotransmitter"].to_pylist()
+    more = extra_rows(table, cube)["neurotransmitter"].to_pylist()
+    assert names.count("neither") == more.count("neither") == 50
+    assert 0 < names.count("unknown") < more.count("unknown")
+    with pytest.raises(UserError, match="no place for random or moved crops"):
+        extra_rows(table, cube, {"record_shape_zyx": (191, 1, 1)})
+
+
 def test_ids_that_are_taken(table: pa.Table, cube: volumes.Volume) -> None:
     with pytest.raises(UserError, match="neither_crops is 50: .* row 0 of the synapse"):
         extra_rows(negative_ids(table), cube)
@@ -227,7 +248,8 @@ def get_config():
     assert written.classes[-1] == "neither"
     options = {"neither_crops": 40, "unknown_per_class": 30, "seed": 0}
     assert {name: written.manifest[name] for name in options} == options
-    wanted = extra_rows(table, cube, options)
+    record_shape = {"record_shape_zyx": written.record_shape_zyx}
+    wanted = extra_rows(table, cube, options | record_shape)
     wanted = {row["synapse_id"]: row for row in wanted.to_pylist()}
 
     shape = np.array(written.record_shape_zyx)
@@ -244,10 +266,11 @@ def get_config():
         start = middle - shape // 2 + shape  # in the padded array
         box = [slice(a, a + n) for a, n in zip(start, shape, strict=True)]
         np.testing.assert_array_equal(crop, array[tuple(box)])
-    assert counts["neither"] == 40 and counts["unknown"] > 30
-    # What is left over was moved out of the volume.
-    assert len(wanted) == written.manifest["dropped"]["outside"] > 0
-    assert {row["neurotransmitter"] for row in wanted.values()} == {"unknown"}
+        if synapse_id < 0:  # no black border gives it away
+            assert (start >= shape).all() and (start <= shape + cube.shape_zyx).all()
+            assert row["status"] == volumes.OK
+    assert counts["neither"] == 40 and counts["unknown"] > 5
+    assert not wanted
 
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert shard_crops(table).returncode == 0

@@ -56,12 +56,15 @@ def test_sigterm_saves_and_ends_well(
 def test_divergence_stops_with_its_step_and_batch(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-    """What is ruined is never saved: the same command stops at the same step again."""
+    """What is ruined is never saved: the same command stops at the same step again.
+
+    Nor does it matter how often the log asks.
+    """
     config.checkpoint_every_steps = 1
-    config.log_every_steps = 5
     config.learning_rate = 1e30
     messages = []
-    for _ in range(2):
+    for every in (5, 1):
+        config.log_every_steps = every
         with pytest.raises(UserError, match="update after step [01] gave no fin") as e:
             train.train(config, tmp_path)
         messages.append(str(e.value))
@@ -82,22 +85,6 @@ def test_divergence_stops_with_its_step_and_batch(
         assert kept["augmented"].shape == (12, 4, 16, 16)
 
 
-def test_the_step_that_diverged_is_named_between_lines_of_the_log(
-    tmp_path: pathlib.Path, config: ml_collections.ConfigDict
-) -> None:
-    """The log asks every 50 steps only; the step is the right one all the same."""
-    config.num_train_steps = 50
-    config.log_every_steps = 50
-    config.eval_every_steps = config.checkpoint_every_steps = 50
-    config.learning_rate = 1e30
-    with pytest.raises(UserError) as first:
-        train.train(config, tmp_path / "a")
-    config.log_every_steps = 1
-    with pytest.raises(UserError) as second:
-        train.train(config, tmp_path / "b")
-    assert str(first.value).split("(")[0] == str(second.value).split("(")[0]
-
-
 def test_early_stop_keeps_the_best(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
@@ -111,7 +98,8 @@ def test_early_stop_keeps_the_best(
     history = [line[checkpoint.BEST_BY] for line in lines]
     stopped_at = lines[-1]["step"]
     assert stopped_at < 200  # 200 steps of it would reach 1 and stay there
-    assert life.is_stale(history, 3) and not life.is_stale(history[:-1], 3)
+    counted = [life.Patience(3, [*enumerate(h)]) for h in (history, history[:-1])]
+    assert [each.is_over for each in counted] == [True, False]
     kept = checkpoint.steps(tmp_path)
     best = checkpoint.best_step(tmp_path)
     assert set(kept) == {best, stopped_at}
@@ -121,11 +109,69 @@ def test_early_stop_keeps_the_best(
     assert metrics.read(tmp_path) == before
 
 
-def test_stale_is_counted_in_evaluations() -> None:
-    assert not life.is_stale([], 2)
-    assert not life.is_stale([0.1, 0.3, 0.2], 2)
-    assert life.is_stale([0.1, 0.3, 0.2, 0.3], 2)  # an equal one is no better
-    assert not life.is_stale([0.5, 0.4, 0.3], 0)  # off
+def test_patience_is_counted_in_evaluations() -> None:
+    def is_over(evaluations: int, values: list[float]) -> bool:
+        return life.Patience(evaluations, [*enumerate(values)]).is_over
+
+    assert not is_over(2, [])
+    assert not is_over(2, [0.1, 0.3, 0.2])
+    assert is_over(2, [0.1, 0.3, 0.2, 0.3])  # an equal one is no better
+    assert not is_over(2, [0.1, 0.3, 0.2, 0.4])
+    assert not is_over(0, [0.5, 0.4, 0.3])  # off
+
+
+def test_sigterm_before_a_validation_leaves_it_to_the_next_start(
+    tmp_path: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cluster gives seconds: the state is saved at once, the log gets its line."""
+    train.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(life.StopRequest, "reached", lambda self, step: step == 3)
+        train.train(config, tmp_path / "stopped")
+    lines = metrics.read(tmp_path / "stopped")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    train.train(config, tmp_path / "stopped")
+    assert metrics.read(tmp_path / "stopped") == metrics.read(tmp_path / "whole")
+    states = [
+        runs.saved_state(tmp_path / name, 6, config) for name in ("whole", "stopped")
+    ]
+    runs.assert_same_state(*states)
+
+
+def test_two_starts_in_one_folder(
+    tmp_path: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+    config.num_train_steps = 100_000
+    config.checkpoint_every_steps = 5
+    config.eval_every_steps = 100_000
+    command = runs.command(tmp_path, config, tmp_path / "run")
+    first = runs.start(command)
+    wait_for(tmp_path / "run" / "checkpoints" / "5", first)
+    second = runs.start(command)
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 1 and "another process is training in" in output
+    first.kill()  # even so the folder is free
+    first.communicate()
+    config.num_train_steps = checkpoint.steps(tmp_path / "run")[-1] + 1
+    third = runs.start(runs.command(tmp_path, config, tmp_path / "run"))
+    output, _ = third.communicate(timeout=300)
+    assert third.returncode == 0, output
+    alone = runs.start([*command, "--processes=2", "--process_index=0"])
+    output, _ = alone.communicate(timeout=300)
+    assert alone.returncode == 1 and "need --coordinator" in output
+
+
+def test_a_start_that_failed_can_be_mended(
+    tmp_path: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+    config.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere has no checkpoint"):
+        train.train(config, tmp_path / "run")
+    config.init_from = None
+    train.train(config, tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run") == [3, 6]
 
 
 def test_milestones_and_latest_are_kept(
@@ -237,6 +283,3 @@ def test_fine_tuning_starts_from_the_other_run(
     config.model.features = 4
     with pytest.raises(UserError, match="of another architecture"):
         train.train(config, tmp_path / "wider")
-    config.init_from = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="nowhere has no checkpoint"):
-        train.train(config, tmp_path / "nobody")

@@ -249,3 +249,19 @@ def test_unknown_network_and_type_are_refused() -> None:
     config.model.network = "vgg2d"
     with pytest.raises(UserError, match="config.model.network is 'vgg2d'; choose vgg3"):
         model.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": 0}, "features is 0"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"downsample_factors": ((1, 2), (2, 2, 2))}, "three"),
+    ],
+)
+def test_sizes_that_cannot_be_meant(change: dict, message: str) -> None:
+    config = tiny_config()
+    with config.unlocked():
+        config.model.update(change)
+    with pytest.raises(UserError, match=f"config.model.*{message}"):
+        model.from_config(config)

@@ -18,7 +18,7 @@ def test_mesh_covers_all_devices_and_splits_the_batch() -> None:
 
 def test_batch_that_does_not_divide() -> None:
     sharding.require_divisible(8, sharding.make_mesh())
-    with pytest.raises(UserError, match="batch size 9 .* 4 devices; use 8"):
+    with pytest.raises(UserError, match="batch size 9 .* 4 devices; make it 8"):
         sharding.require_divisible(9, sharding.make_mesh())
 
 
@@ -57,10 +57,13 @@ def test_a_process_provides_the_places_of_its_devices() -> None:
 
 
 def test_parts_of_an_accumulated_batch_must_divide_too() -> None:
-    with pytest.raises(UserError, match="12 .* 4 devices × 2 parts; use 8"):
+    with pytest.raises(UserError, match="12 .* 4 devices × 2 parts; make it 8"):
         sharding.require_divisible(12, sharding.make_mesh(), accumulate_steps=2)
 
 
-def test_a_coordinator_that_is_not_an_address() -> None:
-    with pytest.raises(UserError, match="--coordinator=nonsense"):
-        sharding.join_processes("nonsense", None, None)
+def test_processes_that_are_not_all_named() -> None:
+    with pytest.raises(UserError, match="--coordinator=nonsense: give host:port"):
+        sharding.join_processes("nonsense", 2, 0)
+    for processes, index in ((None, 0), (2, None), (2, 2)):
+        with pytest.raises(UserError, match=f"--processes={processes} --process_in"):
+            sharding.join_processes("localhost:1234", processes, index)

@@ -153,24 +153,33 @@ def run_steps(
     return losses, state
 
 
-@pytest.mark.parametrize("head_devices", [1, 2, 4])
+@pytest.fixture(scope="module")
+def on_one_device(
+    full: ml_collections.ConfigDict,
+) -> tuple[list[float], train.TrainState]:
+    return run_steps(full, 1)
+
+
+@pytest.mark.parametrize("head_devices", [1, 2])
 def test_one_device_equals_four(
-    full: ml_collections.ConfigDict, head_devices: int
+    full: ml_collections.ConfigDict,
+    on_one_device: tuple[list[float], train.TrainState],
+    head_devices: int,
 ) -> None:
     """Same losses, parameters, averages and batch statistics after four steps."""
-    results = []
-    for devices, heads in ((1, 1), (4, head_devices)):
-        losses, state = run_steps(full, devices, heads)
-        results.append((losses, state.params, state.batch_stats, state.ema))
-        kernel = state.params["dense0"]["kernel"]
-        assert len(kernel.sharding.device_set) == devices
-        columns = kernel.addressable_shards[0].data.shape[1]
-        assert columns == kernel.shape[1] // heads
-    one, four = map(jax.tree.leaves_with_path, results)
+    on_four = run_steps(full, 4, head_devices)
+    kernel = on_four[1].params["dense0"]["kernel"]
+    assert len(kernel.sharding.device_set) == 4
+    columns = kernel.addressable_shards[0].data.shape[1]
+    assert columns == kernel.shape[1] // head_devices
+    one, four = (
+        jax.tree.leaves_with_path((losses, s.params, s.batch_stats, s.ema))
+        for losses, s in (on_one_device, on_four)
+    )
     for (path, a), (_, b) in zip(one, four, strict=True):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6, err_msg=name)
-    variances = jax.tree.leaves(results[0][2])
+    variances = jax.tree.leaves(on_four[1].batch_stats)
     assert all(np.abs(np.asarray(v) - 1).max() > 1e-3 for v in variances)
 
 
@@ -216,6 +225,7 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
 
 def test_bfloat16_trains_with_float32_state(
     full: ml_collections.ConfigDict,
+    on_one_device: tuple[list[float], train.TrainState],
 ) -> None:
     config = full.copy_and_resolve_references()
     config.compute_dtype = "bfloat16"
@@ -226,7 +236,7 @@ def test_bfloat16_trains_with_float32_state(
     assert {leaf.dtype for leaf in jax.tree.leaves(state.batch_stats)} == {
         jnp.dtype("float32")
     }
-    whole, _ = run_steps(full, 1)
+    whole, _ = on_one_device
     np.testing.assert_allclose(half, whole, rtol=0.05)
     assert half != whole
 

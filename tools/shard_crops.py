@@ -46,15 +46,21 @@ def main() -> None:
         raise UserError(f"{_SYNAPSES.value}: {doubt}; see tools/import_synapses.py")
     options = ("neither_crops", "unknown_per_class", "seed")
     extra = {name: config[name] for name in options}
+    margin_vx_zyx = augment.Settings.of(config).margin_vx_zyx
     both = extra_classes.with_extra_classes(
-        table, volume, classes=config.classes, split=config.split, **extra
+        table,
+        volume,
+        record_shape_zyx=shards.record_shape_zyx(config.crop_shape_zyx, margin_vx_zyx),
+        classes=config.classes,
+        split=config.split,
+        **extra,
     )
     written = cutting.write(
         _OUTPUT.value,
         both,
         volume,
         crop_shape_zyx=config.crop_shape_zyx,
-        margin_vx_zyx=augment.Settings.of(config).margin_vx_zyx,
+        margin_vx_zyx=margin_vx_zyx,
         classes=config.classes,
         shard_bytes=_SHARD_MIB.value << 20,
         made_with=extra if len(both) > len(table) else None,
