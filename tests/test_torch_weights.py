@@ -164,6 +164,7 @@ def test_imported_vgg_gives_the_same_logits(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("name", FULL)
 def test_imported_vgg_of_full_size_gives_the_same_logits(name: str) -> None:
     config = FULL[name]

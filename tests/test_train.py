@@ -374,6 +374,7 @@ def test_mistakes_stop_at_the_start(
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> None:
     """16×160×160, 332 M parameters: one step, saved, restored bitwise, predicted."""
     config = skeleton.get_config()
