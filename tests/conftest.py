@@ -30,17 +30,6 @@ CLASSES = ("gaba", "acetylcholine", "dopamine")
 VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, a file's tests share a worker; those of full-size networks do too.
-
-    Each of the latter takes up to 15 GB: two at once would not fit.
-    """
-    for item in items:
-        large = item.get_closest_marker("large") is not None
-        group = "large" if large else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def shared_data(name: str) -> pathlib.Path:
     """A folder of real data beside the checkout; skips the test where it is absent."""
     default = pathlib.Path(__file__).parents[2] / "shared" / "data"

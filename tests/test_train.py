@@ -18,14 +18,12 @@ from conftest import CLASSES, tiny_config, write_shards
 from pyarrow import feather
 from tensorboardX.proto import event_pb2
 
-from configs import skeleton
 from synister_jax import (
     augment,
     checkpoint,
     data,
     evaluate,
     files,
-    inference,
     metrics,
     model,
     recipe,
@@ -371,45 +369,3 @@ def test_mistakes_stop_at_the_start(
     with pytest.raises(UserError, match="are not there"):
         train.train(config, tmp_path)
     assert list(tmp_path.iterdir()) == []  # nothing was begun
-
-
-@pytest.mark.slow
-@pytest.mark.large
-def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> None:
-    """16×160×160, 332 M parameters: one step, saved, restored bitwise, predicted."""
-    config = skeleton.get_config()
-    config.batch_size = 2
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    tx = recipe.make_optimizer(config)
-    init = jax.jit(
-        lambda key: train.create_state(key, config, tx),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    rng = np.random.default_rng(0)
-    margin = augment.Settings.of(config).margin_vx_zyx
-    shape = np.add(config.crop_shape_zyx, np.multiply(2, margin))
-    batch = {
-        "crop": rng.integers(0, 256, (2, *shape), dtype=np.uint8),
-        "label": np.array([0, 5], np.int32),
-    }
-    step = jax.jit(
-        functools.partial(train.train_step, config, model.from_config(config), tx),
-        donate_argnums=0,
-    )
-    state, numbers = step(init(jax.random.key(0)), batch)
-    assert 1 < float(numbers["loss"]) < 4  # ln 6 = 1.8
-
-    checkpointer = checkpoint.Checkpointer(tmp_path, config, "")
-    checkpointer.save(1, state)
-    checkpointer.close()
-    abstract = sharding.abstract(state, sharding.replicated(mesh))
-    restored = checkpoint.Checkpointer(tmp_path, config, "").restore(abstract)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
-        assert (np.asarray(a) == np.asarray(b)).all()
-
-    checkpoint.save_config(tmp_path, config, "")
-    classifier = inference.Classifier(tmp_path, None, 1, mesh)
-    z, y, x = (slice(m, -m) for m in margin)
-    probabilities = classifier(batch["crop"][:1, z, y, x])
-    assert probabilities.shape == (1, 6)
-    np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-5)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published networks as large as they are: up to 15 GB, hence all in one file.
+
+With several workers a file's tests share one.
+"""
+
+import functools
+import gc
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from configs import skeleton
+from synister_jax import (
+    augment,
+    checkpoint,
+    inference,
+    model,
+    recipe,
+    sharding,
+    train,
+)
+
+CUBIC = ((2, 2, 2),) * 4
+FLAT = ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2))
+
+
+@pytest.fixture(autouse=True)
+def freed() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(((16, 160, 160), 6, 12, FLAT), id="FAFB, 12 features"),
+        pytest.param(((16, 160, 160), 6, 16, FLAT), id="FAFB, 16 features"),
+        pytest.param(((80, 80, 80), 6, 24, CUBIC, (4, 2, 2, 2)), id="hemibrain"),
+        pytest.param(((80, 80, 80), 4, 16, CUBIC), id="male VNC"),
+    ],
+)
+def test_imported_weights_give_the_same_logits(arguments: tuple) -> None:
+    pytest.importorskip("torch")
+    import test_torch_weights as small
+
+    from synister_jax import torch_weights
+
+    config = small.vgg_config(*arguments)
+    found = small.deviation(config, small.torch_vgg(config), torch_weights.vgg3d)
+    print(f"largest relative deviation {found:.1e}")
+    assert found < 1e-4
+
+
+@pytest.mark.slow
+def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> None:
+    """16×160×160, 332 M parameters: one step, saved, restored bitwise, predicted."""
+    config = skeleton.get_config()
+    config.batch_size = 2
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    tx = recipe.make_optimizer(config)
+    init = jax.jit(
+        lambda key: train.create_state(key, config, tx),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    rng = np.random.default_rng(0)
+    margin = augment.Settings.of(config).margin_vx_zyx
+    shape = np.add(config.crop_shape_zyx, np.multiply(2, margin))
+    batch = {
+        "crop": rng.integers(0, 256, (2, *shape), dtype=np.uint8),
+        "label": np.array([0, 5], np.int32),
+    }
+    step = jax.jit(
+        functools.partial(train.train_step, config, model.from_config(config), tx),
+        donate_argnums=0,
+    )
+    state, numbers = step(init(jax.random.key(0)), batch)
+    assert 1 < float(numbers["loss"]) < 4  # ln 6 = 1.8
+
+    checkpointer = checkpoint.Checkpointer(tmp_path, config, "")
+    checkpointer.save(1, state)
+    checkpointer.close()
+    abstract = sharding.abstract(state, sharding.replicated(mesh))
+    restored = checkpoint.Checkpointer(tmp_path, config, "").restore(abstract)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert (np.asarray(a) == np.asarray(b)).all()
+
+    checkpoint.save_config(tmp_path, config, "")
+    classifier = inference.Classifier(tmp_path, None, 1, mesh)
+    z, y, x = (slice(m, -m) for m in margin)
+    probabilities = classifier(batch["crop"][:1, z, y, x])
+    assert probabilities.shape == (1, 6)
+    np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-5)
