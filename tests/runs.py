@@ -63,12 +63,6 @@ def assert_same_state(a: dict, b: dict) -> None:
         np.testing.assert_array_equal(values, b[name], err_msg=name, strict=True)
 
 
-def assert_close_state(a: dict, b: dict, rtol: float, atol: float) -> None:
-    assert a.keys() == b.keys()
-    for name, values in a.items():
-        np.testing.assert_allclose(values, b[name], rtol, atol, err_msg=name)
-
-
 def command(
     folder: pathlib.Path, config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import ml_collections
+import numpy as np
 import pyarrow as pa
 import pytest
 import runs
@@ -43,16 +44,18 @@ def start_all(command: list[str], processes: int, devices: int) -> list:
 
 
 def assert_agree(workdirs: list[pathlib.Path], step: int, config: object) -> None:
-    """Equal but for rounding.
+    """Equal but for rounding, to 3 % of each array's largest number.
 
-    A bias before a batch norm has gradient 0; of its rounding Adam makes steps as
-    large as any, which change nothing.
+    Adam divides by gradients, which makes much of rounding where they are small; a
+    bias before a batch norm has gradient 0, and its steps are rounding alone.
     """
-    states = [runs.saved_state(workdir, step, config) for workdir in workdirs]
-    for state in states:
-        for name in [name for name in state if "_conv" in name and "bias" in name]:
-            del state[name]
-    runs.assert_close_state(*states, rtol=2e-3, atol=2e-5)
+    first, second = (runs.saved_state(workdir, step, config) for workdir in workdirs)
+    assert first.keys() == second.keys() and first[".step"] == second[".step"] == step
+    for name, values in first.items():
+        if "_conv" in name and "bias" in name:
+            continue
+        atol = 0.03 * np.abs(values).max()
+        np.testing.assert_allclose(second[name], values, 0, atol, err_msg=name)
 
 
 def finish(started: list[subprocess.Popen]) -> list[str]:

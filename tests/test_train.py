@@ -195,21 +195,26 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
     examples = data.TrainBatches.of(data.open_shards(config), config)
     batch = examples.read(examples.rows(0))
     keys = augment.batch_keys(config.seed, 0, config.batch_size)
-    crops = augment.augment(batch["crop"], keys, augment.Settings.of(config))
+    settings = augment.Settings.of(config)
+    crops = jax.jit(lambda r, k: augment.augment(r, k, settings))(batch["crop"], keys)
+
+    def loss(
+        params: dict, stats: dict, crops: jax.Array, labels: np.ndarray
+    ) -> tuple[jax.Array, dict]:
+        logits, updated = network.apply(
+            {"params": params, "batch_stats": stats},
+            crops,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        value = recipe.losses(logits, labels, config).mean()
+        return value, updated["batch_stats"]
+
+    grad_fn = jax.jit(jax.value_and_grad(loss, has_aux=True))
     stats, grads, values = first.batch_stats, [], []
     for part in range(3):
-
-        def loss(params: dict, part: int = part, stats: dict = stats) -> tuple:
-            logits, updated = network.apply(
-                {"params": params, "batch_stats": stats},
-                crops[part::3],
-                train=True,
-                mutable=["batch_stats"],
-            )
-            value = recipe.losses(logits, batch["label"][part::3], config).mean()
-            return value, updated["batch_stats"]
-
-        (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(first.params)
+        of_part = crops[part::3], batch["label"][part::3]
+        (value, stats), grad = grad_fn(first.params, stats, *of_part)
         grads.append(grad)
         values.append(float(value))
     np.testing.assert_allclose(losses[0], np.mean(values), rtol=1e-5)
