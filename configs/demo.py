@@ -3,8 +3,8 @@
 
     make demo
 
-Two and a half minutes of training. Expected on the generated volume (make_demo, seed
-0): 0.87 per synapse and all 27 neurons of the test part; see README.md.
+Three to four minutes of training. Expected on the generated volume (make_demo, seed
+0): 0.87 per synapse and all 21 neurons of the test part; see README.md.
 """
 
 import ml_collections
