@@ -218,9 +218,6 @@ def draw(key: jax.Array, settings: Settings) -> Draws:
 def apply(record: jax.Array, draws: Draws, settings: Settings) -> jax.Array:
     """uint8 record with margin → float32 crop in [-1, 1], as the draws say."""
     # The record has an even number of voxels more than the crop: both middles agree.
-    margin = [
-        (r - c) // 2 for r, c in zip(record.shape, settings.crop_shape_zyx, strict=True)
-    ]
     if settings.resamples:
         middle = jnp.asarray([(r - 1) / 2 for r in record.shape]) + draws.jitter
         source = warp.source_vx_zyx(
@@ -234,7 +231,8 @@ def apply(record: jax.Array, draws: Draws, settings: Settings) -> jax.Array:
         whole_sections = settings.elastic_sigma_zyx[0] == 0
         crop = warp.resample(record, source, whole_sections)
     else:
-        start = jnp.asarray(margin) + draws.jitter
+        more = np.subtract(record.shape, settings.crop_shape_zyx)
+        start = jnp.asarray(more // 2) + draws.jitter
         crop = jax.lax.dynamic_slice(record, start, settings.crop_shape_zyx)
     crop = crop.astype(jnp.float32) / 255
     for axis in range(3):

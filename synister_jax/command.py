@@ -31,10 +31,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
-def _exit(message: str, code: int) -> None:
+def _exit(message: str, code: int, abandon_threads: bool = False) -> None:
     # A URI given in the wrong place may hold a password.
     one_line = re.sub(r"(\w+:/*)[^\s/]\S*@", r"\1…@", " ".join(message.split()))
     print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {one_line}", file=sys.stderr)
+    if abandon_threads:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 
@@ -83,13 +87,7 @@ def run(main: Callable[[], None], abandon_threads: bool = False) -> None:
         try:
             main()
         except UserError as error:
-            try:
-                _exit(str(error), 1)
-            finally:
-                if abandon_threads:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(1)
+            _exit(str(error), 1, abandon_threads)
         except KeyboardInterrupt:
             _exit("interrupted; the same command goes on", 130)
 

@@ -122,8 +122,7 @@ class TrainBatches:
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """{crop: uint8 [n, *record], label: int32 [n]}."""
-        records = self._source.__getitems__([int(row) for row in rows])
-        crops = np.stack([self.shards.decode(record)[1] for record in records])
+        crops = _crops(self.shards, self._source, rows)
         return {"crop": crops, "label": self.labels[rows].astype(np.int32)}
 
     def stream(
@@ -167,8 +166,7 @@ def padded_batches(
     places = sharding.local_places(placed, batch_size)
 
     def local(batch_rows: np.ndarray) -> dict[str, np.ndarray]:
-        records = source.__getitems__([int(row) for row in batch_rows[places]])
-        return {"crop": np.stack([shards.decode(record)[1] for record in records])}
+        return {"crop": _crops(shards, source, batch_rows[places])}
 
     dataset = grain.MapDataset.source(filled.reshape(-1, batch_size)).map(local)
     iterator = iter(_on_devices(dataset, placed, batch_size))
@@ -176,6 +174,14 @@ def padded_batches(
         yield from iterator
     finally:
         iterator.close()
+
+
+def _crops(
+    shards: Shards, source: grain.sources.ArrayRecordDataSource, rows: np.ndarray
+) -> np.ndarray:
+    """uint8 [n, *record]."""
+    records = source.__getitems__([int(row) for row in rows])
+    return np.stack([shards.decode(record)[1] for record in records])
 
 
 def _on_devices(
