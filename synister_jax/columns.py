@@ -82,12 +82,7 @@ def _read_csv(path: pathlib.Path) -> pa.Table:
     with csv.open_csv(path) as reader:
         names = reader.schema.names
     convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-    try:
-        return csv.read_csv(path, convert_options=convert)
-    except pa.ArrowInvalid as error:
-        if "newlines_in_values" not in str(error):
-            raise
-    # A quoted line break where one block of the file ended: slower, and rare.
+    # Else a line break within quotes splits a row where a block of the file ends.
     parse = csv.ParseOptions(newlines_in_values=True)
     return csv.read_csv(path, convert_options=convert, parse_options=parse)
 
