@@ -97,13 +97,13 @@ def run(main: Callable[[], None], abandon_threads: bool = False) -> None:
 class Progress:
     """Prints `what: done/total, rate, ETA, note` at most every `every_seconds`.
 
-    Silent where another process prints the same.
+    Silent where another process prints the same. Without a total: done and rate.
     """
 
     def __init__(
         self,
         what: str,
-        total: int,
+        total: int | None,
         unit: str,
         done: int = 0,
         every_seconds: float = 5,
@@ -122,7 +122,7 @@ class Progress:
         """Counts `count` more units done and prints when a line is due."""
         self._done += count
         now = time.monotonic()
-        finished = self._done >= self._total
+        finished = self._total is not None and self._done >= self._total
         if now - self._printed < self._every and not finished:
             return
         self._printed = now
@@ -130,15 +130,15 @@ class Progress:
         since, done_before = self._recent[0]
         rate = (self._done - done_before) / max(now - since, 1e-9)
         self._recent.append((now, self._done))
-        if finished:
+        total = "" if self._total is None else f"/{self._total:,}"
+        if finished or self._total is None:
             left = f"in {_duration(elapsed)}"
         elif rate > 0:
             left = f"ETA {_duration((self._total - self._done) / rate)}"
         else:
             left = "ETA unknown"
         line = (
-            f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, "
-            f"{rate:,.1f}/s, {left}"
+            f"{self._what}: {self._done:,}{total} {self._unit}, {rate:,.1f}/s, {left}"
         )
         if not self._silent:
             print(f"{line}, {self.note}" if self.note else line, flush=True)

@@ -4,7 +4,7 @@
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from pyarrow import feather
 
 import synister_jax
-from synister_jax import files, shards, synapses, volumes
+from synister_jax import crops, files, shards, synapses, volumes
 from synister_jax.command import Progress, UserError
 from synister_jax.shards import Shards
 
@@ -54,12 +54,12 @@ def write(
     """
     folder = files.make_folder(folder)
     record_shape = shards.record_shape_zyx(crop_shape_zyx, margin_vx_zyx)
-    starts = volumes.crop_starts_vx_zyx(
+    starts = crops.starts_vx_zyx(
         synapses.positions_nm_zyx(table), crop_shape_zyx, volume
     )
-    status = volumes.border_status(starts, crop_shape_zyx, volume)
+    status = crops.border_status(starts, crop_shape_zyx, volume)
     has_class = synapses.labels(table, classes) >= 0
-    rows = np.flatnonzero(has_class & (status != volumes.OUTSIDE))
+    rows = np.flatnonzero(has_class & (status != crops.OUTSIDE))
     if not len(rows):
         raise UserError(
             f"no row can be cut: of {len(table):,} synapses {has_class.sum():,} have "
@@ -67,7 +67,7 @@ def write(
             "volume; a table with known neurotransmitters in the volume's frame is "
             "needed"
         )
-    rows = rows[volumes.chunk_order(starts[rows], crop_shape_zyx, volume)]
+    rows = rows[crops.order(starts[rows], crop_shape_zyx, volume)]
     per_shard = max(1, shard_bytes // math.prod(record_shape))
     shard_rows = np.array_split(rows, math.ceil(len(rows) / per_shard))
     plan = {
@@ -104,8 +104,8 @@ def write(
         if is_ready:
             continue
         context_starts = starts[of_shard] - np.asarray(margin_vx_zyx)
-        crops = volumes.read_crops(volume, context_starts, record_shape)
-        whole = _write_shard(folder / name, ids[of_shard], crops, progress)
+        read = crops.read(volume, context_starts, record_shape)
+        whole = _write_shard(folder / name, ids[of_shard], read, progress)
         cut = pa.table({"row": of_shard, "whole": whole})
         # Before the shard itself: where a shard is, its rows are too.
         files.write_feather(_rows_path(folder / name), cut)
@@ -129,19 +129,19 @@ def _is_ready(path: pathlib.Path) -> bool:
 
 
 def _write_shard(
-    path: pathlib.Path, ids: np.ndarray, crops: Any, progress: Progress
+    path: pathlib.Path, ids: np.ndarray, read: Iterable[crops.Crop], progress: Progress
 ) -> np.ndarray:
-    """Writes `path`.partial from (crop, whole) pairs; returns `whole`, [n] bool.
+    """Writes `path`.partial; returns which crops are whole, [n] bool.
 
-    A crop with missing chunks gets no record.
+    One with missing chunks gets no record.
     """
     partial = path.with_name(path.name + ".partial")
     writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     whole = np.zeros(len(ids), bool)
-    for i, (crop, is_whole) in enumerate(crops):
-        whole[i] = is_whole
-        if is_whole:
-            writer.write(shards.encode(int(ids[i]), crop))
+    for i, crop in enumerate(read):
+        whole[i] = not crop.unreadable
+        if whole[i]:
+            writer.write(shards.encode(int(ids[i]), crop.voxels))
         progress.add()
     writer.close()
     # The writer reports neither an unwritable path nor a full disk.
@@ -172,7 +172,7 @@ def _finish(
     for number, name in enumerate(names):
         cut = feather.read_table(_rows_path(folder / name))
         whole = cut["whole"].to_numpy()
-        reasons[cut["row"].to_numpy()[~whole]] = volumes.MISSING_DATA
+        reasons[cut["row"].to_numpy()[~whole]] = crops.MISSING_DATA
         rows.append(cut["row"].to_numpy()[whole])
         shard.append(np.full(whole.sum(), number, np.int32))
         position.append(np.arange(whole.sum(), dtype=np.int32))

@@ -140,12 +140,12 @@ def evaluate(
     batches = math.ceil(len(part.rows) / batch_size)
     progress = command.Progress("evaluate", len(chosen) * batches, "batches")
     for step in chosen:
-        classifier = inference.Classifier(workdir, step, batch_size, mesh)
+        classifier = inference.Classifier([(workdir, step)], batch_size, mesh)
 
         def classify_batch(
             records: jax.Array, classifier: inference.Classifier = classifier
         ) -> np.ndarray:
-            result = classifier.classify_batch(records)
+            result = np.asarray(classifier.start(records))
             progress.add()
             return result
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from synister_jax import synapses, volumes
+from synister_jax import crops, synapses, volumes
 from synister_jax.command import UserError
 
 NEITHER, UNKNOWN = "neither", "unknown"
@@ -69,7 +69,7 @@ def with_extra_classes(
         table, volume, lowest, room, classes, neither_crops, seed
     )
     moved, parents = _moved_synapses(table, classes, split, unknown_per_class, seed)
-    starts = volumes.crop_starts_vx_zyx(moved, record_shape_zyx, volume)
+    starts = crops.starts_vx_zyx(moved, record_shape_zyx, volume)
     is_inside = ((starts >= 0) & (starts < room)).all(axis=1)
     if len(moved) and not is_inside.any():
         raise UserError(

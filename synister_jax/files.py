@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,13 +19,20 @@ from synister_jax.command import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def replacing(
+    path: str | os.PathLike[str], several_writers: bool = False
+) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `path`, renamed to `path` if all went well.
 
     Leftovers of a killed run have the same temporary name and are overwritten.
+
+    Args:
+      several_writers: other processes may write the same at the same time: each has a
+        temporary name of its own, and leftovers stay.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
+    own = f".{uuid.uuid4().hex}" if several_writers else ""
+    partial = path.with_name(f"{path.name}{own}.partial")
     try:
         partial.unlink(missing_ok=True)
         yield partial
@@ -74,26 +82,36 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def write_feather(path: str | os.PathLike[str], table: pa.Table) -> None:
-    with replacing(path) as partial:
+def write_feather(
+    path: str | os.PathLike[str], table: pa.Table, several_writers: bool = False
+) -> None:
+    with replacing(path, several_writers) as partial:
         feather.write_feather(table, str(partial), compression="zstd")
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, what: str) -> Iterator[None]:
+def locked(folder: pathlib.Path, what: str, wait: bool = False) -> Iterator[None]:
     """Holds the folder for one process; it is free when that ends, however it ends.
 
+    Args:
+      what: what it is held for, in a word that ends in -ing.
+      wait: wait for another process that holds it.
+
     Raises:
-      UserError: another process holds it; `what` says what that is doing.
+      UserError: another process holds it.
     """
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is {what} in {folder}: wait for it, or choose "
-                "another folder"
-            ) from None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(
+                        f"another process is {what} in {folder}: wait for it, or "
+                        "choose another folder"
+                    ) from None
+                print(f"waiting for another process, {what} in {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
         yield

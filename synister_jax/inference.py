@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained network as a function from crops to class probabilities."""
+"""Trained networks as a function from crops to class probabilities."""
 
+import dataclasses
+import functools
+import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,24 +15,55 @@ import numpy as np
 from jax.sharding import Mesh
 
 from synister_jax import augment, checkpoint, model, sharding
+from synister_jax.command import UserError
 
 Variables = dict[str, Any]  # {"params", "batch_stats"}
 
+# What the runs of one mean must agree in; how crops are scaled is the same for all.
+_COMMON = ("classes", "crop_shape_zyx", "voxel_size_nm_zyx")
+
 
 def make_classify(
-    config: ml_collections.ConfigDict, mesh: Mesh
+    config: ml_collections.ConfigDict, mesh: Mesh, views: int = 1
 ) -> Callable[[Variables, jax.Array], jax.Array]:
     """Jitted (variables, uint8 records [batch, *record]) → probabilities [batch, k].
 
     The batch is split over the mesh; crops are taken from the records' middle. Every
     process gets all probabilities.
+
+    Args:
+      views: 1, or 8 for the mean of the probabilities over the symmetries of the
+        section plane: mirrored in y, in x, transposed. The published training mirrors
+        every axis and transposes y with x (train_pipeline.py); these 8 keep the label
+        whatever the thickness of the sections.
+
+    Raises:
+      UserError: other views, or 8 of crops that are not square in y and x.
     """
     network = model.from_config(config, sharding.head_input(mesh))
     crop_shape_zyx = tuple(config.crop_shape_zyx)
+    if views not in (1, 8):
+        raise UserError(f"views is {views}; choose 1 or 8")
+    if views == 8 and crop_shape_zyx[1] != crop_shape_zyx[2]:
+        raise UserError(
+            f"views is 8, which swaps y and x, but config.crop_shape_zyx is "
+            f"{crop_shape_zyx}; choose 1"
+        )
+
+    def probabilities(variables: Variables, crops: jax.Array) -> jax.Array:
+        return jax.nn.softmax(network.apply(variables, crops, train=False))
 
     def classify(variables: Variables, records: jax.Array) -> jax.Array:
         crops = augment.centre(records, crop_shape_zyx)
-        return jax.nn.softmax(network.apply(variables, crops, train=False))
+        if views == 1:
+            return probabilities(variables, crops)
+        # One after the other: the network is compiled once, and holds one view's
+        # activations.
+        each = jax.lax.map(
+            lambda index: probabilities(variables, _view(crops, index)),
+            jnp.arange(views),
+        )
+        return each.mean(axis=0)
 
     return jax.jit(
         classify,
@@ -38,56 +72,116 @@ def make_classify(
     )
 
 
+def _view(crops: jax.Array, index: jax.Array) -> jax.Array:
+    """One of the 8 symmetries of the section plane, of crops [batch, z, y, x]."""
+    crops = jnp.where(index & 1, jnp.flip(crops, 2), crops)
+    crops = jnp.where(index & 2, jnp.flip(crops, 3), crops)
+    return jnp.where(index & 4, crops.swapaxes(2, 3), crops)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """One checkpoint of a mean, its variables on every device."""
+
+    workdir: pathlib.Path
+    step: int
+    classify: Callable[[Variables, jax.Array], jax.Array]
+    variables: Variables
+
+    @classmethod
+    def load(
+        cls,
+        workdir: pathlib.Path,
+        step: int | None,
+        config: ml_collections.ConfigDict,
+        mesh: Mesh,
+        views: int,
+    ) -> "_Member":
+        chosen = checkpoint.choose_step(workdir, step)
+        classify = make_classify(config, mesh, views)
+        abstract = sharding.abstract(
+            abstract_variables(config), sharding.replicated(mesh)
+        )
+        variables = checkpoint.load_variables(workdir, chosen, abstract, config)
+        return cls(workdir, chosen, classify, variables)
+
+
 class Classifier:
-    """A checkpoint of a run, ready to classify crops of any number.
+    """Checkpoints, ready to classify crops: the mean of their probabilities.
 
     Args:
-      workdir: folder of the run; its config.json says what the network is.
-      step: checkpoint, the latest when None.
+      members: (folder of the run, step) of each checkpoint, the latest step when None;
+        the run's config.json says what the network is. All count alike.
       batch_size: crops that are computed at once.
+      views: of every crop, 1 or 8; see `make_classify`.
 
     Raises:
-      UserError: no run, no such checkpoint, or one of another architecture.
+      UserError: no run, no such checkpoint, or one of another architecture; runs that
+        differ in classes, crop or voxel size; views that the crops do not have.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, step: int | None, batch_size: int, mesh: Mesh
+        self,
+        members: Sequence[tuple[pathlib.Path, int | None]],
+        batch_size: int,
+        mesh: Mesh,
+        views: int = 1,
     ) -> None:
         sharding.require_divisible(batch_size, mesh)
-        self.config = checkpoint.load_config(workdir)
-        self.step = checkpoint.choose_step(workdir, step)
-        self.batch_size = batch_size
-        self._classify = make_classify(self.config, mesh)
+        configs = [checkpoint.load_config(workdir) for workdir, _ in members]
+        for (workdir, _), config in zip(members, configs, strict=True):
+            _require_alike(members[0][0], configs[0], workdir, config)
+        self.config = configs[0]  # of the first; the networks of others may differ
+        self.batch_size, self.views = batch_size, views
         self._batch_sharding = sharding.batch(mesh)
-        abstract = sharding.abstract(
-            abstract_variables(self.config), sharding.replicated(mesh)
-        )
-        self.variables = checkpoint.load_variables(
-            workdir, self.step, abstract, self.config
-        )
+        self._members = [
+            _Member.load(*member, config, mesh, views)
+            for member, config in zip(members, configs, strict=True)
+        ]
+        self._mean = jax.jit(_mean, out_shardings=sharding.replicated(mesh))
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.config.classes)
 
+    @functools.cached_property
+    def members(self) -> list[dict[str, Any]]:
+        """{workdir, step, parameters_sha256} of each checkpoint, for provenance."""
+        return [
+            {
+                "workdir": str(member.workdir),
+                "step": member.step,
+                "parameters_sha256": _sha256_of_leaves(member.variables),
+            }
+            for member in self._members
+        ]
+
     def __call__(self, records: np.ndarray) -> np.ndarray:
         """uint8 [n, *record] → float32 probabilities [n, classes]."""
-        n = len(records)
-        filled = np.zeros(
-            (-(-n // self.batch_size) * self.batch_size, *records.shape[1:]), np.uint8
-        )
-        filled[:n] = records
-        parts = [
-            self.classify_batch(
-                jax.device_put(filled[i : i + self.batch_size], self._batch_sharding)
-            )
-            for i in range(0, len(filled), self.batch_size)
-        ]
-        return np.concatenate(parts)[:n]
+        parts = [np.zeros((0, len(self.classes)), np.float32)]
+        for first in range(0, len(records), self.batch_size):
+            batch = self.put(records[first : first + self.batch_size])
+            parts.append(np.asarray(self.start(batch)))
+        return np.concatenate(parts)[: len(records)]
 
-    def classify_batch(self, records: jax.Array) -> np.ndarray:
-        """One batch of `batch_size` records that is on the devices already."""
-        return np.asarray(self._classify(self.variables, records))
+    def put(self, records: np.ndarray) -> jax.Array:
+        """uint8 [n ≤ batch_size, *record] → [batch_size, *record] on the devices.
+
+        Filled up with zeros. Returns when the transfer is complete; the caller may
+        then fill `records` anew.
+        """
+        # A copy even of a full batch: on a CPU the device shares the array's memory.
+        filled = np.zeros((self.batch_size, *records.shape[1:]), np.uint8)
+        filled[: len(records)] = records
+        return jax.block_until_ready(jax.device_put(filled, self._batch_sharding))
+
+    def start(self, batch: jax.Array) -> jax.Array:
+        """Batch on the devices → float32 probabilities [batch_size, classes].
+
+        Does not wait for them. Every process gets all.
+        """
+        each = [member.classify(member.variables, batch) for member in self._members]
+        return each[0] if len(each) == 1 else self._mean(each)
 
 
 def abstract_variables(config: ml_collections.ConfigDict) -> Variables:
@@ -97,3 +191,31 @@ def abstract_variables(config: ml_collections.ConfigDict) -> Variables:
     return jax.eval_shape(
         lambda key: network.init(key, crops, train=False), jax.random.key(0)
     )
+
+
+def _require_alike(
+    first: pathlib.Path,
+    first_config: ml_collections.ConfigDict,
+    other: pathlib.Path,
+    other_config: ml_collections.ConfigDict,
+) -> None:
+    for name in _COMMON:
+        a, b = list(first_config[name]), list(other_config[name])
+        if a != b:
+            raise UserError(
+                f"{first} has {name} {a}, {other} has {b}; only runs with the same can "
+                "be averaged"
+            )
+
+
+def _mean(each: Sequence[jax.Array]) -> jax.Array:
+    """Float32 sum in this order, divided by the number."""
+    return sum(each[1:], start=each[0]) / len(each)
+
+
+def _sha256_of_leaves(variables: Variables) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,219 +1,189 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicts every synapse of a table in a volume.
+"""Predicts every synapse of a table, or every point of a grid, in a volume.
 
     python -m synister_jax.predict --workdir=RUN --synapses=TABLE --volume=URI \
-        --output=DIR
+        --output=DIR [--dry_run]
+    python -m synister_jax.predict … --units=3/16                 # of an array of jobs
+    python -m synister_jax.predict … --cluster=slurm --workers=8  # or one command
+    python -m synister_jax.predict --workdir=RUN --volume=URI --output=DIR \
+        --roi_nm_zyx=0:4000,0:8000,0:8000 --step_nm_zyx=80,80,80
 
-Writes DIR/predictions.feather, a row for every row of the table in its order, and
-DIR/predictions.json. The work is cut into units of neighbouring synapses; a finished
-unit is DIR/parts/part-<unit>.feather and is not done again: kill the command at any
-moment and rerun it.
+Writes DIR/predictions.feather, a row for every row of the table in its order (of a grid
+DIR/predictions.zarr), and DIR/predictions.json. The work is planned once into units of
+neighbouring synapses; a finished unit is a file in DIR/parts and is not done again:
+kill the command at any moment and rerun it.
 """
 
-import hashlib
+import functools
+import importlib.metadata
 import json
-import math
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-import pyarrow as pa
 from absl import flags
-from pyarrow import feather
 
 import synister_jax
 from synister_jax import (
     checkpoint,
     command,
+    estimate,
+    execution,
     files,
+    grids,
     inference,
-    mongo_uri,
+    jobs,
+    merging,
+    parts,
+    planning,
     predictions,
-    sharding,
-    spaces,
-    synapses,
+    synapse_batches,
     volumes,
+    workers,
 )
 from synister_jax.command import Progress, UserError
+from synister_jax.planning import Plan
+from synister_jax.synapse_batches import Source
 
-# A unit is written, and lost by a kill, as a whole: some minutes on a CPU.
-UNIT_ROWS = 4096
-_IDENTITY = ("synapse_id", *synapses.POSITION)
+# A unit is written, and lost by a kill, as a whole: seconds on an accelerator, an hour
+# of the published network on two CPU cores. A brain has some ten thousand.
+UNIT_ROWS = 16_384
 
 
-def predict(
+def make_plan(
     classifier: inference.Classifier,
-    table: pa.Table,
+    source: Source,
     volume: volumes.Volume,
     output: pathlib.Path,
     unit_rows: int = UNIT_ROWS,
-    retry_missing: bool = False,
-    about: dict[str, Any] | None = None,
-) -> pa.Table:
-    """Predicts each row of `table` (loaded with `allow_bad_positions`).
-
-    The result has a row for every input row, in order. Its status is `ok`;
-    `partly_outside` (the part of the crop outside the volume is 0, as in training);
-    `outside` (no voxel of the crop is inside), `missing_data` (a chunk is missing) or
-    `bad_position` (coordinates missing or not finite), without probabilities.
-
-    Args:
-      retry_missing: do finished units again that have rows with `missing_data`.
-      about: provenance for predictions.json and the schema's metadata.
+) -> Plan:
+    """The plan in `output`, made now or compared with the arguments.
 
     Raises:
       UserError: the folder holds predictions of other arguments.
     """
-    output = files.make_folder(output)
-    shape = tuple(classifier.config.crop_shape_zyx)
-    starts, status = _crops(table, shape, volume)
-    rows = np.flatnonzero(np.isin(status, (volumes.OK, volumes.PARTLY_OUTSIDE)))
-    rows = rows[volumes.chunk_order(starts[rows], shape, volume)]
-    units = np.array_split(rows, max(1, math.ceil(len(rows) / unit_rows)))
-    plan = {
-        "rows": len(table),
-        "units": len(units),
-        "batch_size": classifier.batch_size,
-        "synapses_sha256": files.sha256_of_columns(table, _IDENTITY),
-        "parameters_sha256": _sha256_of_leaves(classifier.variables),
+    made_from = {
         "classes": list(classifier.classes),
-        "crop_shape_zyx": list(shape),
-        "volume": volume.uri,
-        "volume_shape_zyx": list(volume.shape_zyx),
-        "voxel_size_nm_zyx": list(volume.voxel_size_nm_zyx),
-        "offset_nm_zyx": list(volume.offset_nm_zyx),
+        "parameters_sha256": [m["parameters_sha256"] for m in classifier.members],
+        "views": classifier.views,
+        "batch_size": classifier.batch_size,
+        "part": None if source.part is None else list(source.part),
     }
-    files.keep_plan(output / "plan.json", plan)
-
-    parts_folder = files.make_folder(output / "parts")
-    paths = [
-        parts_folder / f"part-{i:05d}-of-{len(units):05d}.feather"
-        for i in range(len(units))
-    ]
-    if retry_missing:
-        for path in paths:
-            if path.exists() and not _read_part(path)["whole"].to_numpy().all():
-                path.unlink()
-    done = sum(len(u) for u, p in zip(units, paths, strict=True) if p.exists())
-    progress = Progress("predict", len(rows), "synapses", done=done)
-    for unit, path in zip(units, paths, strict=True):
-        if not path.exists():
-            part = _predict_unit(
-                classifier, volume, unit, starts[unit], shape, progress
-            )
-            files.write_feather(path, part)
-    parts = dict(zip(paths, units, strict=True))
-    return _merge(table, status, parts, classifier, output, plan, about or {})
-
-
-def _crops(
-    table: pa.Table, shape_zyx: Sequence[int], volume: volumes.Volume
-) -> tuple[np.ndarray, np.ndarray]:
-    """Crop starts [n, 3] int64, and statuses [n] as far as positions tell them."""
-    positions = synapses.positions_nm_zyx(table)
-    # Beyond this a voxel index does not fit int64; no volume reaches 9,000 km.
-    bad = ~(np.abs(positions) < 2.0**53).all(axis=1)
-    positions[bad] = 0
-    starts = volumes.crop_starts_vx_zyx(positions, shape_zyx, volume)
-    status = volumes.border_status(starts, shape_zyx, volume)
-    status[bad] = predictions.BAD_POSITION
-    return starts, status
-
-
-def _predict_unit(
-    classifier: inference.Classifier,
-    volume: volumes.Volume,
-    rows: np.ndarray,
-    starts_vx_zyx: np.ndarray,
-    shape_zyx: Sequence[int],
-    progress: Progress,
-) -> pa.Table:
-    """{row, whole, <class>…} of one unit; a function of its arguments alone."""
-    results, whole = [], []
-    crops = volumes.read_crops(volume, starts_vx_zyx, shape_zyx)
-    for batch in _batched(crops, classifier.batch_size):
-        results.append(classifier(np.stack([crop for crop, _ in batch])))
-        whole.extend(is_whole for _, is_whole in batch)
-        progress.add(len(batch))
-    probabilities = np.zeros((0, len(classifier.classes)), np.float32)
-    probabilities = np.concatenate([probabilities, *results])
-    columns = {"row": rows, "whole": np.asarray(whole, bool)}
-    for index, name in enumerate(classifier.classes):
-        columns[name] = probabilities[:, index]
-    return pa.table(columns)
-
-
-def _batched(
-    crops: Iterator[tuple[np.ndarray, bool]], size: int
-) -> Iterator[list[tuple[np.ndarray, bool]]]:
-    batch = []
-    for crop in crops:
-        batch.append(crop)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _read_part(path: pathlib.Path) -> pa.Table:
-    try:
-        return feather.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete it and rerun") from None
-
-
-def _merge(
-    table: pa.Table,
-    status: np.ndarray,
-    parts: dict[pathlib.Path, np.ndarray],
-    classifier: inference.Classifier,
-    output: pathlib.Path,
-    plan: dict[str, Any],
-    about: dict[str, Any],
-) -> pa.Table:
-    status = status.copy()
-    probabilities = np.full((len(table), len(classifier.classes)), np.nan, np.float32)
-    for path, unit in parts.items():
-        part = _read_part(path)
-        rows, whole = part["row"].to_numpy(), part["whole"].to_numpy()
-        if not np.array_equal(rows, unit):
-            raise UserError(f"{path} is not the part of its unit; delete it and rerun")
-        values = [part[name].to_numpy() for name in classifier.classes]
-        probabilities[rows[whole]] = np.stack(values, axis=1)[whole]
-        status[rows[~whole]] = volumes.MISSING_DATA
-    about = about | {"step": classifier.step, "volume": plan["volume"]}
-    result = predictions.build(table, probabilities, status, classifier.classes, about)
-    names, counts = np.unique(status.astype(str), return_counts=True)
-    record = (
-        plan
-        | about
-        | {
-            "status": dict(zip(names.tolist(), counts.tolist(), strict=True)),
-            "config": json.loads(classifier.config.to_json_best_effort()),
-            "written_by": f"synister_jax {synister_jax.__version__}",
-        }
+    shape = tuple(classifier.config.crop_shape_zyx)
+    return planning.make(
+        source, volume, shape, files.make_folder(output), unit_rows, made_from
     )
-    files.write_feather(output / "predictions.feather", result)
-    files.write_json(output / "predictions.json", record)
-    return result
 
 
-def _sha256_of_leaves(variables: inference.Variables) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(variables):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+def finish(
+    plan: Plan,
+    classifier: inference.Classifier,
+    source: Source,
+    volume: volumes.Volume,
+    file_format: str = "feather",
+    grid: grids.Grid | None = None,
+) -> dict[str, Any]:
+    """Merges the parts of all units; returns what predictions.json says.
+
+    The statuses are `ok`; `partly_outside` (the part of the crop outside the volume is
+    0, as in training); `outside` (no voxel of the crop is inside), `missing_data` (a
+    chunk is missing or cannot be decoded) and `bad_position` (coordinates missing or
+    not finite), which have no probabilities.
+
+    Args:
+      file_format: of `merging.FORMATS`.
+      grid: the source is its points: they are written as a Zarr volume.
+    """
+    about = {
+        "members": classifier.members,
+        "views": classifier.views,
+        "volume": volume.uri,
+        "synapses": source.name,
+    }
+    merged = merging.Merged({}, set())
+    with files.locked(plan.folder, "merging", wait=True):
+        answer = merging.tables(plan, source, volume, about, merged)
+        if grid is not None:
+            pieces = map(predictions.probabilities, answer)
+            name = "predictions.zarr"
+            grids.write_zarr(
+                plan.folder / name, grid, classifier.classes, pieces, about
+            )
+        else:
+            name, write = merging.FORMATS[file_format]
+            write(plan.folder / name, answer)
+        _write_unreadable(plan.folder, merged)
+        record = (
+            plan.about
+            | about
+            | {
+                "file": name,
+                "status": dict(sorted(merged.status.items())),
+                "unreadable_chunks": len(merged.unreadable),
+                "config": json.loads(classifier.config.to_json_best_effort()),
+                "written_by": f"synister_jax {synister_jax.__version__}",
+                "versions": {
+                    name: importlib.metadata.version(name)
+                    for name in ("jax", "flax", "tensorstore", "pyarrow", "duckdb")
+                },
+            }
+        )
+        files.write_json(plan.folder / "predictions.json", record)
+        for left in (plan.folder / "parts").glob("*.partial"):  # of killed processes
+            left.unlink(missing_ok=True)
+    return record
+
+
+def _write_unreadable(folder: pathlib.Path, merged: merging.Merged) -> None:
+    path = folder / "unreadable_chunks.csv"
+    if not merged.unreadable:
+        path.unlink(missing_ok=True)
+        return
+    lines = [",".join(map(str, corner)) for corner in sorted(merged.unreadable)]
+    files.write_text(path, "\n".join(["z_vx,y_vx,x_vx", *lines]) + "\n")
+
+
+def units_of(text: str | None, count: int) -> range:
+    """The units of `--units=I/N`, I from 0: the I-th of N runs of neighbours."""
+    if text is None:
+        return range(count)
+    index, _, jobs = text.partition("/")
+    if not (index.isdecimal() and jobs.isdecimal() and int(index) < int(jobs)):
+        raise UserError(f"--units={text}: give I/N with I from 0 to N - 1, as 3/16")
+    i, n = int(index), int(jobs)
+    return range(count * i // n, count * (i + 1) // n)
+
+
+def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str, int]]:
+    """(workdir, step) of every step in every run; the latest step where none is given.
+
+    Raises:
+      UserError: a run without such a checkpoint.
+    """
+    members = []
+    for workdir in workdirs:
+        folder = pathlib.Path(workdir)
+        if "all" in steps:
+            raise UserError("--step=all: name them, numbers or `best`")
+        found = checkpoint.parse_steps(folder, steps) or [None]
+        members += [(workdir, checkpoint.choose_step(folder, step)) for step in found]
+    return members
 
 
 def main() -> None:
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
-    step = flags.DEFINE_string("step", None, "Checkpoint: a number or `best`.")
+    workdir = flags.DEFINE_list(
+        "workdir", None, "Folder of the run; of several, their mean."
+    )
+    step = flags.DEFINE_list(
+        "step", [], "Checkpoint: a number or `best`; of several, their mean."
+    )
     table = flags.DEFINE_string("synapses", None, "Synapse table.")
+    split = flags.DEFINE_string("split", "skeleton", "Split that --part is of.")
+    part = flags.DEFINE_string("part", None, "Only the rows of this part of the split.")
+    roi = flags.DEFINE_list("roi_nm_zyx", None, "Region of a grid, Z0:Z1,Y0:Y1,X0:X1.")
+    grid_step = flags.DEFINE_list("step_nm_zyx", None, "Distances of a grid's points.")
     volume = flags.DEFINE_string("volume", None, "Volume.")
     voxel_size = flags.DEFINE_list(
         "voxel_size_nm_zyx",
@@ -222,43 +192,97 @@ def main() -> None:
     )
     output = flags.DEFINE_string("output", None, "Folder of predictions.")
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
+    tta = flags.DEFINE_integer(
+        "tta", 1, "Views of every crop: 1, or 8 to mirror and transpose it."
+    )
     unit_rows = flags.DEFINE_integer(
         "unit_rows", UNIT_ROWS, "Synapses of a work unit.", lower_bound=1
     )
-    retry_missing = flags.DEFINE_bool(
-        "retry_missing", False, "Do finished units with missing data again."
+    units = flags.DEFINE_string("units", None, "Do the I-th of N shares only: I/N.")
+    cluster = flags.DEFINE_string(
+        "cluster",
+        None,
+        "Do the units on workers: local, slurm, lsf, or a Dask scheduler's address.",
     )
-    flags.mark_flags_as_required(["workdir", "synapses", "volume", "output"])
+    worker_count = flags.DEFINE_integer(
+        "workers", 2, "Workers of --cluster=local, slurm or lsf.", lower_bound=1
+    )
+    file_format = flags.DEFINE_enum(
+        "format", "feather", list(merging.FORMATS), "Of the predictions."
+    )
+    dry_run = flags.DEFINE_bool("dry_run", False, "Plan, and say what it will take.")
+    retry_missing = flags.DEFINE_bool(
+        "retry_missing", False, "Do rows again whose data was missing."
+    )
+    flags.mark_flags_as_required(["workdir", "volume", "output"])
 
     def run() -> None:
-        run_folder = pathlib.Path(workdir.value)
-        texts = None if step.value is None else [step.value]
-        if texts == ["all"]:
-            raise UserError("--step=all: give one checkpoint, a number or `best`")
-        [chosen] = checkpoint.parse_steps(run_folder, texts) or [None]
-        classifier = inference.Classifier(
-            run_folder, chosen, batch_size.value, sharding.make_mesh()
-        )
-        size = classifier.config.voxel_size_nm_zyx
-        if voxel_size.value is not None:
-            size = command.three_numbers("voxel_size_nm_zyx", voxel_size.value, True)
-        rows = synapses.load(table.value, allow_bad_positions=True)
-        opened = volumes.open(volume.value, size)
-        # A warning only: every row is answered, those outside too.
-        if doubt := spaces.doubt(synapses.positions_nm_zyx(rows), opened):
-            print(f"warning: {doubt}", file=sys.stderr)
-        result = predict(
-            classifier,
-            rows,
-            opened,
-            pathlib.Path(output.value),
-            unit_rows.value,
+        grid = None
+        if (table.value is None) == (roi.value is None):
+            raise UserError("give either --synapses or --roi_nm_zyx with --step_nm_zyx")
+        if roi.value is not None:
+            grid = grids.Grid.of(roi.value, grid_step.value or [])
+            name = f"grid {roi.value} every {grid_step.value}"
+            source = Source(name, grid.batches)
+        else:
+            of_part = None if part.value is None else (split.value, part.value)
+            source = synapse_batches.open(table.value, of_part)
+        size = voxel_size.value
+        if size is not None:
+            size = command.three_numbers("voxel_size_nm_zyx", size, True)
+        units_of(units.value, 0)  # a mistake there is told before any work
+        if cluster.value is not None:
+            jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+        job = jobs.Job(
+            tuple(members_of(workdir.value, step.value)),
+            batch_size.value,
+            tta.value,
+            volume.value,
+            size,
+            output.value,
             retry_missing.value,
-            {"workdir": workdir.value, "synapses": mongo_uri.redact(table.value)},
         )
-        names, counts = np.unique(result["status"].to_pylist(), return_counts=True)
-        shown = ", ".join(f"{n:,} {s}" for s, n in zip(names, counts, strict=True))
-        print(f"{output.value}/predictions.feather: {len(result):,} rows: {shown}")
+        classifier, opened = job.open()
+        plan = make_plan(
+            classifier, source, opened, pathlib.Path(output.value), unit_rows.value
+        )
+        # A warning only: every row is answered, those outside too.
+        if plan.about["doubt"]:
+            print(f"warning: {plan.about['doubt']}", file=sys.stderr)
+        if dry_run.value:
+            print(estimate.text(plan, classifier, opened))
+            return
+        mine = units_of(units.value, len(plan))
+        left = parts.unfinished(plan, mine, job.retry_missing)
+        rows = sum(map(plan.size, mine))
+        done = rows - sum(map(plan.size, left))
+        progress = Progress("predict", rows, "synapses", done=done)
+        if cluster.value is None:
+            times = execution.execute(
+                plan, left, classifier, opened, progress, job.retry_missing
+            )
+        else:
+            do = functools.partial(jobs.execute_unit, job)
+            times = workers.execute(
+                do, left, cluster.value, worker_count.value, progress
+            )
+        if left:
+            whose = "" if cluster.value is None else " of all workers together"
+            print(f"predict: {times.text(whose)}")
+        if units.value is not None:
+            print(
+                f"units {mine.start} to {mine.stop - 1} of {len(plan)} are done; when "
+                "all are, run the same command without --units to merge them"
+            )
+            return
+        record = finish(plan, classifier, source, opened, file_format.value, grid)
+        shown = ", ".join(f"{n:,} {name}" for name, n in record["status"].items())
+        print(f"{output.value}/{record['file']}: {record['rows']:,} rows: {shown}")
+        if record["unreadable_chunks"]:
+            print(
+                f"{record['unreadable_chunks']:,} chunks could not be read, see "
+                f"{output.value}/unreadable_chunks.csv; --retry_missing tries again"
+            )
 
     command.run(run)
 

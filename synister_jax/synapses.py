@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import csv, feather, parquet
+from pyarrow import parquet
 
-from synister_jax import export_v3, files, mongo_uri
+from synister_jax import export_v3, files, mongo_uri, table_files
 from synister_jax.command import Progress, UserError
 
 SCHEMA = pa.schema(
@@ -55,15 +55,13 @@ POSITION = ("z_nm", "y_nm", "x_nm")
 _REQUIRED = ("synapse_id", *POSITION)
 
 
-def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> pa.Table:
+def load(uri: str | os.PathLike[str]) -> pa.Table:
     """Reads an export v3, Feather, Parquet, CSV or MongoDB as a checked synapse table.
 
     Args:
       uri: a folder with `synapses_v3.json`, `skeletons_v3.json` and
         `hemi_lineages_v3.json`, a file whose name tells its format, or
         mongodb://[user:password@]host[:port]/DB[?options] (see mongo.py).
-      allow_bad_positions: keep rows whose coordinates are missing or not finite, as
-        NaN, for a reader that answers every row.
 
     Raises:
       UserError: names the first offending rows and the reason.
@@ -71,24 +69,40 @@ def load(uri: str | os.PathLike[str], *, allow_bad_positions: bool = False) -> p
     if str(uri).startswith(mongo_uri.SCHEMES):
         from synister_jax import mongo  # pymongo only for who asks for it
 
-        table, source = mongo.read_table(str(uri)), mongo_uri.redact(str(uri))
-        return conform(table, source, allow_bad_positions=allow_bad_positions)
-    path = pathlib.Path(uri)
-    if not path.exists():
-        raise UserError(f"synapse table {uri} does not exist")
-    try:
-        if path.is_dir():
-            table = export_v3.read(path, SCHEMA)
-        elif path.suffix in _READERS:
-            table = _READERS[path.suffix](path)
-        else:
-            raise UserError(
-                f"cannot tell the format of synapse table {uri}; give an export v3 "
-                f"folder or a file ending in {', '.join(_READERS)}"
-            )
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read synapse table {uri}: {error}") from None
-    return conform(table, str(uri), allow_bad_positions=allow_bad_positions)
+        return conform(mongo.read_table(str(uri)), mongo_uri.redact(str(uri)))
+    if pathlib.Path(uri).is_dir():
+        try:
+            table = export_v3.read(pathlib.Path(uri), SCHEMA)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read synapse table {uri}: {error}") from None
+    else:
+        schema, batches = table_files.open(uri, columns_to_read(str(uri)))
+        table = pa.Table.from_batches(batches, schema)
+    return conform(table, str(uri))
+
+
+def columns_to_read(source: str) -> table_files.Choose:
+    """Those of the contract; coordinates in text stay text, for `conform` to judge."""
+
+    def choose(names: Sequence[str]) -> dict[str, pa.DataType]:
+        _require_columns(names, source)
+        types = {field.name: field.type for field in SCHEMA}
+        types |= dict.fromkeys(POSITION, pa.string())
+        return {
+            name: types.get(name, pa.string())
+            for name in names
+            if name in types or name.startswith("split_")
+        }
+
+    return choose
+
+
+def _require_columns(names: Sequence[str], source: str) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{source} has two columns of one name: {list(names)}")
+    for name in _REQUIRED:
+        if name not in names:
+            raise UserError(f"{source} has no column {name}; it has {', '.join(names)}")
 
 
 def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
@@ -189,68 +203,36 @@ def in_part(table: pa.Table, split: str, part: str) -> np.ndarray:
         raise UserError(
             f"no split {split!r} here; the table has {', '.join(known) or 'none'}"
         )
+    check_part(part)
+    return pc.fill_null(pc.equal(table[column], part), False).to_numpy()
+
+
+def check_part(part: str) -> None:
+    """Raises `UserError` for a name that no part has."""
     if part not in PARTS:
         raise UserError(f"no part {part!r}; it is one of {', '.join(PARTS)}")
-    return pc.fill_null(pc.equal(table[column], part), False).to_numpy()
 
 
 def split_columns(table: pa.Table) -> list[str]:
     return [name for name in table.column_names if name.startswith("split_")]
 
 
-def _from_csv(path: pathlib.Path) -> pa.Table:
-    types = {field.name: field.type for field in SCHEMA}
-    # Coordinates as text first, so that a bad one is named like any other bad row.
-    types |= {name: pa.string() for name in POSITION}
-    options = csv.ConvertOptions(
-        column_types=types, strings_can_be_null=True, null_values=["", "NA", "NULL"]
-    )
-    table = csv.read_csv(path, convert_options=options)
-    for name in POSITION:
-        if table.column_names.count(name) == 1:
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, _numbers(table[name], name, path))
-    return table
-
-
-def _numbers(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> pa.ChunkedArray:
-    try:
-        return column.cast(pa.float64())
-    except pa.ArrowInvalid:
-        for row, text in enumerate(column):
-            try:
-                text.cast(pa.float64())
-            except pa.ArrowInvalid:
-                raise UserError(
-                    f"{path}, row {row}: {name} is {text.as_py()!r}, not a number"
-                ) from None
-        raise
-
-
-_READERS = {
-    ".feather": feather.read_table,
-    ".parquet": parquet.read_table,
-    ".csv": _from_csv,
-}
-
-
 def conform(
-    table: pa.Table, source: str, *, allow_bad_positions: bool = False
+    table: pa.Table, source: str, *, answer_all: bool = False, first_row: int = 0
 ) -> pa.Table:
     """The table with the contract's columns, types and metadata, checked.
 
     Columns beyond the contract are left out.
 
+    Args:
+      answer_all: for a reader that answers every row: coordinates that are missing or
+        not finite become NaN, and an id may be there twice.
+      first_row: number of the table's first row in the source, for messages.
+
     Raises:
       UserError: names `source`, the first offending rows and the reason.
     """
-    if len(set(table.column_names)) < len(table.column_names):
-        raise UserError(f"{source} has two columns of one name: {table.column_names}")
-    for name in _REQUIRED:
-        if name not in table.column_names:
-            raise UserError(
-                f"{source} has no column {name}; it has {', '.join(table.column_names)}"
-            )
+    _require_columns(table.column_names, source)
     fields = list(SCHEMA)
     fields += [pa.field(name, pa.string()) for name in split_columns(table)]
     columns = []
@@ -258,24 +240,27 @@ def conform(
         if field.name not in table.column_names:
             columns.append(pa.nulls(len(table), field.type))
             continue
-        columns.append(_cast(table[field.name], field, source))
+        columns.append(_cast(table[field.name], field, source, first_row))
     metadata = {"space": "volume frame, nm", "source": source, "version": 1}
     metadata |= json.loads((table.schema.metadata or {}).get(b"synister_jax", b"{}"))
-    if allow_bad_positions:
+    if answer_all:
         fields = [
             field.with_nullable(True) if field.name in POSITION else field
             for field in fields
         ]
     schema = pa.schema(fields, {"synister_jax": json.dumps(metadata)})
-    _check(dict(zip(schema.names, columns, strict=True)), source, allow_bad_positions)
-    if allow_bad_positions:
+    checked = dict(zip(schema.names, columns, strict=True))
+    _check(checked, source, answer_all, first_row)
+    if answer_all:
         for name in POSITION:
             place = schema.names.index(name)
             columns[place] = pc.fill_null(columns[place], np.nan)
     return pa.table(columns, schema=schema)
 
 
-def _cast(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.ChunkedArray:
+def _cast(
+    column: pa.ChunkedArray, field: pa.Field, source: str, first_row: int
+) -> pa.ChunkedArray:
     kind = column.type
     if field.name.endswith("_id") and not (
         pa.types.is_integer(kind) or pa.types.is_null(kind)
@@ -287,43 +272,58 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.ChunkedAr
     try:
         return column.cast(field.type)
     except pa.ArrowException as error:
+        for row, value in enumerate(column, first_row):
+            try:
+                value.cast(field.type)
+            except pa.ArrowException:
+                raise UserError(
+                    f"{source}, row {row}: {field.name} is {value.as_py()!r}, not "
+                    f"{'a number' if field.name in POSITION else field.type}"
+                ) from None
         raise UserError(f"{source}: column {field.name}: {error}") from None
 
 
 def _check(
-    columns: dict[str, pa.ChunkedArray], source: str, allow_bad_positions: bool
+    columns: dict[str, pa.ChunkedArray], source: str, answer_all: bool, first_row: int
 ) -> None:
+    def refuse(why: str, bad: Any, column: pa.ChunkedArray) -> None:
+        _refuse(source, why, bad, column, first_row)
+
     ids = columns["synapse_id"]
-    _refuse(source, "synapse_id is missing", pc.is_null(ids), ids)
-    values = ids.to_numpy()
-    order = np.argsort(values, kind="stable")
-    again = np.zeros(len(values), bool)
-    again[order[1:]] = values[order[1:]] == values[order[:-1]]
-    _refuse(source, "duplicate synapse_id", again, ids)
-    if not allow_bad_positions:
+    refuse("synapse_id is missing", pc.is_null(ids), ids)
+    if not answer_all:
+        values = ids.to_numpy()
+        order = np.argsort(values, kind="stable")
+        again = np.zeros(len(values), bool)
+        again[order[1:]] = values[order[1:]] == values[order[:-1]]
+        refuse("duplicate synapse_id", again, ids)
         for name in POSITION:
             bad = pc.invert(pc.fill_null(pc.is_finite(columns[name]), False))
-            _refuse(source, f"{name} is missing or not finite", bad, columns[name])
+            refuse(f"{name} is missing or not finite", bad, columns[name])
     column = columns["neurotransmitter"]
     for value in pc.unique(column).to_pylist():
         for name in [] if value is None else value.split("+"):
             if name not in NEUROTRANSMITTERS:
                 why = f"unknown neurotransmitter {name!r} (known: "
                 why += f"{', '.join(NEUROTRANSMITTERS)})"
-                _refuse(source, why, pc.equal(column, value), column)
+                refuse(why, pc.equal(column, value), column)
     for name, column in columns.items():
         if name.startswith("split_"):
             bad = pc.invert(pc.is_in(column, value_set=pa.array([*PARTS, None])))
-            _refuse(source, f"{name} is not one of {', '.join(PARTS)}", bad, column)
+            refuse(f"{name} is not one of {', '.join(PARTS)}", bad, column)
 
 
-def _refuse(source: str, why: str, bad: Any, column: pa.ChunkedArray) -> None:
-    """Raises UserError naming the rows (from 0) where `bad` holds, if any."""
+def _refuse(
+    source: str, why: str, bad: Any, column: pa.ChunkedArray, first_row: int
+) -> None:
+    """Raises UserError naming the rows where `bad` holds, if any."""
     if isinstance(bad, pa.ChunkedArray):
         bad = pc.fill_null(bad, False).to_numpy()
     rows = np.flatnonzero(bad)
     if not len(rows):
         return
-    shown = ", ".join(f"row {r} ({column[int(r)].as_py()!r})" for r in rows[:5])
+    shown = ", ".join(
+        f"row {first_row + r} ({column[int(r)].as_py()!r})" for r in rows[:5]
+    )
     more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
     raise UserError(f"{source}: {why}: {shown}{more}; mend or remove these rows")

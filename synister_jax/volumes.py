@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EM volumes as (z, y, x) through TensorStore, and crops read from them chunk by chunk.
+"""EM volumes as (z, y, x) through TensorStore.
 
 Everything that depends on how a container orders its axes happens in `open` and
 `write_n5`; the rest of the project sees (z, y, x) only.
 """
 
-import collections
 import dataclasses
 import json
-import math
+import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from synister_jax import container, files, spaces
+from synister_jax import container, files
 from synister_jax.command import UserError
-
-OK = "ok"
-PARTLY_OUTSIDE = "partly_outside"
-OUTSIDE = "outside"
-MISSING_DATA = "missing_data"
 
 # Which file names a container by its presence, and TensorStore's driver for it.
 _METADATA = {
@@ -31,9 +26,29 @@ _METADATA = {
     ".zarray": "zarr",
     "info": "neuroglancer_precomputed",
 }
-# What TensorStore says of a chunk that is absent, cut short or not decodable; any
-# other error (network, permission) may pass and stops the command instead.
-_UNREADABLE = ("NOT_FOUND", "FAILED_PRECONDITION", "DATA_LOSS", "INVALID_ARGUMENT")
+
+# The format may stand before a URI, as the field writes precomputed://gs://…
+_PREFIXES = {
+    "n5": ("n5",),
+    "zarr": ("zarr", "zarr3"),
+    "zarr2": ("zarr",),
+    "zarr3": ("zarr3",),
+    "precomputed": ("neuroglancer_precomputed",),
+}
+
+# A request that fails for a reason that may pass is sent again after 0.5, 1, 2, … s,
+# some 50 s in all; TensorStore's own limits take a quarter of an hour.
+RETRIES = {"max_retries": 7, "initial_delay": "500ms", "max_delay": "16s"}
+
+# A server that takes the call and stays silent, too, is one that fails: TensorStore
+# would wait for it for ever. It has these settings in the environment only.
+_PATIENCE_SECONDS = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
+}
+
+# What TensorStore raises, whatever is wrong.
+ERRORS = (ValueError, NotImplementedError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +59,10 @@ class Volume:
     voxel_size_nm_zyx: tuple[float, ...]
     offset_nm_zyx: tuple[float, ...]
     store: ts.TensorStore  # domain [0, shape), axes z, y, x
+    # The same array; but it asks the source whether what is cached still holds.
+    fresh: ts.TensorStore
+    # The container's own file that says what is in it, where the format has one.
+    metadata: tuple[ts.KvStore, str] | None
 
     @property
     def shape_zyx(self) -> tuple[int, ...]:
@@ -57,7 +76,44 @@ class Volume:
         self, start_vx_zyx: Sequence[int], stop_vx_zyx: Sequence[int]
     ) -> np.ndarray:
         """The box [start, stop), which must lie inside; an unreadable chunk raises."""
-        return self.store[_box(start_vx_zyx, stop_vx_zyx)].read().result()
+        return self.start_reading(start_vx_zyx, stop_vx_zyx).result()
+
+    def start_reading(
+        self,
+        start_vx_zyx: Sequence[int],
+        stop_vx_zyx: Sequence[int],
+        fresh: bool = False,
+    ) -> ts.Future:
+        """As `read`, without waiting: the future's result is the box."""
+        store = self.fresh if fresh else self.store
+        return store[box_of(start_vx_zyx, stop_vx_zyx)].read()
+
+    def check_present(self) -> None:
+        """Raises UserError where the volume itself is gone, not only a chunk of it."""
+        if self.metadata is None:
+            return
+        base, name = self.metadata
+        try:
+            there = base.read(name).result().state == "value"
+            why = f"{name} cannot be found"
+        except ERRORS as error:
+            there, why = False, reason(error)
+        if not there:
+            raise UserError(
+                f"volume {self.uri} is no longer there: {why}; what is written is "
+                "kept, run again when it is back"
+            )
+
+
+def box_of(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
+    """The index of [start, stop) in an array."""
+    return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+
+
+def reason(error: Exception) -> str:
+    """TensorStore's error without the spec and the web page that it quotes in full."""
+    quoted = r" \[(tensorstore_spec|http_response_body)='.*?'\](?= \[|$)"
+    return re.sub(quoted, "", str(error), flags=re.DOTALL)
 
 
 def open(  # noqa: A001 - volumes.open reads well
@@ -68,27 +124,28 @@ def open(  # noqa: A001 - volumes.open reads well
     """Opens an N5, Zarr 2, Zarr 3 or precomputed volume.
 
     Args:
-      uri: a local path, a TensorStore key-value URL (`file://`, `http://`, `gs://`,
-        `s3://`) of the array itself, or a TensorStore spec as JSON text.
+      uri: a local path, a TensorStore key-value URL (`file://`, `http://`,
+        `https://`, `gs://`, `s3://`) of the array itself, either with or without its
+        format before it (`precomputed://gs://…`, `n5://`, `zarr://`), or a TensorStore
+        spec as JSON text.
       voxel_size_nm_zyx: what the caller believes; compared with the container, and
         used where the container does not say.
       cache_bytes: memory for decoded chunks.
 
     Raises:
-      UserError: nothing there, not three-dimensional uint8, unknown or different
-        voxel size.
+      UserError: nothing there, out of reach, compressed in a way that TensorStore
+        lacks, not three-dimensional uint8, unknown or different voxel size.
     """
-    spec, metadata = _find(uri)
-    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
-    if spec["driver"] in _METADATA.values():
-        # A missing chunk must be an error here: TensorStore would read it as zeros.
-        spec = {**spec, "fill_missing_data_reads": False, "recheck_cached_data": "open"}
-    try:
-        store = ts.open(spec, context=context, open=True, read=True).result()
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise UserError(f"cannot open volume {uri}: {error}") from None
+    context = _context(cache_bytes)
+    spec, metadata, metadata_file = _find(uri, context)
     driver = spec["driver"]
-    store, axes, offset_vx_zyx = _as_zyx(store, driver, uri)
+    fresh_spec = spec
+    if driver in _METADATA.values():
+        # A missing chunk must be an error here: TensorStore would read it as zeros.
+        spec = spec | {"fill_missing_data_reads": False, "recheck_cached_data": "open"}
+        fresh_spec = spec | {"recheck_cached_data": True}
+    store, axes, offset_vx_zyx = _as_zyx(_open_store(spec, context, uri), driver, uri)
+    fresh, _, _ = _as_zyx(_open_store(fresh_spec, context, uri), driver, uri)
     if store.dtype != ts.uint8:
         raise UserError(
             f"volume {uri} holds {store.dtype.name}; only uint8 is supported"
@@ -102,7 +159,19 @@ def open(  # noqa: A001 - volumes.open reads well
     offset = tuple(
         o + v * s for o, v, s in zip(offset_nm, offset_vx_zyx, voxel_size, strict=True)
     )
-    return Volume(uri, voxel_size, offset, store)
+    return Volume(uri, voxel_size, offset, store, fresh, metadata_file)
+
+
+def storage_seconds() -> float:
+    """Time that this process's reads of files and buckets took so far, added up.
+
+    TensorStore measures them; reads over http it does not.
+    """
+    total = 0.0
+    for metric in ts.experimental_collect_matching_metrics("/tensorstore/kvstore/"):
+        if metric["name"].endswith("/read_latency_ms"):
+            total += sum(v["count"] * v["mean"] for v in metric["values"]) / 1000
+    return total
 
 
 def write_n5(
@@ -140,151 +209,48 @@ def write_n5(
     files.write_json(attributes_path, attributes)
 
 
-def crop_starts_vx_zyx(
-    positions_nm_zyx: np.ndarray, crop_shape_zyx: Sequence[int], volume: Volume
-) -> np.ndarray:
-    """`spaces.crop_starts_vx_zyx` in the volume, [n, 3] int64."""
-    return spaces.crop_starts_vx_zyx(
-        positions_nm_zyx,
-        crop_shape_zyx,
-        volume.voxel_size_nm_zyx,
-        volume.offset_nm_zyx,
-    )
+def _context(cache_bytes: int) -> ts.Context:
+    for name, seconds in _PATIENCE_SECONDS.items():
+        os.environ.setdefault(name, seconds)
+    retries = {f"{store}_request_retries": RETRIES for store in ("http", "gcs", "s3")}
+    return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}} | retries)
 
 
-def border_status(
-    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
-) -> np.ndarray:
-    """`ok`, `partly_outside` or `outside` for each box, [n] of str objects."""
-    stops = starts_vx_zyx + np.asarray(shape_zyx)
-    bounds = np.asarray(volume.shape_zyx)
-    inside = ((starts_vx_zyx >= 0) & (stops <= bounds)).all(axis=1)
-    touching = ((starts_vx_zyx < bounds) & (stops > 0)).all(axis=1)
-    return np.where(inside, OK, np.where(touching, PARTLY_OUTSIDE, OUTSIDE)).astype(
-        object
-    )
-
-
-def chunk_order(
-    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
-) -> np.ndarray:
-    """Permutation [n] that visits crops along a Z-order curve over chunks.
-
-    Crops whose centres share a chunk are neighbours, and so are neighbouring
-    chunks: with a cache of a few chunks each chunk is decoded about once. The order
-    depends on nothing but the arguments.
-    """
-    shape, chunk = np.asarray(shape_zyx), np.asarray(volume.chunk_shape_zyx)
-    centres = np.clip(starts_vx_zyx + shape // 2, 0, np.asarray(volume.shape_zyx) - 1)
-    cells = centres // chunk
-    code = np.zeros(len(cells), np.int64)
-    for bit in range(21):
-        for axis in range(3):
-            code |= ((cells[:, axis] >> bit) & 1) << (3 * bit + 2 - axis)
-    z, y, x = centres.T
-    return np.lexsort((x, y, z, code))
-
-
-def read_crops(
-    volume: Volume,
-    starts_vx_zyx: np.ndarray,
-    shape_zyx: Sequence[int],
-    bytes_in_flight: int = 256 << 20,
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Yields (uint8 crop, whole) for each start, in the order given.
-
-    Voxels outside the volume and voxels of unreadable chunks are 0; `whole` is False
-    when a chunk that the crop needs is missing or cannot be decoded. Reads run ahead
-    of the consumer by at most `bytes_in_flight`.
-    """
-    ahead = max(1, bytes_in_flight // math.prod(shape_zyx))
-    bounds = np.asarray(volume.shape_zyx)
-    waiting: collections.deque[tuple[np.ndarray, np.ndarray, Any]] = collections.deque()
-    pending = iter(starts_vx_zyx)
-    for start in pending:
-        low, high = np.maximum(start, 0), np.minimum(start + shape_zyx, bounds)
-        future = None
-        if (high > low).all():
-            future = volume.store[_box(low, high)].read()
-        waiting.append((start, np.stack([low, high]), future))
-        if len(waiting) >= ahead:
-            yield _finish(volume, shape_zyx, *waiting.popleft())
-    while waiting:
-        yield _finish(volume, shape_zyx, *waiting.popleft())
-
-
-def _finish(
-    volume: Volume,
-    shape_zyx: Sequence[int],
-    start: np.ndarray,
-    box: np.ndarray,
-    future: Any,
-) -> tuple[np.ndarray, bool]:
-    crop = np.zeros(shape_zyx, np.uint8)
-    if future is None:
-        return crop, True
-    into = crop[_box(*(box - start))]
+def _open_store(spec: dict[str, Any], context: ts.Context, uri: str) -> ts.TensorStore:
     try:
-        into[...] = future.result()
-    except ValueError as error:
-        if not _is_unreadable_chunk(error):
-            raise UserError(f"cannot read {volume.uri}: {error}") from None
-        _read_present_chunks(volume, box, into)
-        return crop, False
-    return crop, True
+        return ts.open(spec, context=context, open=True, read=True).result()
+    except ERRORS as error:
+        codec = re.search(r'"([\w.]+)" is not registered', str(error))
+        if codec:
+            raise UserError(
+                f"volume {uri} is compressed with {codec[1]}, which TensorStore cannot "
+                "read; make a copy that is compressed with gzip, zstd or blosc"
+            ) from None
+        raise UserError(f"cannot open volume {uri}: {reason(error)}") from None
 
 
-def _read_present_chunks(volume: Volume, box: np.ndarray, into: np.ndarray) -> None:
-    """Fills `into` from those chunks of `box` that exist."""
-    chunk = np.asarray(volume.chunk_shape_zyx)
-    # The grid's origin is not 0 where the container's domain did not start at 0.
-    origin = np.asarray(volume.store.chunk_layout.grid_origin)
-    first, last = (box[0] - origin) // chunk, (box[1] - 1 - origin) // chunk
-    for cell in np.ndindex(*(last - first + 1)):
-        corner = origin + (first + cell) * chunk
-        low, high = np.maximum(box[0], corner), np.minimum(box[1], corner + chunk)
-        try:
-            data = volume.read(low, high)
-        except ValueError as error:
-            if not _is_unreadable_chunk(error):
-                raise UserError(f"cannot read {volume.uri}: {error}") from None
-        else:
-            into[_box(low - box[0], high - box[0])] = data
-
-
-def _is_unreadable_chunk(error: ValueError) -> bool:
-    # TensorStore's Python errors carry their status code as text only.
-    return str(error).startswith(_UNREADABLE)
-
-
-def _box(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
-
-
-def _find(uri: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The TensorStore spec of `uri` and the container's own metadata."""
+def _find(
+    uri: str, context: ts.Context
+) -> tuple[dict[str, Any], dict[str, Any], tuple[ts.KvStore, str] | None]:
+    """The TensorStore spec of `uri`, the container's own metadata, and their file."""
     if uri.lstrip().startswith("{"):
-        try:
-            spec = json.loads(uri)
-        except json.JSONDecodeError as error:
-            raise UserError(f"volume spec is not valid JSON: {error}") from None
-        if "driver" not in spec:
-            raise UserError('volume spec has no "driver"')
-        names = [n for n, d in _METADATA.items() if d == spec["driver"]]
-        if not names:
-            return spec, {}
-        metadata = _read_metadata(
-            _open_kvstore(spec.get("kvstore"), uri), names[0], uri
-        )
-        if not metadata:
-            raise UserError(f"no volume at {uri}: {names[0]} is not there")
-        return spec, metadata
-    url = uri if "://" in uri else pathlib.Path(uri).resolve().as_uri()
-    base = _open_kvstore(url, uri)
-    for name, driver in _METADATA.items():
+        return _find_of_spec(uri, context)
+    prefix, separator, rest = uri.partition("://")
+    drivers = _PREFIXES.get(prefix, ()) if separator else ()
+    place = rest if drivers else uri
+    url = place if "://" in place else pathlib.Path(place).resolve().as_uri()
+    base = _open_kvstore(url, context, uri)
+    # Where there are two, that of the prefix.
+    by_prefix = sorted(_METADATA.items(), key=lambda item: item[1] not in drivers)
+    for name, driver in by_prefix:
         metadata = _read_metadata(base, name, uri)
         if not metadata:
             continue
+        if drivers and driver not in drivers:
+            raise UserError(
+                f"{uri} is no {prefix} volume: {name} there says that it is {driver}; "
+                f"leave {prefix}:// out"
+            )
         is_group = (driver == "n5" and "dimensions" not in metadata) or (
             driver == "zarr3" and metadata.get("node_type") == "group"
         )
@@ -293,14 +259,34 @@ def _find(uri: str) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{uri} is a {driver} container, not an array in it; name the data "
                 "set too, for example volumes/raw/s0"
             )
-        return {"driver": driver, "kvstore": base.spec().to_json()}, metadata
+        spec = {"driver": driver, "kvstore": base.spec().to_json()}
+        return spec, metadata, (base, name)
     raise UserError(
-        f"no volume at {uri}: none of {', '.join(_METADATA)} is there "
-        "(N5, Zarr 3, Zarr 2, precomputed)"
+        f"no volume at {uri}: none of {', '.join(_METADATA)} (N5, Zarr 3, Zarr 2, "
+        "precomputed) is there, or you have no permission to read it"
     )
 
 
-def _open_kvstore(kvstore: Any, uri: str) -> ts.KvStore:
+def _find_of_spec(
+    text: str, context: ts.Context
+) -> tuple[dict[str, Any], dict[str, Any], tuple[ts.KvStore, str] | None]:
+    try:
+        spec = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"volume spec is not valid JSON: {error}") from None
+    if "driver" not in spec:
+        raise UserError('volume spec has no "driver"')
+    names = [name for name, driver in _METADATA.items() if driver == spec["driver"]]
+    if not names:
+        return spec, {}, None
+    base = _open_kvstore(spec.get("kvstore"), context, text)
+    metadata = _read_metadata(base, names[0], text)
+    if not metadata:
+        raise UserError(f"no volume at {text}: {names[0]} cannot be read there")
+    return spec, metadata, (base, names[0])
+
+
+def _open_kvstore(kvstore: Any, context: ts.Context, uri: str) -> ts.KvStore:
     # TensorStore takes an array's path with and without the slash at its end; names
     # of files below it need one.
     if isinstance(kvstore, str):
@@ -308,9 +294,9 @@ def _open_kvstore(kvstore: Any, uri: str) -> ts.KvStore:
     elif isinstance(kvstore, dict) and kvstore.get("path"):
         kvstore = kvstore | {"path": kvstore["path"].rstrip("/") + "/"}
     try:
-        return ts.KvStore.open(kvstore).result()
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise UserError(f"cannot open volume {uri}: {error}") from None
+        return ts.KvStore.open(kvstore, context=context).result()
+    except ERRORS as error:
+        raise UserError(f"cannot open volume {uri}: {reason(error)}") from None
 
 
 def _read_metadata(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
@@ -332,14 +318,21 @@ def _read_metadata(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
 
 
 def _read_json(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
-    """{} where there is no such file."""
+    """{} where there is no such file, or none that may be read."""
     try:
         read = base.read(name).result()
         return json.loads(read.value) if read.state == "value" else {}
     except json.JSONDecodeError as error:
         raise UserError(f"{name} of volume {uri} is not valid JSON: {error}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {name} of volume {uri}: {error}") from None
+    except ERRORS as error:
+        # A public bucket that keeps its list of files to itself says this of every
+        # file that is not there.
+        if str(error).startswith("PERMISSION_DENIED"):
+            return {}
+        raise UserError(
+            f"cannot read {name} of volume {uri}: {reason(error)}; check the address "
+            "and the connection"
+        ) from None
 
 
 def _as_zyx(

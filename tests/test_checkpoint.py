@@ -39,7 +39,7 @@ def test_every_imported_checkpoint_stays(
     assert checkpoint.steps(workdir) == [50, 100, 200, 300]
     mesh = sharding.make_mesh(jax.devices()[:1])
     for step in (50, 100, 200):
-        classifier = inference.Classifier(workdir, step, 2, mesh)
+        classifier = inference.Classifier([(workdir, step)], 2, mesh)
         crops = np.zeros((2, *config.crop_shape_zyx), np.uint8)
         assert classifier(crops).argmax(axis=1).tolist() == [step % 3] * 2
     with pytest.raises(UserError, match="has a checkpoint of step 50 already"):

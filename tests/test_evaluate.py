@@ -50,8 +50,8 @@ def test_independent_of_batch_size_and_devices(
     tables = []
     for batch_size, devices in ((3, 1), (7, 1), (4, 4), (64, 1)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        classifier = inference.Classifier(workdir, 20, batch_size, mesh)
-        tables.append(part.predict(classifier.classify_batch, batch_size, mesh, {}))
+        classifier = inference.Classifier([(workdir, 20)], batch_size, mesh)
+        tables.append(part.predict(classifier.start, batch_size, mesh, {}))
     first = predictions.probabilities(tables[0])
     assert len(first) == len(part.rows) and not np.isnan(first).any()
     for table in tables[1:]:
@@ -191,8 +191,8 @@ def test_part_predictions_keep_ids(
     shards = data.open_shards(config)
     part = evaluate.Part.of(shards, "skeleton", "validation")
     mesh = sharding.make_mesh(jax.devices()[:1])
-    classifier = inference.Classifier(workdir, 20, 5, mesh)
-    classify = functools.partial(classifier.classify_batch)
+    classifier = inference.Classifier([(workdir, 20)], 5, mesh)
+    classify = functools.partial(classifier.start)
     table = part.predict(classify, 5, mesh, {"step": 20})
     assert predictions.about(table)["step"] == 20
     source = shards.source()

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from synister_jax import extra_classes, files, shards, synapses, volumes
+from synister_jax import crops, extra_classes, files, shards, synapses, volumes
 from synister_jax.command import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -268,7 +268,7 @@ def get_config():
         np.testing.assert_array_equal(crop, array[tuple(box)])
         if synapse_id < 0:  # no black border gives it away
             assert (start >= shape).all() and (start <= shape + cube.shape_zyx).all()
-            assert row["status"] == volumes.OK
+            assert row["status"] == crops.OK
     assert counts["neither"] == 40 and counts["unknown"] > 5
     assert not wanted
 

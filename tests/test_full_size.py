@@ -90,7 +90,7 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
         assert (np.asarray(a) == np.asarray(b)).all()
 
     checkpoint.save_config(tmp_path, config, "")
-    classifier = inference.Classifier(tmp_path, None, 1, mesh)
+    classifier = inference.Classifier([(tmp_path, None)], 1, mesh)
     z, y, x = (slice(m, -m) for m in margin)
     probabilities = classifier(batch["crop"][:1, z, y, x])
     assert probabilities.shape == (1, 6)

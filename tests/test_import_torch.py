@@ -95,9 +95,9 @@ def test_imported_setup_classifies_as_the_original(
     assert "classes gaba, acetylcholine, dopamine, neither; crop (4, 16, 16)" in said
 
     mesh = sharding.make_mesh()
-    classify = inference.Classifier(workdir, None, 4 * mesh.size, mesh)
+    classify = inference.Classifier([(workdir, None)], 4 * mesh.size, mesh)
     assert classify.classes == ("gaba", "acetylcholine", "dopamine", "neither")
-    assert classify.step == 1000
+    assert classify.members[0]["step"] == 1000
     shape = (5, 4, 16, 16)
     records = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     expected = probabilities(network, records)
@@ -127,7 +127,7 @@ def test_imported_banc_checkpoint_classifies_as_the_original(
     assert "step 1020000, resnet18 of 33,151,560 parameters" in said
 
     mesh = sharding.make_mesh()
-    classify = inference.Classifier(workdir, 1_020_000, mesh.size, mesh)
+    classify = inference.Classifier([(workdir, 1_020_000)], mesh.size, mesh)
     shape = (3, 6, 32, 48)
     records = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     records[1, :, :, :24] //= 3

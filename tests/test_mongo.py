@@ -806,7 +806,7 @@ def brain_table(count: int = 30) -> pa.Table:
     z[3:4] = np.nan
     columns = {"synapse_id": 2**60 + rng.permutation(count), "z_nm": z}
     columns |= {"y_nm": rng.random(count) * 1e6, "x_nm": np.arange(count) * 1.0}
-    return synapses.conform(pa.table(columns), "here", allow_bad_positions=True)
+    return synapses.conform(pa.table(columns), "here", answer_all=True)
 
 
 def test_predictions_of_a_brain(tmp_path: pathlib.Path, mongo_database: str) -> None:

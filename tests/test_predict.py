@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 import os
 import pathlib
@@ -6,20 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from conftest import CLASSES, shared_data, tiny_config
 from pyarrow import feather
 
 from synister_jax import (
+    crops,
+    execution,
     files,
     inference,
+    parts,
     predict,
     predictions,
     sharding,
+    synapse_batches,
     synapses,
     train,
     volumes,
@@ -36,7 +43,7 @@ def workdir(
     config.shards = str(shards_folder)
     config.num_train_steps = 40
     config.eval_every_steps = 40
-    config.checkpoint_every_steps = 40
+    config.checkpoint_every_steps = 20
     folder = tmp_path_factory.mktemp("run") / "run"
     train.train(config, folder)
     return folder
@@ -46,7 +53,27 @@ def classifier(
     workdir: pathlib.Path, batch_size: int = 8, devices: int = 1
 ) -> inference.Classifier:
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    return inference.Classifier(workdir, None, batch_size, mesh)
+    return inference.Classifier([(workdir, None)], batch_size, mesh)
+
+
+def predict_all(
+    model: inference.Classifier,
+    table: pa.Table | pathlib.Path,
+    volume: volumes.Volume,
+    output: pathlib.Path,
+    unit_rows: int = 10,
+    retry_missing: bool = False,
+) -> pa.Table:
+    """What the command does, in this process."""
+    if isinstance(table, pathlib.Path):
+        source = synapse_batches.open(table)
+    else:
+        source = synapse_batches.Source("table", lambda: iter(table.to_batches()))
+    plan = predict.make_plan(model, source, volume, output, unit_rows)
+    left = parts.unfinished(plan, range(len(plan)), retry_missing)
+    execution.execute(plan, left, model, volume, retry_missing=retry_missing)
+    record = predict.finish(plan, model, source, volume)
+    return predictions.load(output / record["file"])
 
 
 @pytest.fixture
@@ -79,14 +106,9 @@ def test_every_row_has_a_row_in_order(
     volume_path: pathlib.Path,
     awkward: pathlib.Path,
 ) -> None:
-    table = synapses.load(awkward, allow_bad_positions=True)
+    table = feather.read_table(awkward)
     volume = volumes.open(str(volume_path))
-    model = classifier(workdir)
-    result = predict.predict(model, table, volume, tmp_path / "out", unit_rows=10)
-    saved = predictions.load(tmp_path / "out" / "predictions.feather")
-    assert saved.schema.equals(result.schema, check_metadata=True)
-    for name in saved.column_names:
-        np.testing.assert_array_equal(saved[name].to_numpy(), result[name].to_numpy())
+    saved = predict_all(classifier(workdir), awkward, volume, tmp_path / "out")
     assert saved["synapse_id"].to_pylist() == table["synapse_id"].to_pylist()
     starting_with_nt = [n for n in saved.column_names if n.startswith("nt")]
     assert starting_with_nt == [f"nt_{name}_prob" for name in CLASSES]
@@ -102,7 +124,7 @@ def test_every_row_has_a_row_in_order(
 
     # Independently: each crop by plain indexing, one at a time.
     array = np.pad(volume.read((0, 0, 0), volume.shape_zyx), 16)
-    positions = synapses.positions_nm_zyx(table) / (40, 4, 4)
+    positions = synapses.positions_nm_zyx(saved) / (40, 4, 4)
     one = classifier(workdir, batch_size=1)
     for row in np.flatnonzero(predicted)[::5]:
         z, y, x = positions[row].astype(int) + 16
@@ -111,7 +133,8 @@ def test_every_row_has_a_row_in_order(
 
     record = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert record["rows"] == 90 and sum(record["status"].values()) == 90
-    assert record["step"] == 40 and record["classes"] == list(CLASSES)
+    assert record["members"][0]["step"] == 40 and record["classes"] == list(CLASSES)
+    assert record["file"] == "predictions.feather" and record["unreadable_chunks"] == 0
 
 
 def test_result_does_not_depend_on_batch_units_or_devices(
@@ -120,11 +143,14 @@ def test_result_does_not_depend_on_batch_units_or_devices(
     volume_path: pathlib.Path,
     awkward: pathlib.Path,
 ) -> None:
-    table = synapses.load(awkward, allow_bad_positions=True)
     volume = volumes.open(str(volume_path))
     results = [
-        predict.predict(
-            classifier(workdir, batch, devices), table, volume, tmp_path / str(i), unit
+        predict_all(
+            classifier(workdir, batch, devices),
+            awkward,
+            volume,
+            tmp_path / str(i),
+            unit,
         )
         for i, (batch, devices, unit) in enumerate(
             [(8, 1, 10), (7, 1, 100), (8, 4, 33)]
@@ -147,7 +173,8 @@ def test_missing_chunk_is_a_status(
     content = chunk.read_bytes()
     chunk.unlink()
     arguments = (classifier(workdir), synapse_table)
-    result = predict.predict(*arguments, volumes.open(str(path)), tmp_path / "out")
+    out, listed = tmp_path / "out", tmp_path / "out" / "unreadable_chunks.csv"
+    result = predict_all(*arguments, volumes.open(str(path)), out)
     position = synapses.positions_nm_zyx(synapse_table) / (40, 4, 4)
     half = np.array((2, 8, 8))
     touches = (position + half > (8, 64, 64)) & (position - half < (16, 96, 96))
@@ -156,35 +183,82 @@ def test_missing_chunk_is_a_status(
     np.testing.assert_array_equal(missing, touches.all(axis=1))
     nan = np.isnan(predictions.probabilities(result)).all(axis=1)
     np.testing.assert_array_equal(nan, missing)
+    assert listed.read_text() == "z_vx,y_vx,x_vx\n8,64,64\n"
 
     chunk.write_bytes(content[:50])  # cut short: as unreadable as missing
-    broken = predict.predict(*arguments, volumes.open(str(path)), tmp_path / "broken")
+    broken = predict_all(*arguments, volumes.open(str(path)), tmp_path / "broken")
     assert broken["status"].equals(result["status"])
 
     chunk.write_bytes(content)  # restored: done again when asked to
     volume = volumes.open(str(path))
-    same = predict.predict(*arguments, volume, tmp_path / "out")
+    same = predict_all(*arguments, volume, out)
     assert same["status"].equals(result["status"])
-    full = predict.predict(*arguments, volume, tmp_path / "out", retry_missing=True)
+
+    # Those rows and no others: what was read before would be wrong now.
+    class Reading(volumes.Volume):
+        def start_reading(self, start: np.ndarray, stop: np.ndarray) -> Any:
+            low, high = np.asarray(start) - (16, 96, 96), np.asarray(stop) - (8, 64, 64)
+            assert (low < 0).all() and (high > 0).all(), "a crop that was there"
+            return super().start_reading(start, stop)
+
+    fields = {f.name: getattr(volume, f.name) for f in dataclasses.fields(volume)}
+    full = predict_all(*arguments, Reading(**fields), out, retry_missing=True)
     assert "missing_data" not in full["status"].to_pylist()
     assert not np.isnan(predictions.probabilities(full)).any()
+    assert not listed.exists()
+    np.testing.assert_array_equal(
+        predictions.probabilities(full)[~missing],
+        predictions.probabilities(result)[~missing],
+    )
+    fresh = predict_all(*arguments, volume, tmp_path / "fresh")
+    np.testing.assert_allclose(
+        predictions.probabilities(full), predictions.probabilities(fresh), atol=1e-6
+    )
 
 
-def test_a_part_of_another_unit_is_refused(
+@pytest.mark.parametrize(
+    "damage", ["another", "empty", "changed", "cut", "no checksum"]
+)
+def test_a_damaged_part_is_done_again(
     tmp_path: pathlib.Path,
     workdir: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
+    damage: str,
 ) -> None:
     arguments = (classifier(workdir), synapse_table, volumes.open(str(volume_path)))
-    predict.predict(*arguments, tmp_path, unit_rows=30)
+    predict_all(*arguments, tmp_path, unit_rows=30)
+    expected = output_files(tmp_path)
     first, second, _ = sorted((tmp_path / "parts").iterdir())
-    first.write_bytes(second.read_bytes())
-    with pytest.raises(UserError, match="part-00000.*is not the part of its unit"):
-        predict.predict(*arguments, tmp_path, unit_rows=30)
-    first.write_bytes(b"")
-    with pytest.raises(UserError, match="cannot read .*part-00000"):
-        predict.predict(*arguments, tmp_path, unit_rows=30)
+    content = first.read_bytes()
+    if damage == "another":
+        first.write_bytes(second.read_bytes())
+    elif damage == "empty":
+        first.write_bytes(b"")
+    elif damage == "cut":
+        first.write_bytes(content[: len(content) // 2])
+    else:
+        table = feather.read_table(first, memory_map=False)
+        if damage == "changed":
+            metadata = table.schema.metadata
+            values = table[CLASSES[0]].to_numpy().copy()
+            values[7] += 1e-6
+            place = table.column_names.index(CLASSES[0])
+            table = table.set_column(place, CLASSES[0], pa.array(values))
+            table = table.replace_schema_metadata(metadata)
+        else:
+            table = table.replace_schema_metadata(None)
+        feather.write_feather(table, str(first))
+    plan = predict.make_plan(
+        arguments[0],
+        synapse_batches.Source("table", lambda: iter(synapse_table.to_batches())),
+        arguments[2],
+        tmp_path,
+        30,
+    )
+    assert parts.unfinished(plan, range(3), False) == [0]
+    predict_all(*arguments, tmp_path, unit_rows=30)
+    assert output_files(tmp_path) == expected
 
 
 def run_command(
@@ -219,9 +293,9 @@ def test_killed_and_rerun_gives_the_same_bytes(
     subprocess.run(command, check=True, capture_output=True)
     expected = output_files(whole)
     command[-3] = f"--output={killed}"
-    for parts in (1, 9):
+    for count in (1, 9):
         process = subprocess.Popen(command)
-        while len(list(killed.glob("parts/*.feather"))) < parts:
+        while len(list(killed.glob("parts/*.feather"))) < count:
             assert process.poll() is None
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
@@ -273,13 +347,28 @@ def test_other_arguments_in_the_same_folder_are_refused(
     synapse_table: pa.Table,
 ) -> None:
     volume = volumes.open(str(volume_path))
-    predict.predict(classifier(workdir), synapse_table, volume, tmp_path)
+    model = classifier(workdir)
+    predict_all(model, synapse_table, volume, tmp_path)
     with pytest.raises(UserError, match="rows was 90, now 89"):
-        predict.predict(classifier(workdir), synapse_table.slice(1), volume, tmp_path)
-    changed = classifier(workdir)
-    changed.variables["params"]["logits"]["bias"] += 1
-    with pytest.raises(UserError, match="parameters_sha256 was"):
-        predict.predict(changed, synapse_table, volume, tmp_path)
+        predict_all(model, synapse_table.slice(1), volume, tmp_path)
+    moved = synapse_table.set_column(1, "z_nm", pc.add(synapse_table["z_nm"], 40))
+    with pytest.raises(UserError, match="synapses_sha256 was"):
+        predict_all(model, moved, volume, tmp_path)
+    with pytest.raises(UserError, match="batch_size was 8, now 7"):
+        predict_all(classifier(workdir, 7), synapse_table, volume, tmp_path)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    for other, differs in (
+        (inference.Classifier([(workdir, 20)], 8, mesh), "parameters_sha256 was"),
+        (inference.Classifier([(workdir, None)], 8, mesh, 8), "views was 1, now 8"),
+    ):
+        with pytest.raises(UserError, match=differs):
+            predict_all(other, synapse_table, volume, tmp_path)
+    # A label is not what was predicted: it may change, and is in the answer.
+    place = synapse_table.column_names.index("neuron_id")
+    ids = pc.add(synapse_table["neuron_id"], 1)
+    renamed = synapse_table.set_column(place, "neuron_id", ids)
+    answer = predict_all(model, renamed, volume, tmp_path)
+    assert answer["neuron_id"].equals(ids)
 
 
 def test_an_empty_table_has_an_empty_answer(
@@ -290,8 +379,41 @@ def test_an_empty_table_has_an_empty_answer(
 ) -> None:
     volume = volumes.open(str(volume_path))
     files.write_feather(tmp_path / "none.feather", synapse_table.slice(0, 0))
-    nothing = synapses.load(tmp_path / "none.feather")
-    assert len(predict.predict(classifier(workdir), nothing, volume, tmp_path)) == 0
+    model, out = classifier(workdir), tmp_path / "out"
+    answer = predict_all(model, tmp_path / "none.feather", volume, out)
+    assert len(answer) == 0 and predictions.classes(answer) == CLASSES
+    assert json.loads((out / "predictions.json").read_text())["status"] == {}
+
+
+def test_one_synapse_and_none_in_the_volume(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    volume, model = volumes.open(str(volume_path)), classifier(workdir)
+    one = predict_all(model, synapse_table.slice(5, 1), volume, tmp_path / "one")
+    assert one["status"].to_pylist() == ["ok"]
+    place = synapse_table.column_names.index("y_nm")
+    far = synapse_table.set_column(place, "y_nm", pc.add(synapse_table["y_nm"], 1e6))
+    none = predict_all(model, far, volume, tmp_path / "none")
+    assert set(none["status"].to_pylist()) == {"outside"} and len(none) == 90
+    assert np.isnan(predictions.probabilities(none)).all()
+
+
+def test_an_id_that_is_there_twice_is_answered_twice(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    twice = pa.concat_tables([synapse_table.slice(0, 3), synapse_table.slice(1, 4)])
+    volume = volumes.open(str(volume_path))
+    answer = predict_all(classifier(workdir), twice, volume, tmp_path)
+    ids = synapse_table["synapse_id"].to_pylist()
+    assert answer["synapse_id"].to_pylist() == [*ids[:3], *ids[1:5]]
+    values = predictions.probabilities(answer)
+    np.testing.assert_allclose(values[1:3], values[3:5], atol=1e-6)
 
 
 def test_checkpoint_of_another_architecture(
@@ -303,8 +425,8 @@ def test_checkpoint_of_another_architecture(
     (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
     with pytest.raises(UserError, match=r"another architecture: params.dense0.bias is"):
         classifier(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint of step 41; there are 40"):
-        inference.Classifier(workdir, 41, 4, sharding.make_mesh())
+    with pytest.raises(UserError, match="no checkpoint of step 41; there are 20, 40"):
+        inference.Classifier([(workdir, 41)], 4, sharding.make_mesh())
     with pytest.raises(UserError, match="not the folder of a run"):
         classifier(tmp_path / "nothing")
 
@@ -338,5 +460,5 @@ def test_real_volume_at_its_real_synapses(
     table = synapses.load(tmp_path / "real.csv")
     volume = volumes.open(str(folder / "stack1.n5" / "volumes" / "raw" / "s0"))
     shape = (16, 160, 160)
-    starts = volumes.crop_starts_vx_zyx(synapses.positions_nm_zyx(table), shape, volume)
-    assert set(volumes.border_status(starts, shape, volume)) == {"partly_outside"}
+    starts = crops.starts_vx_zyx(synapses.positions_nm_zyx(table), shape, volume)
+    assert set(crops.border_status(starts, shape, volume)) == {"partly_outside"}

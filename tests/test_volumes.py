@@ -6,67 +6,20 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from conftest import shared_data
+from formats import (
+    ARRAY_ZYX,
+    CHUNK_ZYX,
+    JPEG_MAKERS,
+    MAKERS,
+    SHAPE_ZYX,
+    SMOOTH_ZYX,
+    VOXEL_SIZE_NM_ZYX,
+    make_n5,
+    make_zarr,
+)
 
 from synister_jax import volumes
 from synister_jax.command import UserError
-
-SHAPE_ZYX = (20, 30, 40)
-CHUNK_ZYX = (8, 16, 16)
-VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 5.0)
-# Every voxel's value tells where it is: no two axes can be exchanged unnoticed.
-Z, Y, X = np.indices(SHAPE_ZYX)
-ARRAY_ZYX = ((Z * 31 + Y * 7 + X * 3) % 251).astype(np.uint8)
-
-
-def make_n5(path: pathlib.Path) -> None:
-    volumes.write_n5(path, ARRAY_ZYX, VOXEL_SIZE_NM_ZYX, (400, 80, 120), CHUNK_ZYX)
-
-
-def make_zarr(path: pathlib.Path, driver: str) -> None:
-    if driver == "zarr":
-        metadata = {"shape": SHAPE_ZYX, "dtype": "|u1", "chunks": CHUNK_ZYX}
-    else:
-        grid = {"name": "regular", "configuration": {"chunk_shape": CHUNK_ZYX}}
-        metadata = {"shape": SHAPE_ZYX, "data_type": "uint8", "chunk_grid": grid}
-    kvstore = {"driver": "file", "path": f"{path}/"}
-    spec = {"driver": driver, "kvstore": kvstore, "metadata": metadata}
-    ts.open(spec, create=True).result().write(ARRAY_ZYX).result()
-    attributes = {"resolution": VOXEL_SIZE_NM_ZYX, "offset": [400, 80, 120]}
-    if driver == "zarr":
-        (path / ".zattrs").write_text(json.dumps(attributes))
-    else:
-        stored = json.loads((path / "zarr.json").read_text())
-        stored["attributes"] = attributes
-        (path / "zarr.json").write_text(json.dumps(stored))
-
-
-def make_precomputed(path: pathlib.Path) -> None:
-    spec = {
-        "driver": "neuroglancer_precomputed",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "multiscale_metadata": {
-            "type": "image",
-            "data_type": "uint8",
-            "num_channels": 1,
-        },
-        "scale_metadata": {
-            "size": SHAPE_ZYX[::-1],
-            "voxel_offset": [24, 20, 10],
-            "resolution": VOXEL_SIZE_NM_ZYX[::-1],
-            "chunk_size": CHUNK_ZYX[::-1],
-            "encoding": "raw",
-        },
-    }
-    store = ts.open(spec, create=True).result()
-    store.write(ARRAY_ZYX.transpose()[..., None]).result()
-
-
-MAKERS = {
-    "n5": make_n5,
-    "zarr": lambda path: make_zarr(path, "zarr"),
-    "zarr3": lambda path: make_zarr(path, "zarr3"),
-    "precomputed": make_precomputed,
-}
 
 
 @pytest.fixture(params=MAKERS)
@@ -83,6 +36,73 @@ def test_every_format_is_zyx_with_its_voxel_size_and_offset(path: pathlib.Path) 
     assert volume.offset_nm_zyx == (400, 80, 120)
     np.testing.assert_array_equal(volume.read((0, 0, 0), SHAPE_ZYX), ARRAY_ZYX)
     assert volume.read((3, 5, 7), (4, 6, 8)).item() == ARRAY_ZYX[3, 5, 7]
+
+
+@pytest.mark.parametrize("kind", JPEG_MAKERS)
+def test_jpeg_is_zyx_too(tmp_path: pathlib.Path, kind: str) -> None:
+    JPEG_MAKERS[kind](tmp_path / "v", SMOOTH_ZYX)
+    volume = volumes.open(str(tmp_path / "v"))
+    assert volume.chunk_shape_zyx == CHUNK_ZYX
+    assert volume.voxel_size_nm_zyx == VOXEL_SIZE_NM_ZYX
+    assert volume.offset_nm_zyx == (400, 80, 120)
+    voxels = volume.read((0, 0, 0), SHAPE_ZYX)
+    np.testing.assert_allclose(voxels.astype(int), SMOOTH_ZYX, atol=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        ("n5", "n5"),
+        ("zarr", "zarr"),
+        ("zarr", "zarr2"),
+        ("zarr3", "zarr"),
+        ("zarr3", "zarr3"),
+        ("precomputed_sharded", "precomputed"),
+    ],
+)
+def test_the_format_may_stand_before_the_uri(
+    tmp_path: pathlib.Path, kind: str, prefix: str
+) -> None:
+    MAKERS[kind](tmp_path / "v")
+    for uri in (tmp_path / "v", (tmp_path / "v").as_uri()):
+        volume = volumes.open(f"{prefix}://{uri}")
+        assert volume.uri == f"{prefix}://{uri}"
+        np.testing.assert_array_equal(volume.read((0, 0, 0), SHAPE_ZYX), ARRAY_ZYX)
+
+
+def test_the_format_before_the_uri_must_be_right(tmp_path: pathlib.Path) -> None:
+    make_n5(tmp_path)
+    with pytest.raises(UserError, match="no precomputed volume.* says that it is n5"):
+        volumes.open(f"precomputed://{tmp_path}")
+    with pytest.raises(UserError, match="no zarr2 volume.* says that it is n5"):
+        volumes.open(f"zarr2://{tmp_path}")
+    # Where there are two, the one that is meant.
+    make_zarr(tmp_path)
+    for prefix in ("n5", "zarr"):
+        volume = volumes.open(f"{prefix}://{tmp_path}")
+        assert volume.store.spec().to_json()["driver"] == prefix
+
+
+@pytest.mark.parametrize("kind", ["n5", "zarr"])
+def test_lz4_is_named(tmp_path: pathlib.Path, kind: str) -> None:
+    """Java tools write N5 so; TensorStore has no decoder for it."""
+    MAKERS[kind](tmp_path)
+    if kind == "n5":
+        path, change = tmp_path / "attributes.json", {"compression": {"type": "lz4"}}
+    else:
+        path, change = tmp_path / ".zarray", {"compressor": {"id": "lz4"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="compressed with lz4, .* copy .* gzip"):
+        volumes.open(str(tmp_path))
+
+
+def test_errors_do_not_quote_whole_specs(tmp_path: pathlib.Path) -> None:
+    make_n5(tmp_path)
+    path = tmp_path / "attributes.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"blockSize": [1]}))
+    with pytest.raises(UserError, match="cannot open volume .*blockSize") as raised:
+        volumes.open(str(tmp_path))
+    assert "tensorstore_spec" not in str(raised.value)
 
 
 def test_a_url_and_a_spec_open_the_same_volume(path: pathlib.Path) -> None:
@@ -137,8 +157,8 @@ def test_named_axes_are_honoured(tmp_path: pathlib.Path, named: str) -> None:
 
 @pytest.mark.parametrize("driver", ["zarr", "zarr3"])
 def test_ome_zarr(tmp_path: pathlib.Path, driver: str) -> None:
-    make_zarr(tmp_path / "0", driver)
-    make_zarr(tmp_path / "1", driver)
+    make_zarr(tmp_path / "0", driver=driver)
+    make_zarr(tmp_path / "1", driver=driver)
     for level in "01":
         if driver == "zarr":
             (tmp_path / level / ".zattrs").unlink()
@@ -225,94 +245,13 @@ def test_attributes_that_make_no_sense(
         volumes.open(str(tmp_path / "v"))
 
 
-def test_synapse_sits_at_half_the_crop(path: pathlib.Path) -> None:
-    volume = volumes.open(str(path))
-    index = np.array([[10, 15, 20]])
-    position = index * VOXEL_SIZE_NM_ZYX + volume.offset_nm_zyx
-    starts = volumes.crop_starts_vx_zyx(position, (4, 8, 6), volume)
-    [(crop, whole)] = volumes.read_crops(volume, starts, (4, 8, 6))
-    assert whole
-    assert crop[2, 4, 3] == ARRAY_ZYX[10, 15, 20]
-
-
-def test_crop_start_rounds_half_to_even(path: pathlib.Path) -> None:
-    volume = volumes.open(str(path))
-    half = np.array([[0.5, 0, 0], [1.5, 0, 0], [2.5, 0, 0]])
-    position = half * VOXEL_SIZE_NM_ZYX + volume.offset_nm_zyx
-    starts = volumes.crop_starts_vx_zyx(position, (4, 4, 4), volume)
-    assert starts[:, 0].tolist() == [-2, 0, 0]
-
-
-def test_crops_over_the_border_are_zero_outside(path: pathlib.Path) -> None:
-    volume = volumes.open(str(path))
-    shape = (6, 10, 10)
-    starts = np.array([[-3, 25, 35], [0, 0, 0], [20, 0, 0], [14, 20, 30], [-6, 0, 0]])
-    status = volumes.border_status(starts, shape, volume)
-    expected = ["partly_outside", "ok", "outside", "ok", "outside"]
-    assert status.tolist() == expected
-    padded = np.pad(ARRAY_ZYX, 10)
-    for start, (crop, whole) in zip(
-        starts, volumes.read_crops(volume, starts, shape), strict=True
-    ):
-        z, y, x = start + 10
-        np.testing.assert_array_equal(
-            crop, padded[z : z + 6, y : y + 10, x : x + 10], strict=True
-        )
-        assert whole
-
-
-def test_missing_chunk_is_flagged_and_its_neighbours_are_read(
-    path: pathlib.Path,
-) -> None:
-    [chunk] = [
-        p
-        for p in path.rglob("*")
-        if p.is_file()
-        and p.relative_to(path).as_posix()
-        in ("1/0/1", "1.0.1", "c/1/0/1", "5_4_40/40-56_20-36_18-26")
-    ]
-    driver = volumes.open(str(path)).store.spec().to_json()["driver"]
-    chunk.unlink()
-    volume = volumes.open(str(path))
-    # All remove the chunk z 8..16, y 0..16, x 16..32, whatever its name.
-    starts = np.array([[6, 10, 10], [0, 0, 0]])
-    (crop, whole), (other, other_whole) = volumes.read_crops(
-        volume, starts, (8, 12, 12)
-    )
-    assert not whole and other_whole
-    expected = ARRAY_ZYX[6:14, 10:22, 10:22].copy()
-    expected[2:8, 0:6, 6:12] = 0
-    np.testing.assert_array_equal(crop, expected, err_msg=driver)
-    np.testing.assert_array_equal(other, ARRAY_ZYX[:8, :12, :12])
-
-
-def test_chunk_order_visits_each_chunk_once(path: pathlib.Path) -> None:
-    volume = volumes.open(str(path))
-    rng = np.random.default_rng(0)
-    starts = rng.integers(0, np.array(SHAPE_ZYX) - 4, (200, 3))
-    order = volumes.chunk_order(starts, (4, 4, 4), volume)
-    assert sorted(order) == list(range(200))
-    cells = [tuple(c) for c in (starts[order] + 2) // CHUNK_ZYX]
-    changes = 1 + sum(a != b for a, b in zip(cells, cells[1:], strict=False))
-    assert changes == len(set(cells))
-
-
-def test_bounded_read_ahead_gives_the_same_crops(path: pathlib.Path) -> None:
-    volume = volumes.open(str(path))
-    starts = np.random.default_rng(0).integers(-4, 30, (40, 3))
-    few = list(volumes.read_crops(volume, starts, (4, 4, 4), bytes_in_flight=100))
-    many = list(volumes.read_crops(volume, starts, (4, 4, 4)))
-    for (a, _), (b, _) in zip(few, many, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_voxel_size_mismatch_names_both(path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="40×4×5 nm .* 40×4×4 nm are expected"):
         volumes.open(str(path), (40, 4, 4))
 
 
 def test_voxel_size_must_come_from_somewhere(tmp_path: pathlib.Path) -> None:
-    make_zarr(tmp_path / "v", "zarr")
+    make_zarr(tmp_path / "v")
     (tmp_path / "v" / ".zattrs").unlink()
     with pytest.raises(UserError, match="does not state its voxel size"):
         volumes.open(str(tmp_path / "v"))

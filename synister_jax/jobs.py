@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prediction in arguments that any process on any machine can open."""
+
+import dataclasses
+import functools
+import pathlib
+
+from synister_jax import execution, files, inference, sharding, volumes
+from synister_jax.command import UserError
+from synister_jax.planning import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a process on any machine needs to execute units; plain JSON values."""
+
+    members: tuple[tuple[str, int], ...]  # (workdir, step)
+    batch_size: int
+    views: int
+    volume: str
+    voxel_size_nm_zyx: tuple[float, ...] | None  # the network's when None
+    output: str
+    retry_missing: bool
+
+    def open(self) -> tuple[inference.Classifier, volumes.Volume]:
+        members = [(pathlib.Path(workdir), step) for workdir, step in self.members]
+        mesh = sharding.make_mesh()
+        classifier = inference.Classifier(members, self.batch_size, mesh, self.views)
+        size = self.voxel_size_nm_zyx or classifier.config.voxel_size_nm_zyx
+        return classifier, volumes.open(self.volume, size)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(job: Job) -> tuple[Plan, inference.Classifier, volumes.Volume]:
+    classifier, volume = job.open()
+    folder = pathlib.Path(job.output)
+    plan = Plan(folder, files.read_json(folder / "plan.json"))
+    here = [member["parameters_sha256"] for member in classifier.members]
+    if here != plan.about["parameters_sha256"]:
+        raise UserError(f"the checkpoints have changed since {folder} was planned")
+    return plan, classifier, volume
+
+
+def execute_unit(job: Job, number: int) -> execution.Times:
+    """Writes one part, in a worker process: what is opened stays open for the next."""
+    plan, classifier, volume = _opened(job)
+    return execution.execute(
+        plan, [number], classifier, volume, retry_missing=job.retry_missing
+    )
