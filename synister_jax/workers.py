@@ -6,8 +6,8 @@ that is lost is done again by another, and a unit that is done twice is the same
 """
 
 import contextlib
-import functools
-import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from synister_jax.command import Progress, UserError
 Do = Callable[[int], execution.Times]
 # A unit that has taken this many workers down with it is at fault itself.
 _LOST_WORKERS = 3
+_SUBMIT = {"slurm": "sbatch", "lsf": "bsub"}
 
 
 def execute(
@@ -36,6 +37,8 @@ def execute(
     total = execution.Times()
     if not units:
         return total
+    # Else they tell of every step, and of what is raised here anyway.
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
     try:
         import dask
         import distributed
@@ -44,9 +47,8 @@ def execute(
             "--cluster needs Dask: pip install 'synister_jax[cluster]'"
         ) from None
     dask.config.set({"distributed.scheduler.allowed-failures": _LOST_WORKERS})
-    logging.getLogger("distributed").setLevel(logging.ERROR)  # else of every step
     with _connected(cluster, workers) as client:
-        futures = client.map(functools.partial(_quietly, do), units, pure=False)
+        futures = client.map(do, units, pure=False)
         waiting = distributed.as_completed(futures)
         try:
             for future in waiting:
@@ -63,11 +65,6 @@ def execute(
     return total
 
 
-def _quietly(do: Do, unit: int) -> execution.Times:
-    logging.getLogger("distributed").setLevel(logging.ERROR)  # of a worker too
-    return do(unit)
-
-
 @contextlib.contextmanager
 def _connected(cluster: str, workers: int) -> Iterator[Any]:
     import distributed
@@ -79,23 +76,35 @@ def _connected(cluster: str, workers: int) -> Iterator[Any]:
                     n_workers=workers,
                     threads_per_worker=1,
                     dashboard_address=None,
-                    silence_logs=logging.ERROR,
                 )
-            elif cluster in ("slurm", "lsf"):
-                import dask_jobqueue
-
-                kinds = {
-                    "slurm": dask_jobqueue.SLURMCluster,
-                    "lsf": dask_jobqueue.LSFCluster,
-                }
-                # One process and one thread a job: it has the job's accelerators.
-                place = kinds[cluster](processes=1, cores=1)
-                place.scale(jobs=workers)
-            else:
-                place = cluster
-            if place is not cluster:
                 stack.enter_context(place)
+            elif cluster in _SUBMIT:
+                place = stack.enter_context(_queue(cluster))
+                place.scale(jobs=workers)
+            elif "://" in cluster:
+                place = cluster
+            else:
+                known = ", ".join(["local", *_SUBMIT])
+                raise UserError(
+                    f"--cluster={cluster}: give {known} or a scheduler's address, as "
+                    "tcp://host:8786"
+                )
             client = stack.enter_context(distributed.Client(place))
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--cluster={cluster}: {error}") from None
         yield client
+
+
+def _queue(cluster: str) -> Any:
+    """A cluster whose workers are jobs of a queue, none of them submitted yet."""
+    import dask_jobqueue
+
+    # Else a job that cannot be submitted is waited for for ever.
+    if shutil.which(_SUBMIT[cluster]) is None:
+        raise UserError(
+            f"--cluster={cluster}: {_SUBMIT[cluster]} is not on this machine; run the "
+            "command where jobs are submitted"
+        )
+    kinds = {"slurm": dask_jobqueue.SLURMCluster, "lsf": dask_jobqueue.LSFCluster}
+    # One process and one thread a job: it has the job's accelerators.
+    return kinds[cluster](processes=1, cores=1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import json
-import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import tensorstore as ts
 from conftest import CLASSES, shared_data, tiny_config
-from pyarrow import feather
+from pyarrow import csv, feather, parquet
 
 from synister_jax import (
     crops,
@@ -196,10 +197,12 @@ def test_missing_chunk_is_a_status(
 
     # Those rows and no others: what was read before would be wrong now.
     class Reading(volumes.Volume):
-        def start_reading(self, start: np.ndarray, stop: np.ndarray) -> Any:
+        def start_reading(
+            self, start: np.ndarray, stop: np.ndarray, fresh: bool = False
+        ) -> Any:
             low, high = np.asarray(start) - (16, 96, 96), np.asarray(stop) - (8, 64, 64)
             assert (low < 0).all() and (high > 0).all(), "a crop that was there"
-            return super().start_reading(start, stop)
+            return super().start_reading(start, stop, fresh)
 
     fields = {f.name: getattr(volume, f.name) for f in dataclasses.fields(volume)}
     full = predict_all(*arguments, Reading(**fields), out, retry_missing=True)
@@ -282,36 +285,71 @@ def output_files(folder: pathlib.Path) -> dict[str, bytes]:
     }
 
 
-def test_killed_and_rerun_gives_the_same_bytes(
+# What appears in the folder as the command goes on, and how long that stage takes.
+STAGES = (
+    (("sorting.tmp", "units.parquet.partial"), 0.2),  # plan
+    (tuple(f"parts/part-{i:06d}-of-000030.feather" for i in range(0, 24, 2)), 0.05),
+    (tuple(f"parts/part-{i:06d}-of-000030.feather" for i in range(24, 30)), 0.05),
+    (("predictions.feather.partial",), 0.3),  # merge
+    (("predictions.feather.partial",), 1.0),  # and what is written last
+)
+
+
+@pytest.mark.slow
+def test_killed_at_20_moments_and_rerun_gives_the_same_bytes(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    # Many rows more, none of them in the volume: planning and merging take a while.
+    empty = synapse_table.slice(0, 1).to_pylist()[0] | {"z_nm": 1e7}
+    ids = np.arange(150_000)
+    columns = {name: pa.array([value]).take(ids * 0) for name, value in empty.items()}
+    many = pa.table(columns | {"synapse_id": ids}, schema=synapse_table.schema)
+    table = tmp_path / "table.feather"
+    mixed = [many.slice(0, 60_000), synapse_table, many.slice(60_000)]
+    feather.write_feather(pa.concat_tables(mixed), str(table), chunksize=5_000)
+
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    command = run_command(workdir, table, volume_path, whole)
+    subprocess.run(command, check=True, capture_output=True)
+    expected = output_files(whole)
+    command[-3] = f"--output={folder}"
+    random = np.random.default_rng(0)
+    stage_reached = []
+    for _ in range(4):
+        for events, seconds in STAGES:
+            event = folder / events[random.integers(len(events))]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            while not event.exists() and process.poll() is None:
+                time.sleep(0.0002)
+            time.sleep(random.uniform(0, seconds))
+            process.kill()
+            stage_reached.append(process.wait() == -signal.SIGKILL)
+        subprocess.run(command, check=True, capture_output=True)
+        assert output_files(folder) == expected
+        shutil.rmtree(folder)
+    # A process that was done before the signal came was not killed.
+    assert len(stage_reached) == 20 and sum(stage_reached) >= 16
+
+
+def test_only_what_is_lost_is_done_again(
     tmp_path: pathlib.Path,
     workdir: pathlib.Path,
     volume_path: pathlib.Path,
     awkward: pathlib.Path,
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = run_command(workdir, awkward, volume_path, whole)
-    subprocess.run(command, check=True, capture_output=True)
-    expected = output_files(whole)
-    command[-3] = f"--output={killed}"
-    for count in (1, 9):
-        process = subprocess.Popen(command)
-        while len(list(killed.glob("parts/*.feather"))) < count:
-            assert process.poll() is None
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (killed / "predictions.feather").exists()
-    subprocess.run(command, check=True, capture_output=True)
-    assert output_files(killed) == expected
-
-    # One part lost: only that one is done again, and all is as before.
-    lost = sorted(killed.glob("parts/*"))[2]
-    times = {p: p.stat().st_mtime_ns for p in killed.glob("parts/*")}
+    arguments = (classifier(workdir), awkward, volumes.open(str(volume_path)), tmp_path)
+    predict_all(*arguments)
+    expected = output_files(tmp_path)
+    lost = sorted(tmp_path.glob("parts/*"))[2]
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("parts/*")}
     lost.unlink()
-    subprocess.run(command, check=True, capture_output=True)
-    again = {p: p.stat().st_mtime_ns for p in killed.glob("parts/*")}
+    predict_all(*arguments)
+    again = {p: p.stat().st_mtime_ns for p in tmp_path.glob("parts/*")}
     assert [p for p in times if times[p] != again[p]] == [lost]
-    assert output_files(killed) == expected
+    assert output_files(tmp_path) == expected
 
 
 def test_mistaken_units_stop_cutting_and_warn_in_prediction(
@@ -462,3 +500,172 @@ def test_real_volume_at_its_real_synapses(
     shape = (16, 160, 160)
     starts = crops.starts_vx_zyx(synapses.positions_nm_zyx(table), shape, volume)
     assert set(crops.border_status(starts, shape, volume)) == {"partly_outside"}
+
+
+def run(command: list[str], *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*command, *options], capture_output=True, text=True)
+
+
+def refusals(command: list[str], cases: list[tuple[list[str], str]]) -> None:
+    """Each is one line and exit code 1."""
+    for options, message in cases:
+        refused = run(command, *options)
+        assert refused.returncode == 1, options
+        assert len(refused.stderr.splitlines()) == 1 and message in refused.stderr
+
+
+def test_a_dry_run_says_what_it_will_take(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    awkward: pathlib.Path,
+) -> None:
+    out = tmp_path / "out"
+    command = run_command(workdir, awkward, volume_path, out)
+    finished = run(command, "--dry_run")
+    assert finished.returncode == 0, finished.stderr
+    found = finished.stdout
+    assert "rows: 90 (3 bad_position, " in found and "5 without a voxel" in found
+    assert "units: 29 of up to 3 synapses" in found
+    assert "bytes needed: 87 kB in crops of 4×16×16" in found
+    assert "chunk bytes to decode: about " in found and "crops/s on " in found
+    # The plan stays, and is the one that is executed.
+    assert list(out.glob("parts/*")) == []
+    written = (out / "units.parquet").stat().st_mtime_ns
+    assert run(command).returncode == 0
+    assert (out / "units.parquet").stat().st_mtime_ns == written
+    assert len(list(out.glob("parts/*"))) == 29
+
+
+def test_one_part_of_a_split_as_parquet(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    table = tmp_path / "table.parquet"
+    parquet.write_table(synapse_table, table, row_group_size=7)
+    command = run_command(workdir, table, volume_path, tmp_path / "out")
+    finished = run(command, "--part=test", "--format=parquet")
+    assert finished.returncode == 0, finished.stderr
+    answer = parquet.read_table(tmp_path / "out" / "predictions.parquet")
+    predictions.check(answer, "answer")
+    chosen = synapses.in_part(synapse_table, "skeleton", "test")
+    assert answer["synapse_id"].to_pylist() == (
+        synapse_table["synapse_id"].filter(pa.array(chosen)).to_pylist()
+    )
+    assert 0 < len(answer) < 90
+    volume = volumes.open(str(volume_path))
+    whole = predict_all(classifier(workdir, 4), synapse_table, volume, tmp_path / "all")
+    np.testing.assert_allclose(
+        predictions.probabilities(answer),
+        predictions.probabilities(whole)[chosen],
+        atol=1e-6,
+    )
+    refusals(
+        command,
+        [
+            (["--part=tests"], "no part 'tests'"),
+            (["--part=test", "--split=lobes"], "part was ['skeleton', 'test']"),
+            (["--part=test", "--split=lobes", f"--output={tmp_path}/new"], "no split"),
+            (["--part=validation"], "part was ['skeleton', 'test']"),
+        ],
+    )
+
+
+def test_a_grid_is_a_volume_of_probabilities(
+    tmp_path: pathlib.Path, workdir: pathlib.Path, volume_path: pathlib.Path
+) -> None:
+    out = tmp_path / "out"
+    command = run_command(workdir, tmp_path, volume_path, out)
+    command = [x for x in command if not x.startswith(("--synapses", "--unit_rows"))]
+    command.append("--unit_rows=50")
+    roi = "--roi_nm_zyx=160:800,64:600,-200:560"
+    finished = run(command, roi, "--step_nm_zyx=160,64,40")
+    assert finished.returncode == 0, finished.stderr
+    kvstore = {"driver": "file", "path": f"{out}/predictions.zarr/0/"}
+    values = ts.open({"driver": "zarr", "kvstore": kvstore}).result().read().result()
+    assert values.shape == (3, 4, 9, 19) and values.dtype == np.float32
+    z, y, x = np.indices((4, 9, 19)).reshape(3, -1) * [[160], [64], [40]]
+    rows = np.stack([z + 160, y + 64, x - 200], axis=1).astype(float)
+    columns = dict(zip(synapses.POSITION, rows.T, strict=True))
+    table = pa.table({"synapse_id": np.arange(len(rows)), **columns})
+    volume = volumes.open(str(volume_path))
+    model = classifier(workdir, 4, devices=4)  # as many as the command has
+    answer = predict_all(model, table, volume, tmp_path / "table", 50)
+    expected = predictions.probabilities(answer).T.reshape(values.shape)
+    np.testing.assert_array_equal(values, expected)
+    assert np.isnan(values[..., 0]).all() and np.isfinite(values[..., -1]).all()
+    attributes = json.loads((out / "predictions.zarr/0/.zattrs").read_text())
+    assert attributes["resolution"] == [160, 64, 40]
+    assert attributes["offset"] == [160, 64, -200]
+    record = json.loads((out / "predictions.json").read_text())
+    assert record["file"] == "predictions.zarr" and record["rows"] == 4 * 9 * 19
+    refusals(
+        command,
+        [
+            ([], "give either --synapses or --roi_nm_zyx"),
+            ([roi, "--synapses=x.csv"], "give either --synapses or --roi_nm_zyx"),
+            ([roi], "step_nm_zyx"),
+            ([roi, "--step_nm_zyx=160,64,20"], "rows was 684, now"),
+        ],
+    )
+
+
+def test_views_and_several_checkpoints(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    table = tmp_path / "table.csv"
+    csv.write_csv(synapse_table.select(["synapse_id", *synapses.POSITION]), table)
+    command = run_command(workdir, table, volume_path, tmp_path / "out")
+    finished = run(command, "--step=20,40", "--tta=8")
+    assert finished.returncode == 0, finished.stderr
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [m["step"] for m in record["members"]] == [20, 40]
+    assert record["views"] == 8
+    answer = predictions.load(tmp_path / "out" / "predictions.feather")
+    mesh = sharding.make_mesh(jax.devices()[:4])  # as many as the command has
+    members = [(workdir, 20), (workdir, 40)]
+    model = inference.Classifier(members, 4, mesh, views=8)
+    volume = volumes.open(str(volume_path))
+    same = predict_all(model, synapse_table, volume, tmp_path / "same", 3)
+    np.testing.assert_array_equal(
+        predictions.probabilities(answer), predictions.probabilities(same)
+    )
+    refusals(
+        command,
+        [
+            (["--tta=4"], "1 or 8"),
+            (["--step=21"], "no checkpoint of step 21"),
+            (["--step=all"], "--step=all"),
+            (["--workdir=nothing"], "no checkpoint; train first"),
+        ],
+    )
+
+
+def test_a_volume_that_vanishes_stops_the_command(
+    tmp_path: pathlib.Path,
+    workdir: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    copy = shutil.copytree(volume_path, tmp_path / "raw.n5")
+    model = classifier(workdir)
+    expected = predict_all(
+        model, synapse_table, volumes.open(str(copy)), tmp_path / "a"
+    )
+    volume = volumes.open(str(copy), cache_bytes=0)
+    source = synapse_batches.Source("table", lambda: iter(synapse_table.to_batches()))
+    plan = predict.make_plan(model, source, volume, tmp_path / "b", 10)
+    execution.execute(plan, range(4), model, volume)
+    copy.rename(tmp_path / "elsewhere.n5")
+    with pytest.raises(UserError, match="no longer there"):
+        execution.execute(plan, range(4, 9), model, volume)
+    assert len(list((tmp_path / "b" / "parts").iterdir())) == 4
+    (tmp_path / "elsewhere.n5").rename(copy)
+    volume = volumes.open(str(copy))
+    answer = predict_all(model, synapse_table, volume, tmp_path / "b")
+    assert answer.equals(expected)

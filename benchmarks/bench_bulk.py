@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crops a second of a whole prediction, and of its network alone.
+
+    python benchmarks/bench_bulk.py --folder=FOLDER [--config=configs/skeleton.py] \
+        [--synapses=64] [--batch_size=8] [--rounds=5]
+
+The network has random weights, the volume (N5, gzip, chunks of 16×128×128) is smooth
+noise with the synapses uniformly random in it; both stay in the folder for the next
+run. The prediction executes a plan with nothing in the volume's cache: it reads and
+decodes chunks, computes, and writes parts. The network alone gets as many batches, one
+that lies on the device already again and again; like the prediction it fetches each
+result while the next batch is computed. The two alternate in one process, as to which
+is first too; medians. Prints one line of JSON. Runs on whatever devices JAX has.
+"""
+
+import collections
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pyarrow as pa
+from absl import flags
+from ml_collections import config_flags
+from scipy import ndimage
+
+from synister_jax import (
+    checkpoint,
+    command,
+    execution,
+    files,
+    inference,
+    model,
+    parts,
+    predict,
+    sharding,
+    volumes,
+)
+from synister_jax.planning import Plan
+from synister_jax.synapse_batches import Source
+
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Where network and volume are, or are made.", required=True
+)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/skeleton.py", lock_config=True
+)
+_SYNAPSES = flags.DEFINE_integer("synapses", 64, "Of a round.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Crops at once.", lower_bound=1)
+_UNIT_ROWS = flags.DEFINE_integer("unit_rows", 32, "Of a unit.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds of each.", lower_bound=1)
+_SHAPE = flags.DEFINE_list(
+    "volume_shape_zyx", ["64", "1024", "1024"], "Voxels of the volume."
+)
+
+
+def main() -> None:
+    config = _CONFIG.value
+    folder = files.make_folder(_FOLDER.value)
+    path = _volume_path(folder, tuple(map(int, _SHAPE.value)), config)
+    volume = volumes.open(str(path), config.voxel_size_nm_zyx)
+    workdir = _workdir(folder, config)
+    mesh = sharding.make_mesh()
+    classifier = inference.Classifier([(workdir, None)], _BATCH_SIZE.value, mesh)
+    source = Source("random synapses", lambda: iter([_synapses(volume, config)]))
+    output = folder / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    plan = predict.make_plan(classifier, source, volume, output, _UNIT_ROWS.value)
+    batches = sum(
+        math.ceil(plan.size(unit) / classifier.batch_size) for unit in range(len(plan))
+    )
+    voxels = np.zeros((classifier.batch_size, *config.crop_shape_zyx), np.uint8)
+    voxels[:] = volume.read((0, 0, 0), config.crop_shape_zyx)
+    on_device = classifier.put(voxels)
+
+    load_before = os.getloadavg()
+    seconds: dict[str, list[float]] = {"bare": [], "predict": []}
+    all_times = []
+    for index in range(-1, _ROUNDS.value):  # the first is to compile
+        for name in ("bare", "predict") if index % 2 == 0 else ("predict", "bare"):
+            if name == "bare":
+                elapsed = _bare(classifier, on_device, batches)
+            else:
+                times = _predict(plan, classifier, path)
+                elapsed = times.wall
+                if index >= 0:
+                    all_times.append(times)
+            if index >= 0:
+                seconds[name].append(elapsed)
+            print(f"{index} {name} {elapsed:.2f} s", file=sys.stderr, flush=True)
+    rates = {
+        name: [plan.predicted_rows / s for s in values]
+        for name, values in seconds.items()
+    }
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    paired = [p / b for p, b in zip(rates["predict"], rates["bare"], strict=True)]
+    report = {
+        "benchmark": "bulk",
+        "crops_per_second": medians,
+        "ratio": medians["predict"] / medians["bare"],
+        "ratio_median_of_pairs": statistics.median(paired),
+        "rounds_crops_per_second": rates,
+        "device_busy": statistics.median(t.compute / t.wall for t in all_times),
+        "seconds_of_a_prediction": {
+            stage: statistics.median(getattr(times, stage) for times in all_times)
+            for stage in ("read", "put", "compute", "write", "storage", "wall")
+        },
+        "synapses": plan.predicted_rows,
+        "batch_size": classifier.batch_size,
+        "batches": batches,
+        "units": len(plan),
+        "rounds": _ROUNDS.value,
+        "crop_shape_zyx": list(config.crop_shape_zyx),
+        "parameters": _parameters(config),
+        "compute_dtype": config.compute_dtype,
+        "volume_shape_zyx": volume.shape_zyx,
+        "chunk_shape_zyx": volume.chunk_shape_zyx,
+        "load_average_before": load_before,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    }
+    for package in ("synister_jax", "jax", "jaxlib", "tensorstore", "numpy"):
+        report[package] = importlib.metadata.version(package)
+    print(json.dumps(report))
+
+
+def _bare(classifier: inference.Classifier, batch: jax.Array, batches: int) -> float:
+    """Seconds of the network for so many batches, one waiting while one is computed."""
+    start = time.perf_counter()
+    pending: collections.deque[jax.Array] = collections.deque()
+    for _ in range(batches):
+        pending.append(classifier.start(batch))
+        if len(pending) == 2:
+            np.asarray(pending.popleft())
+    while pending:
+        np.asarray(pending.popleft())
+    return time.perf_counter() - start
+
+
+def _predict(
+    plan: Plan, classifier: inference.Classifier, path: pathlib.Path
+) -> execution.Times:
+    """Times of all units; the chunks that a former round decoded are forgotten."""
+    for unit in range(len(plan)):
+        parts.path_of(plan, unit).unlink(missing_ok=True)
+    volume = volumes.open(str(path), classifier.config.voxel_size_nm_zyx)
+    return execution.execute(plan, range(len(plan)), classifier, volume)
+
+
+def _synapses(
+    volume: volumes.Volume, config: ml_collections.ConfigDict
+) -> pa.RecordBatch:
+    """Random ones whose crops lie inside."""
+    rng = np.random.default_rng(0)
+    most = np.subtract(volume.shape_zyx, config.crop_shape_zyx)
+    starts = rng.integers(0, most, (_SYNAPSES.value, 3), endpoint=True)
+    centres = starts + np.asarray(config.crop_shape_zyx) // 2
+    z, y, x = (centres * volume.voxel_size_nm_zyx + volume.offset_nm_zyx).T
+    ids = np.arange(len(starts))
+    names = ["synapse_id", "z_nm", "y_nm", "x_nm"]
+    return pa.RecordBatch.from_arrays(list(map(pa.array, (ids, z, y, x))), names)
+
+
+def _volume_path(
+    folder: pathlib.Path, shape: tuple[int, ...], config: ml_collections.ConfigDict
+) -> pathlib.Path:
+    """The volume of this shape, made where it is not there."""
+    path = folder / f"noise-{'x'.join(map(str, shape))}.n5"
+    if path.exists():
+        return path
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    smooth = ndimage.gaussian_filter(values, (1, 3, 3))
+    noise = np.clip(128 + 40 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    volumes.write_n5(partial, noise, config.voxel_size_nm_zyx)
+    return partial.rename(path)
+
+
+def _workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
+    """A run of this configuration with random weights, made where it is not there."""
+    digest = hashlib.sha256(config.to_json_best_effort().encode()).hexdigest()
+    workdir = folder / f"run-{digest[:12]}"
+    if not checkpoint.steps(workdir):
+        crops = jnp.zeros((1, *config.crop_shape_zyx), jnp.float32)
+        network = model.from_config(config)
+        init = jax.jit(
+            lambda key: network.init(key, crops, train=False),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
+        checkpoint.save_imported(workdir, 0, init(jax.random.key(0)), config)
+    return workdir
+
+
+def _parameters(config: ml_collections.ConfigDict) -> int:
+    leaves = jax.tree.leaves(inference.abstract_variables(config)["params"])
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+if __name__ == "__main__":
+    command.run(main)
