@@ -58,8 +58,9 @@ def chunk_codes(
     of some of them each chunk is decoded about once.
     """
     centres = starts_vx_zyx + np.asarray(shape_zyx) // 2
-    cells = np.clip(centres, 0, np.asarray(volume.shape_zyx) - 1)
-    z, y, x = (cells // np.asarray(volume.chunk_shape_zyx)).T
+    places = np.clip(centres, 0, np.asarray(volume.shape_zyx) - 1)
+    origin = np.asarray(volume.store.chunk_layout.grid_origin)  # 0 or less
+    z, y, x = ((places - origin) // np.asarray(volume.chunk_shape_zyx)).T
     return _spread(z) << 2 | _spread(y) << 1 | _spread(x)
 
 
@@ -92,6 +93,8 @@ def count_chunks(
     origin = np.asarray(volume.store.chunk_layout.grid_origin)
     low = np.maximum(starts_vx_zyx, 0)
     high = np.minimum(starts_vx_zyx + shape_zyx, volume.shape_zyx)
+    inside = (high > low).all(axis=1)
+    low, high = low[inside], high[inside]
     first, last = (low - origin) // chunk, (high - 1 - origin) // chunk
     _, rows, columns = (np.asarray(volume.shape_zyx) - origin) // chunk + 1
     found = [np.zeros(0, np.int64)]
@@ -145,22 +148,26 @@ def _finish(
     box: np.ndarray,
     future: Any,
 ) -> Crop:
-    voxels = np.zeros(shape_zyx, np.uint8)
     if future is None:
-        return Crop(voxels, ())
-    into = voxels[box_of(*(box - start))]
+        return Crop(np.zeros(shape_zyx, np.uint8), ())
+    unreadable: tuple[Corner, ...] = ()
     try:
-        into[...] = future.result()
+        found = future.result()
     except volumes.ERRORS as error:
         _raise_unless_chunk(volume, error)
-        return Crop(voxels, _read_present_chunks(volume, box, into))
-    return Crop(voxels, ())
+        found, unreadable = _read_present_chunks(volume, box)
+    if found.shape == tuple(shape_zyx):
+        return Crop(found, unreadable)
+    voxels = np.zeros(shape_zyx, np.uint8)
+    voxels[box_of(*(box - start))] = found
+    return Crop(voxels, unreadable)
 
 
 def _read_present_chunks(
-    volume: Volume, box: np.ndarray, into: np.ndarray
-) -> tuple[Corner, ...]:
-    """Fills `into` from those chunks of `box` that can be read; returns the others."""
+    volume: Volume, box: np.ndarray
+) -> tuple[np.ndarray, tuple[Corner, ...]]:
+    """The box, 0 in the chunks that cannot be read, and these."""
+    found = np.zeros(box[1] - box[0], np.uint8)
     chunk = np.asarray(volume.chunk_shape_zyx)
     # The grid's origin is not 0 where the container's domain did not start at 0.
     origin = np.asarray(volume.store.chunk_layout.grid_origin)
@@ -175,13 +182,13 @@ def _read_present_chunks(
     unreadable = []
     for corner, place, future in reads:
         try:
-            into[place] = future.result()
+            found[place] = future.result()
         except volumes.ERRORS as error:
             _raise_unless_chunk(volume, error)
             unreadable.append(tuple(np.maximum(corner, 0).tolist()))
     if unreadable:
         volume.check_present()
-    return tuple(unreadable)
+    return found, tuple(unreadable)
 
 
 def _raise_unless_chunk(volume: Volume, error: Exception) -> None:

@@ -172,9 +172,8 @@ def _batches(
         for first in range(0, len(unit.todo), classifier.batch_size):
             start = time.perf_counter()
             several = list(itertools.islice(read, classifier.batch_size))
-            voxels = np.stack([crop.voxels for crop in several])
             is_read = time.perf_counter()
-            records = classifier.put(voxels)
+            records = classifier.put([crop.voxels for crop in several])
             times.read += is_read - start
             times.put += time.perf_counter() - is_read
             whole = np.array([not crop.unreadable for crop in several])

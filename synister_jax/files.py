@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,9 +45,40 @@ def replacing(
             partial.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}); mend that and rerun"
-        ) from None
+        raise _not_written(path, error) from None
+
+
+@contextlib.contextmanager
+def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty folder beside `path` that becomes `path` if all went well.
+
+    What is there until then stays, and leftovers of a killed run are removed.
+    """
+    partial = path.with_name(path.name + ".partial")
+    replaced = path.with_name(path.name + ".replaced")
+    make_folder(path.parent)
+    try:
+        if replaced.exists() and not path.exists():  # killed between the two renames
+            replaced.rename(path)
+        for leftover in (partial, replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: pathlib.Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"cannot write {path} ({reason}); mend that and rerun")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -150,7 +182,7 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # of another host's process of that number
     except OSError as error:
         raise UserError(
             f"cannot write to {path} ({error.strerror}); choose another folder"

@@ -6,13 +6,11 @@ answers a grid. The answers go into an OME-Zarr 0.4 group of Zarr 2 that neurogl
 Fiji and funlib read: TensorStore writes its one array.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -155,7 +153,12 @@ def write_zarr(
         # What every reader of Zarr 2 can read; some know no zstd of its own.
         "compressor": {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 1},
     }
-    with _replacing_folder(path) as partial:
+    if path.exists() and not _is_ours(path):
+        raise UserError(
+            f"{path} is there and holds no predictions on a grid; remove it or choose "
+            "another name"
+        )
+    with files.replacing_folder(path) as partial:
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{partial}/0/"},
@@ -249,43 +252,6 @@ def _write_attributes(
     files.write_json(folder / ".zgroup", {"zarr_format": 2})
     files.write_json(folder / ".zattrs", group)
     files.write_json(folder / "0" / ".zattrs", array)
-
-
-@contextlib.contextmanager
-def _replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty folder beside `path` that becomes `path` if all went well.
-
-    Raises:
-      UserError: `path` is there and `write_zarr` did not make it, or the folder cannot
-        be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    replaced = path.with_name(path.name + ".replaced")
-    files.make_folder(path.parent)
-    try:
-        if replaced.exists() and not path.exists():  # killed between the two renames
-            replaced.rename(path)
-        for leftover in (partial, replaced):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        if path.exists() and not _is_ours(path):
-            raise UserError(
-                f"{path} is there and holds no predictions on a grid; remove it or "
-                "choose another name"
-            )
-        partial.mkdir()
-        yield partial
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}); mend that and rerun"
-        ) from None
 
 
 def _is_ours(path: pathlib.Path) -> bool:

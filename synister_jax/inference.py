@@ -164,15 +164,14 @@ class Classifier:
             parts.append(np.asarray(self.start(batch)))
         return np.concatenate(parts)[: len(records)]
 
-    def put(self, records: np.ndarray) -> jax.Array:
-        """uint8 [n ≤ batch_size, *record] → [batch_size, *record] on the devices.
+    def put(self, records: Sequence[np.ndarray]) -> jax.Array:
+        """n ≤ batch_size uint8 records → [batch_size, *record] on the devices.
 
-        Filled up with zeros. Returns when the transfer is complete; the caller may
-        then fill `records` anew.
+        Filled up with zeros. Returns when the transfer is complete.
         """
-        # A copy even of a full batch: on a CPU the device shares the array's memory.
-        filled = np.zeros((self.batch_size, *records.shape[1:]), np.uint8)
-        filled[: len(records)] = records
+        filled = np.zeros((self.batch_size, *records[0].shape), np.uint8)
+        for place, record in enumerate(records):
+            filled[place] = record
         return jax.block_until_ready(jax.device_put(filled, self._batch_sharding))
 
     def start(self, batch: jax.Array) -> jax.Array:

@@ -6,11 +6,10 @@ Each row with a crop must have exactly one prediction, and the table must be the
 that was planned: else nothing is written.
 """
 
+import contextlib
 import dataclasses
 import itertools
-import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -141,27 +140,17 @@ def write_feather(path: pathlib.Path, answer: Iterator[pa.Table]) -> None:
 
 def write_parquet(folder: pathlib.Path, answer: Iterator[pa.Table]) -> None:
     """A folder of files, each of some millions of rows; in order by their names."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    files.make_folder(partial)
-    sink, rows, number = None, 0, 0
-    try:
+    with files.replacing_folder(folder) as partial, contextlib.ExitStack() as opened:
+        rows, number = _FILE_ROWS, 0
         for table in answer:
-            if sink is None or rows >= _FILE_ROWS:
-                if sink is not None:
-                    sink.close()
+            if rows >= _FILE_ROWS:
+                opened.close()
                 path = partial / f"part-{number:05d}.parquet"
                 sink = parquet.ParquetWriter(path, table.schema, compression="zstd")
+                opened.enter_context(sink)
                 rows, number = 0, number + 1
             sink.write_table(table)
             rows += len(table)
-        sink.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder} ({error.strerror or error}); mend that and rerun"
-        ) from None
 
 
 Write = Callable[[pathlib.Path, Iterator[pa.Table]], None]

@@ -86,6 +86,7 @@ def _sha256(plan: Plan, unit: int, part: Part) -> str:
     """Of the content, which unit it is, and all that the plan was made from."""
     digest = hashlib.sha256(plan.fingerprint + f"unit {unit}".encode())
     for values in (part.rows, part.whole, part.probabilities):
+        digest.update(f"{values.dtype} {values.shape}".encode())
         digest.update(np.ascontiguousarray(values))
     digest.update(json.dumps(sorted(part.unreadable)).encode())
     return digest.hexdigest()

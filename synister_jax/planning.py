@@ -166,7 +166,7 @@ class _Counted:
     def _keep_some(self, positions: np.ndarray, first_row: int) -> None:
         """Every stride-th row; the stride doubles as the rows turn out to be many."""
         self._sample.append(positions[-first_row % self._stride :: self._stride])
-        if sum(map(len, self._sample)) > _SAMPLE_ROWS:
+        while sum(map(len, self._sample)) > _SAMPLE_ROWS:
             self._sample = [np.concatenate(self._sample)[::2]]
             self._stride *= 2
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sorting more rows than fit in memory: DuckDB does it, on disk where it must."""
 
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -41,13 +42,15 @@ def run(
             raise
 
     config = {"memory_limit": MEMORY, "temp_directory": str(spill)}
+    # Each thread needs memory of its own: 128 of them run out of this.
+    config["threads"] = str(min(8, os.cpu_count() or 1))
     config["preserve_insertion_order"] = "false"  # only ORDER BY says what comes first
     try:
         with duckdb.connect(config=config) as database:
             reader = pa.RecordBatchReader.from_batches(schema, watched())
             database.register("rows", reader)
             yield from database.sql(query).to_arrow_reader(1 << 16)
-    except duckdb.Error as error:
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
         if raised:
             raise raised[0] from None
         raise UserError(f"cannot sort in {folder}: {error}; mend that, rerun") from None

@@ -129,8 +129,8 @@ def doubt(
             return None
     voxel = np.asarray(volume.voxel_size_nm_zyx)
     guesses = {
-        "they look like nm multiplied by the voxel size once more": lost / voxel,
         "they look like x, y, z in place of z, y, x": lost[:, ::-1],
+        "they look like nm multiplied by the voxel size once more": lost / voxel,
         "they look like thousandths of nm": lost / 1000,
     }
     for guess, changed in guesses.items():

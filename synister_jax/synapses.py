@@ -254,7 +254,8 @@ def conform(
     if answer_all:
         for name in POSITION:
             place = schema.names.index(name)
-            columns[place] = pc.fill_null(columns[place], np.nan)
+            finite = pc.fill_null(pc.is_finite(columns[place]), False)
+            columns[place] = pc.if_else(finite, columns[place], np.nan)
     return pa.table(columns, schema=schema)
 
 

@@ -92,9 +92,7 @@ def merge(
 ) -> tuple[merging.Merged, pathlib.Path]:
     merged = merging.Merged({}, set())
     name, write = merging.FORMATS[file_format]
-    write(
-        plan.folder / name, merging.tables(plan, source, volume, ABOUT, merged)
-    )
+    write(plan.folder / name, merging.tables(plan, source, volume, ABOUT, merged))
     return merged, plan.folder / name
 
 
@@ -105,9 +103,24 @@ def read(path: pathlib.Path) -> pa.Table:
     return predictions.load(path)
 
 
+def same(a: pa.Table, b: pa.Table) -> bool:
+    """Also where both have NaN."""
+    wanted = [n for n in a.column_names if not n.startswith(("nt_", "z_", "y_", "x_"))]
+    return (
+        a.schema.equals(b.schema, check_metadata=True)
+        and a.select(wanted).equals(b.select(wanted))
+        and np.array_equal(
+            predictions.probabilities(a), predictions.probabilities(b), equal_nan=True
+        )
+        and np.array_equal(
+            synapses.positions_nm_zyx(a), synapses.positions_nm_zyx(b), equal_nan=True
+        )
+    )
+
+
 def expected_answer(table: pa.Table) -> tuple[list[str], np.ndarray]:
     """(statuses, probabilities [n, 3]) row by row."""
-    [conformed] = source_of(table).tables()
+    conformed = pa.concat_tables(source_of(table).tables())
     positions = synapses.positions_nm_zyx(conformed)
     starts = expected_rows(positions)
     statuses, probabilities = [], np.full((len(table), 3), np.nan, np.float32)
@@ -173,8 +186,8 @@ def test_parquet_is_several_files_in_order_and_the_same_rows(
     sizes = [parquet.read_metadata(path / name).num_rows for name in names]
     assert sizes == [256, 256, 256, 232]
     _, one = merge(plan, source_of(table, 64), volume, "feather")
-    assert read(path).equals(read(one))
-    assert parquet.read_table(path).equals(read(one))  # as a data set, too
+    assert same(read(path), read(one))
+    assert same(parquet.read_table(path), read(one))  # as a data set, too
     for name in names:
         predictions.check(parquet.read_table(path / name), name)
 
@@ -218,10 +231,23 @@ def test_a_shorter_answer_leaves_no_file_of_a_longer_one(
 def refused(
     plan: Plan, table: pa.Table, volume: Volume, file_format: str, message: str
 ) -> None:
-    """With a UserError, and nothing is written or left."""
+    """With a UserError, and there is no answer."""
     before = names_in(plan.folder)
     with pytest.raises(UserError, match=message):
         merge(plan, source_of(table, 130), volume, file_format)
+    gc.collect()
+    left = names_in(plan.folder) - before
+    assert not [name for name in left if "parquet.partial" not in name]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_refused_answer_leaves_nothing(
+    plan: Plan, volume: Volume, table: pa.Table, file_format: str
+) -> None:
+    """A brain's is of many gigabytes; and the advice is another folder."""
+    before = names_in(plan.folder)
+    with pytest.raises(UserError, match="changed while it was predicted"):
+        merge(plan, source_of(table.slice(0, 990), 130), volume, file_format)
     gc.collect()
     assert names_in(plan.folder) == before
 
@@ -316,7 +342,7 @@ def test_a_refused_answer_leaves_the_one_before(
     before = read(path)
     with pytest.raises(UserError, match="changed while it was predicted"):
         merge(plan, source_of(table.slice(1)), volume, file_format)
-    assert read(path).equals(before)
+    assert same(read(path), before)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -32,7 +32,9 @@ def expected_rows(count: int, batch: int = BATCH) -> np.ndarray:
 
 
 def rows_of(found: Iterator[pa.RecordBatch]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int64), *(b["row"].to_numpy() for b in found)])
+    return np.concatenate(
+        [np.zeros(0, np.int64), *(b["row"].to_numpy() for b in found)]
+    )
 
 
 @pytest.fixture
@@ -162,7 +164,7 @@ def test_a_folder_may_have_any_name(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     monkeypatch.setattr(sorting, "MEMORY", "40MB")
-    folder = tmp_path / "it's \"a\" {folder}; ünd"
+    folder = tmp_path / 'it\'s "a" {folder}; ünd'
     folder.mkdir()
     most = 0
     for _ in sorting.run(QUERY, SCHEMA, batches(12), folder):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import pathlib
-from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -77,9 +76,6 @@ def test_a_database_gives_the_rows_of_a_load_in_their_order(
     assert expected["synapse_id"].equals(table["synapse_id"])
     assert same_rows(all_of(source), expected)
     assert source.name == mongo_uri.redact(mongo_database)
-
-
-Change = dict[str, Callable[[pa.Table], pa.Array]]
 
 
 def changed(name: str, row: int, value: object, kind: pa.DataType) -> pa.Table:
