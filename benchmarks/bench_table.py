@@ -234,7 +234,7 @@ def _plan(folder: pathlib.Path, rows: int) -> dict[str, float]:
 def _merge(folder: pathlib.Path, rows: int) -> dict[str, Any]:
     start = time.perf_counter()
     plan, source, volume = _opened(folder)
-    merged = merging.Merged({}, set())
+    merged = merging.Merged()
     about = {"volume": volume.uri, "synapses": source.name}
     answer = merging.tables(plan, source, volume, about, merged)
     merging.write_feather(plan.folder / "predictions.feather", answer)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 
 from synister_jax import execution, files, inference, sharding, volumes
@@ -21,6 +22,19 @@ class Job:
     voxel_size_nm_zyx: tuple[float, ...] | None  # the network's when None
     output: str
     retry_missing: bool
+
+    def anywhere(self) -> "Job":
+        """With paths that mean the same whatever the current folder is."""
+        members = [(os.path.abspath(workdir), step) for workdir, step in self.members]
+        volume = self.volume
+        if "://" not in volume and not volume.lstrip().startswith("{"):
+            volume = os.path.abspath(volume)
+        return dataclasses.replace(
+            self,
+            members=tuple(members),
+            volume=volume,
+            output=os.path.abspath(self.output),
+        )
 
     def open(self) -> tuple[inference.Classifier, volumes.Volume]:
         members = [(pathlib.Path(workdir), step) for workdir, step in self.members]

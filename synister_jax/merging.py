@@ -6,6 +6,7 @@ Each row with a crop must have exactly one prediction, and the table must be the
 that was planned: else nothing is written.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -39,8 +40,10 @@ _FILE_ROWS = 1 << 22
 class Merged:
     """What merging found, complete once `tables` has been read to its end."""
 
-    status: dict[str, int]
-    unreadable: set[crops.Corner]
+    status: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    unreadable: set[crops.Corner] = dataclasses.field(default_factory=set)
 
 
 def tables(
@@ -71,10 +74,7 @@ def tables(
         status[expected[~whole]] = crops.MISSING_DATA
         probabilities = np.full((len(table), len(classes)), np.nan, np.float32)
         probabilities[expected[whole]] = values[whole]
-        for name, count in zip(
-            *np.unique(status.astype(str), return_counts=True), strict=True
-        ):
-            merged.status[str(name)] = merged.status.get(str(name), 0) + int(count)
+        merged.status.update(status.tolist())
         yield predictions.build(table, probabilities, status, classes, about)
         progress.add(len(table))
     if checksum.hexdigest() != plan.about["synapses_sha256"]:

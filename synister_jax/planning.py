@@ -8,6 +8,7 @@ volume's grid and the crop's shape; `plan.json` says what it was made from, and 
 group i of `units.parquet` holds the rows of unit i.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -141,7 +142,7 @@ class _Counted:
     def __init__(self, source: Source, volume: Volume, shape: Sequence[int]) -> None:
         self._source, self._volume, self._shape = source, volume, shape
         self._checksum = synapse_batches.Checksum()
-        self._status: dict[str, int] = {}
+        self._status = collections.Counter[str]()
         self._sample: list[np.ndarray] = []
         self._stride = 1
 
@@ -151,10 +152,7 @@ class _Counted:
             first_row = self._checksum.rows
             self._checksum.update(table)
             starts, status = locate(table, self._shape, self._volume)
-            for name, count in zip(
-                *np.unique(status.astype(str), return_counts=True), strict=True
-            ):
-                self._status[str(name)] = self._status.get(str(name), 0) + int(count)
+            self._status.update(status.tolist())
             self._keep_some(synapses.positions_nm_zyx(table), first_row)
             kept = np.flatnonzero(has_crop(status))
             starts = starts[kept]

@@ -102,7 +102,7 @@ def finish(
         "volume": volume.uri,
         "synapses": source.name,
     }
-    merged = merging.Merged({}, set())
+    merged = merging.Merged()
     with files.locked(plan.folder, "merging", wait=True):
         answer = merging.tables(plan, source, volume, about, merged)
         if grid is not None:
@@ -262,7 +262,7 @@ def main() -> None:
                 plan, left, classifier, opened, progress, job.retry_missing
             )
         else:
-            do = functools.partial(jobs.execute_unit, job)
+            do = functools.partial(jobs.execute_unit, job.anywhere())
             times = workers.execute(
                 do, left, cluster.value, worker_count.value, progress
             )

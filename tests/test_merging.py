@@ -90,7 +90,7 @@ def plan(tmp_path: pathlib.Path, volume: Volume, table: pa.Table) -> Plan:
 def merge(
     plan: Plan, source: Source, volume: Volume, file_format: str = "feather"
 ) -> tuple[merging.Merged, pathlib.Path]:
-    merged = merging.Merged({}, set())
+    merged = merging.Merged()
     name, write = merging.FORMATS[file_format]
     write(plan.folder / name, merging.tables(plan, source, volume, ABOUT, merged))
     return merged, plan.folder / name
@@ -403,7 +403,7 @@ def test_parts_larger_than_the_memory_are_merged_on_the_disk(
         values = np.repeat(probabilities_of(numbers)[:, :1], 9, axis=1)
         whole = np.ones(len(numbers), bool)
         parts.write(plan, unit, Part(numbers, whole, values, frozenset()))
-    merged, spilled, first = merging.Merged({}, set()), 0, 0
+    merged, spilled, first = merging.Merged(), 0, 0
     for answer in merging.tables(plan, source, volume, ABOUT, merged):
         found = (out / "sorting.tmp").glob("*")
         spilled = max(spilled, sum(path.stat().st_size for path in found))
