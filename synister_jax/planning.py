@@ -163,7 +163,8 @@ class _Counted:
 
     def _keep_some(self, positions: np.ndarray, first_row: int) -> None:
         """Every stride-th row; the stride doubles as the rows turn out to be many."""
-        self._sample.append(positions[-first_row % self._stride :: self._stride])
+        kept = positions[-first_row % self._stride :: self._stride]
+        self._sample.append(kept.copy())  # a view would keep the whole batch
         while sum(map(len, self._sample)) > _SAMPLE_ROWS:
             self._sample = [np.concatenate(self._sample)[::2]]
             self._stride *= 2
@@ -188,7 +189,10 @@ def _write_units(counted: _Counted, folder: pathlib.Path, unit_rows: int) -> Non
         ORDER BY code, start_z_vx, start_y_vx, start_x_vx, "row" """
     with (
         files.replacing(folder / "units.parquet") as partial,
-        parquet.ParquetWriter(partial, _UNIT, compression="zstd") as sink,
+        # No dictionaries: hardly a number is there twice.
+        parquet.ParquetWriter(
+            partial, _UNIT, compression="zstd", use_dictionary=False
+        ) as sink,
     ):
         waiting = pa.Table.from_batches([], _UNIT)
         for batch in sorting.run(query, _CODED, iter(counted), folder):

@@ -47,6 +47,7 @@ def run(
     config["preserve_insertion_order"] = "false"  # only ORDER BY says what comes first
     try:
         with duckdb.connect(config=config) as database:
+            database.execute("SET enable_progress_bar = false")
             reader = pa.RecordBatchReader.from_batches(schema, watched())
             database.register("rows", reader)
             yield from database.sql(query).to_arrow_reader(1 << 16)

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 # other accelerators, so that the suite means the same on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
-# Many tests compile the same programs, and so do the commands that they start.
-_compiled = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+# Many tests compile the same programs, and so do the commands that they start and the
+# other processes of pytest-xdist.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import ml_collections  # noqa: E402
@@ -24,7 +26,14 @@ import pyarrow as pa  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import skeleton  # noqa: E402
-from synister_jax import cutting, mongo, shards, synapses, volumes  # noqa: E402
+from synister_jax import (  # noqa: E402
+    cutting,
+    mongo,
+    shards,
+    synapses,
+    train,
+    volumes,
+)
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
@@ -122,6 +131,21 @@ def shards_folder(
     """Finished shards of the small data set for `tiny_config`."""
     folder = tmp_path_factory.mktemp("shards") / "shards"
     write_shards(folder, volume_path, synapse_table)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(
+    tmp_path_factory: pytest.TempPathFactory, shards_folder: pathlib.Path
+) -> pathlib.Path:
+    """Steps 20 and 40: sure enough of itself that swapped rows would show."""
+    config = tiny_config()
+    config.shards = str(shards_folder)
+    config.num_train_steps = 40
+    config.eval_every_steps = 20
+    config.checkpoint_every_steps = 20
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train.train(config, folder)
     return folder
 
 

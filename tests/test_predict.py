@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import tensorstore as ts
-from conftest import CLASSES, shared_data, tiny_config
+from conftest import CLASSES, shared_data
 from pyarrow import csv, feather, parquet
 
 from synister_jax import (
@@ -29,32 +29,16 @@ from synister_jax import (
     sharding,
     synapse_batches,
     synapses,
-    train,
     volumes,
 )
 from synister_jax.command import UserError
 
 
-@pytest.fixture(scope="module")
-def workdir(
-    tmp_path_factory: pytest.TempPathFactory, shards_folder: pathlib.Path
-) -> pathlib.Path:
-    """A run of 40 steps: sure enough of itself that swapped rows would show."""
-    config = tiny_config()
-    config.shards = str(shards_folder)
-    config.num_train_steps = 40
-    config.eval_every_steps = 40
-    config.checkpoint_every_steps = 20
-    folder = tmp_path_factory.mktemp("run") / "run"
-    train.train(config, folder)
-    return folder
-
-
 def classifier(
-    workdir: pathlib.Path, batch_size: int = 8, devices: int = 1
+    trained_run: pathlib.Path, batch_size: int = 8, devices: int = 1
 ) -> inference.Classifier:
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    return inference.Classifier([(workdir, None)], batch_size, mesh)
+    return inference.Classifier([(trained_run, None)], batch_size, mesh)
 
 
 def predict_all(
@@ -103,13 +87,13 @@ EXPECTED_STATUS = {
 
 def test_every_row_has_a_row_in_order(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     awkward: pathlib.Path,
 ) -> None:
     table = feather.read_table(awkward)
     volume = volumes.open(str(volume_path))
-    saved = predict_all(classifier(workdir), awkward, volume, tmp_path / "out")
+    saved = predict_all(classifier(trained_run), awkward, volume, tmp_path / "out")
     assert saved["synapse_id"].to_pylist() == table["synapse_id"].to_pylist()
     starting_with_nt = [n for n in saved.column_names if n.startswith("nt")]
     assert starting_with_nt == [f"nt_{name}_prob" for name in CLASSES]
@@ -126,7 +110,7 @@ def test_every_row_has_a_row_in_order(
     # Independently: each crop by plain indexing, one at a time.
     array = np.pad(volume.read((0, 0, 0), volume.shape_zyx), 16)
     positions = synapses.positions_nm_zyx(saved) / (40, 4, 4)
-    one = classifier(workdir, batch_size=1)
+    one = classifier(trained_run, batch_size=1)
     for row in np.flatnonzero(predicted)[::5]:
         z, y, x = positions[row].astype(int) + 16
         crop = array[z - 2 : z + 2, y - 8 : y + 8, x - 8 : x + 8]
@@ -140,14 +124,14 @@ def test_every_row_has_a_row_in_order(
 
 def test_result_does_not_depend_on_batch_units_or_devices(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     awkward: pathlib.Path,
 ) -> None:
     volume = volumes.open(str(volume_path))
     results = [
         predict_all(
-            classifier(workdir, batch, devices),
+            classifier(trained_run, batch, devices),
             awkward,
             volume,
             tmp_path / str(i),
@@ -164,7 +148,7 @@ def test_result_does_not_depend_on_batch_units_or_devices(
 
 
 def test_missing_chunk_is_a_status(
-    tmp_path: pathlib.Path, workdir: pathlib.Path, synapse_table: pa.Table
+    tmp_path: pathlib.Path, trained_run: pathlib.Path, synapse_table: pa.Table
 ) -> None:
     path = tmp_path / "raw.n5"
     rng = np.random.default_rng(0)
@@ -173,7 +157,7 @@ def test_missing_chunk_is_a_status(
     chunk = path / "2" / "2" / "1"  # x 64..96, y 64..96, z 8..16
     content = chunk.read_bytes()
     chunk.unlink()
-    arguments = (classifier(workdir), synapse_table)
+    arguments = (classifier(trained_run), synapse_table)
     out, listed = tmp_path / "out", tmp_path / "out" / "unreadable_chunks.csv"
     result = predict_all(*arguments, volumes.open(str(path)), out)
     position = synapses.positions_nm_zyx(synapse_table) / (40, 4, 4)
@@ -224,12 +208,12 @@ def test_missing_chunk_is_a_status(
 )
 def test_a_damaged_part_is_done_again(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
     damage: str,
 ) -> None:
-    arguments = (classifier(workdir), synapse_table, volumes.open(str(volume_path)))
+    arguments = (classifier(trained_run), synapse_table, volumes.open(str(volume_path)))
     predict_all(*arguments, tmp_path, unit_rows=30)
     expected = output_files(tmp_path)
     first, second, _ = sorted((tmp_path / "parts").iterdir())
@@ -265,10 +249,13 @@ def test_a_damaged_part_is_done_again(
 
 
 def run_command(
-    workdir: pathlib.Path, table: pathlib.Path, volume: pathlib.Path, out: pathlib.Path
+    trained_run: pathlib.Path,
+    table: pathlib.Path,
+    volume: pathlib.Path,
+    out: pathlib.Path,
 ) -> list[str]:
     return [sys.executable, "-m", "synister_jax.predict"] + [
-        f"--workdir={workdir}",
+        f"--workdir={trained_run}",
         f"--synapses={table}",
         f"--volume={volume}",
         f"--output={out}",
@@ -298,7 +285,7 @@ STAGES = (
 @pytest.mark.slow
 def test_killed_at_20_moments_and_rerun_gives_the_same_bytes(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
@@ -312,7 +299,7 @@ def test_killed_at_20_moments_and_rerun_gives_the_same_bytes(
     feather.write_feather(pa.concat_tables(mixed), str(table), chunksize=5_000)
 
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    command = run_command(workdir, table, volume_path, whole)
+    command = run_command(trained_run, table, volume_path, whole)
     subprocess.run(command, check=True, capture_output=True)
     expected = output_files(whole)
     command[-3] = f"--output={folder}"
@@ -336,11 +323,16 @@ def test_killed_at_20_moments_and_rerun_gives_the_same_bytes(
 
 def test_only_what_is_lost_is_done_again(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     awkward: pathlib.Path,
 ) -> None:
-    arguments = (classifier(workdir), awkward, volumes.open(str(volume_path)), tmp_path)
+    arguments = (
+        classifier(trained_run),
+        awkward,
+        volumes.open(str(volume_path)),
+        tmp_path,
+    )
     predict_all(*arguments)
     expected = output_files(tmp_path)
     lost = sorted(tmp_path.glob("parts/*"))[2]
@@ -354,7 +346,7 @@ def test_only_what_is_lost_is_done_again(
 
 def test_mistaken_units_stop_cutting_and_warn_in_prediction(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
@@ -366,7 +358,7 @@ def test_mistaken_units_stop_cutting_and_warn_in_prediction(
     table = tmp_path / "twice.feather"
     feather.write_feather(pa.Table.from_pylist(rows), str(table))
     out = tmp_path / "out"
-    command = run_command(workdir, table, volume_path, out)
+    command = run_command(trained_run, table, volume_path, out)
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "warning: 90 of 90 positions lie outside" in finished.stderr
@@ -380,12 +372,12 @@ def test_mistaken_units_stop_cutting_and_warn_in_prediction(
 
 def test_other_arguments_in_the_same_folder_are_refused(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
     volume = volumes.open(str(volume_path))
-    model = classifier(workdir)
+    model = classifier(trained_run)
     predict_all(model, synapse_table, volume, tmp_path)
     with pytest.raises(UserError, match="rows was 90, now 89"):
         predict_all(model, synapse_table.slice(1), volume, tmp_path)
@@ -393,11 +385,11 @@ def test_other_arguments_in_the_same_folder_are_refused(
     with pytest.raises(UserError, match="synapses_sha256 was"):
         predict_all(model, moved, volume, tmp_path)
     with pytest.raises(UserError, match="batch_size was 8, now 7"):
-        predict_all(classifier(workdir, 7), synapse_table, volume, tmp_path)
+        predict_all(classifier(trained_run, 7), synapse_table, volume, tmp_path)
     mesh = sharding.make_mesh(jax.devices()[:1])
     for other, differs in (
-        (inference.Classifier([(workdir, 20)], 8, mesh), "parameters_sha256 was"),
-        (inference.Classifier([(workdir, None)], 8, mesh, 8), "views was 1, now 8"),
+        (inference.Classifier([(trained_run, 20)], 8, mesh), "parameters_sha256 was"),
+        (inference.Classifier([(trained_run, None)], 8, mesh, 8), "views was 1, now 8"),
     ):
         with pytest.raises(UserError, match=differs):
             predict_all(other, synapse_table, volume, tmp_path)
@@ -411,13 +403,13 @@ def test_other_arguments_in_the_same_folder_are_refused(
 
 def test_an_empty_table_has_an_empty_answer(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
     volume = volumes.open(str(volume_path))
     files.write_feather(tmp_path / "none.feather", synapse_table.slice(0, 0))
-    model, out = classifier(workdir), tmp_path / "out"
+    model, out = classifier(trained_run), tmp_path / "out"
     answer = predict_all(model, tmp_path / "none.feather", volume, out)
     assert len(answer) == 0 and predictions.classes(answer) == CLASSES
     assert json.loads((out / "predictions.json").read_text())["status"] == {}
@@ -425,11 +417,11 @@ def test_an_empty_table_has_an_empty_answer(
 
 def test_one_synapse_and_none_in_the_volume(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
-    volume, model = volumes.open(str(volume_path)), classifier(workdir)
+    volume, model = volumes.open(str(volume_path)), classifier(trained_run)
     one = predict_all(model, synapse_table.slice(5, 1), volume, tmp_path / "one")
     assert one["status"].to_pylist() == ["ok"]
     place = synapse_table.column_names.index("y_nm")
@@ -441,13 +433,13 @@ def test_one_synapse_and_none_in_the_volume(
 
 def test_an_id_that_is_there_twice_is_answered_twice(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
     twice = pa.concat_tables([synapse_table.slice(0, 3), synapse_table.slice(1, 4)])
     volume = volumes.open(str(volume_path))
-    answer = predict_all(classifier(workdir), twice, volume, tmp_path)
+    answer = predict_all(classifier(trained_run), twice, volume, tmp_path)
     ids = synapse_table["synapse_id"].to_pylist()
     assert answer["synapse_id"].to_pylist() == [*ids[:3], *ids[1:5]]
     values = predictions.probabilities(answer)
@@ -455,22 +447,22 @@ def test_an_id_that_is_there_twice_is_answered_twice(
 
 
 def test_checkpoint_of_another_architecture(
-    tmp_path: pathlib.Path, workdir: pathlib.Path
+    tmp_path: pathlib.Path, trained_run: pathlib.Path
 ) -> None:
-    config = json.loads((workdir / "config.json").read_text())
+    config = json.loads((trained_run / "config.json").read_text())
     config["model"]["dense_features"] = 32
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    (tmp_path / "checkpoints").symlink_to(trained_run / "checkpoints")
     with pytest.raises(UserError, match=r"another architecture: params.dense0.bias is"):
         classifier(tmp_path)
     with pytest.raises(UserError, match="no checkpoint of step 41; there are 20, 40"):
-        inference.Classifier([(workdir, 41)], 4, sharding.make_mesh())
+        inference.Classifier([(trained_run, 41)], 4, sharding.make_mesh())
     with pytest.raises(UserError, match="not the folder of a run"):
         classifier(tmp_path / "nothing")
 
 
 def test_real_volume_at_its_real_synapses(
-    tmp_path: pathlib.Path, workdir: pathlib.Path
+    tmp_path: pathlib.Path, trained_run: pathlib.Path
 ) -> None:
     """Larval VNC, 50×4.6×4.6 nm, 20 sections: all 13 synapses lie in section 2."""
     folder = shared_data("larval_vnc_sstem")
@@ -481,7 +473,7 @@ def test_real_volume_at_its_real_synapses(
         lines.append(f"{i},{z * 50},{y * 4.6},{x * 4.6}")
     (tmp_path / "real.csv").write_text("\n".join(lines) + "\n")
     command = run_command(
-        workdir,
+        trained_run,
         tmp_path / "real.csv",
         folder / "stack1.n5" / "volumes" / "raw" / "s0",
         tmp_path / "out",
@@ -516,12 +508,12 @@ def refusals(command: list[str], cases: list[tuple[list[str], str]]) -> None:
 
 def test_a_dry_run_says_what_it_will_take(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     awkward: pathlib.Path,
 ) -> None:
     out = tmp_path / "out"
-    command = run_command(workdir, awkward, volume_path, out)
+    command = run_command(trained_run, awkward, volume_path, out)
     finished = run(command, "--dry_run")
     assert finished.returncode == 0, finished.stderr
     found = finished.stdout
@@ -539,13 +531,13 @@ def test_a_dry_run_says_what_it_will_take(
 
 def test_one_part_of_a_split_as_parquet(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
     table = tmp_path / "table.parquet"
     parquet.write_table(synapse_table, table, row_group_size=7)
-    command = run_command(workdir, table, volume_path, tmp_path / "out")
+    command = run_command(trained_run, table, volume_path, tmp_path / "out")
     finished = run(command, "--part=test", "--format=parquet")
     assert finished.returncode == 0, finished.stderr
     answer = parquet.read_table(tmp_path / "out" / "predictions.parquet")
@@ -556,7 +548,8 @@ def test_one_part_of_a_split_as_parquet(
     )
     assert 0 < len(answer) < 90
     volume = volumes.open(str(volume_path))
-    whole = predict_all(classifier(workdir, 4), synapse_table, volume, tmp_path / "all")
+    model = classifier(trained_run, 4)
+    whole = predict_all(model, synapse_table, volume, tmp_path / "all")
     np.testing.assert_allclose(
         predictions.probabilities(answer),
         predictions.probabilities(whole)[chosen],
@@ -574,10 +567,10 @@ def test_one_part_of_a_split_as_parquet(
 
 
 def test_a_grid_is_a_volume_of_probabilities(
-    tmp_path: pathlib.Path, workdir: pathlib.Path, volume_path: pathlib.Path
+    tmp_path: pathlib.Path, trained_run: pathlib.Path, volume_path: pathlib.Path
 ) -> None:
     out = tmp_path / "out"
-    command = run_command(workdir, tmp_path, volume_path, out)
+    command = run_command(trained_run, tmp_path, volume_path, out)
     command = [x for x in command if not x.startswith(("--synapses", "--unit_rows"))]
     command.append("--unit_rows=50")
     roi = "--roi_nm_zyx=160:800,64:600,-200:560"
@@ -591,7 +584,7 @@ def test_a_grid_is_a_volume_of_probabilities(
     columns = dict(zip(synapses.POSITION, rows.T, strict=True))
     table = pa.table({"synapse_id": np.arange(len(rows)), **columns})
     volume = volumes.open(str(volume_path))
-    model = classifier(workdir, 4, devices=4)  # as many as the command has
+    model = classifier(trained_run, 4, devices=4)  # as many as the command has
     answer = predict_all(model, table, volume, tmp_path / "table", 50)
     expected = predictions.probabilities(answer).T.reshape(values.shape)
     np.testing.assert_array_equal(values, expected)
@@ -614,13 +607,13 @@ def test_a_grid_is_a_volume_of_probabilities(
 
 def test_views_and_several_checkpoints(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
     table = tmp_path / "table.csv"
     csv.write_csv(synapse_table.select(["synapse_id", *synapses.POSITION]), table)
-    command = run_command(workdir, table, volume_path, tmp_path / "out")
+    command = run_command(trained_run, table, volume_path, tmp_path / "out")
     finished = run(command, "--step=20,40", "--tta=8")
     assert finished.returncode == 0, finished.stderr
     record = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -628,7 +621,7 @@ def test_views_and_several_checkpoints(
     assert record["views"] == 8
     answer = predictions.load(tmp_path / "out" / "predictions.feather")
     mesh = sharding.make_mesh(jax.devices()[:4])  # as many as the command has
-    members = [(workdir, 20), (workdir, 40)]
+    members = [(trained_run, 20), (trained_run, 40)]
     model = inference.Classifier(members, 4, mesh, views=8)
     volume = volumes.open(str(volume_path))
     same = predict_all(model, synapse_table, volume, tmp_path / "same", 3)
@@ -648,12 +641,12 @@ def test_views_and_several_checkpoints(
 
 def test_a_volume_that_vanishes_stops_the_command(
     tmp_path: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
     copy = shutil.copytree(volume_path, tmp_path / "raw.n5")
-    model = classifier(workdir)
+    model = classifier(trained_run)
     expected = predict_all(
         model, synapse_table, volumes.open(str(copy)), tmp_path / "a"
     )

@@ -9,28 +9,14 @@ import time
 import psutil
 import pyarrow as pa
 import pytest
-from conftest import tiny_config
 from pyarrow import feather
 from test_predict import output_files, run_command
-
-from synister_jax import train
-
-
-@pytest.fixture(scope="module")
-def workdir(
-    tmp_path_factory: pytest.TempPathFactory, shards_folder: pathlib.Path
-) -> pathlib.Path:
-    config = tiny_config()
-    config.shards = str(shards_folder)
-    folder = tmp_path_factory.mktemp("run") / "run"
-    train.train(config, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def alone(
     tmp_path_factory: pytest.TempPathFactory,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> pathlib.Path:
@@ -38,16 +24,19 @@ def alone(
     folder = tmp_path_factory.mktemp("alone")
     feather.write_feather(synapse_table, str(folder / "table.feather"))
     command = run_command(
-        workdir, folder / "table.feather", volume_path, folder / "out"
+        trained_run, folder / "table.feather", volume_path, folder / "out"
     )
     subprocess.run(command, check=True, capture_output=True)
     return folder / "out"
 
 
 def command_like(
-    alone: pathlib.Path, workdir: pathlib.Path, volume: pathlib.Path, out: pathlib.Path
+    alone: pathlib.Path,
+    trained_run: pathlib.Path,
+    volume: pathlib.Path,
+    out: pathlib.Path,
 ) -> list[str]:
-    return run_command(workdir, alone.parent / "table.feather", volume, out)
+    return run_command(trained_run, alone.parent / "table.feather", volume, out)
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -66,10 +55,10 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 def test_a_worker_killed_in_a_unit_changes_nothing(
     tmp_path: pathlib.Path,
     alone: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
 ) -> None:
-    command = command_like(alone, workdir, volume_path, tmp_path)
+    command = command_like(alone, trained_run, volume_path, tmp_path)
     process = subprocess.Popen(
         [*command, "--cluster=local", "--workers=2"],
         stdout=subprocess.PIPE,
@@ -90,13 +79,13 @@ def test_a_worker_killed_in_a_unit_changes_nothing(
 def test_what_a_unit_raises_is_one_line(
     tmp_path: pathlib.Path,
     alone: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
 ) -> None:
     """A part that cannot be written, as on a full disk."""
     in_the_way = tmp_path / "parts" / "part-000007-of-000030.feather"
     in_the_way.mkdir(parents=True)
-    command = command_like(alone, workdir, volume_path, tmp_path)
+    command = command_like(alone, trained_run, volume_path, tmp_path)
     command += ["--cluster=local", "--workers=1"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 1
@@ -111,7 +100,7 @@ def test_what_a_unit_raises_is_one_line(
 def test_jobs_of_a_queue(
     tmp_path: pathlib.Path,
     alone: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
 ) -> None:
     """dask-jobqueue itself; its sbatch starts the job's script on this machine."""
@@ -126,7 +115,7 @@ def test_jobs_of_a_queue(
         tool.chmod(0o755)
     environment = os.environ | {"DASK_JOBQUEUE__SLURM__MEMORY": "2GB"}
     out = tmp_path / "out"
-    command = [*command_like(alone, workdir, volume_path, out), "--cluster=slurm"]
+    command = [*command_like(alone, trained_run, volume_path, out), "--cluster=slurm"]
     refused = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert refused.returncode == 1 and "sbatch is not" in refused.stderr
     environment["PATH"] = f"{tools}:{environment['PATH']}"
@@ -140,11 +129,11 @@ def test_jobs_of_a_queue(
 def test_an_array_of_jobs(
     tmp_path: pathlib.Path,
     alone: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
 ) -> None:
     """Three processes at once, none of which has a plan to begin with."""
-    command = command_like(alone, workdir, volume_path, tmp_path)
+    command = command_like(alone, trained_run, volume_path, tmp_path)
     early = subprocess.run([*command, "--units=2/3"], capture_output=True, text=True)
     assert early.returncode == 0, early.stderr
     assert len(list(tmp_path.glob("parts/*.feather"))) == 10
@@ -168,12 +157,12 @@ def test_an_array_of_jobs(
 def test_mistakes_are_one_line(
     tmp_path: pathlib.Path,
     alone: pathlib.Path,
-    workdir: pathlib.Path,
+    trained_run: pathlib.Path,
     volume_path: pathlib.Path,
     option: str,
     message: str,
 ) -> None:
-    command = [*command_like(alone, workdir, volume_path, tmp_path), option]
+    command = [*command_like(alone, trained_run, volume_path, tmp_path), option]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 1
     assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr
