@@ -33,13 +33,18 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _exit(message: str, code: int, abandon_threads: bool = False) -> None:
     # A URI given in the wrong place may hold a password.
-    one_line = re.sub(r"(\w+:/*)[^\s/]\S*@", r"\1…@", " ".join(message.split()))
+    one_line = redact(" ".join(message.split()))
     print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {one_line}", file=sys.stderr)
     if abandon_threads:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def redact(text: str) -> str:
+    """The text without the name and password in a URI."""
+    return re.sub(r"(\w+:/*)[^\s/]\S*@", r"\1…@", text)
 
 
 def three_numbers(
@@ -88,6 +93,9 @@ def run(main: Callable[[], None], abandon_threads: bool = False) -> None:
             main()
         except UserError as error:
             _exit(str(error), 1, abandon_threads)
+        except BrokenPipeError:  # as of `| head`; nothing more can be said there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         except KeyboardInterrupt:
             _exit("interrupted; the same command goes on", 130)
 
@@ -132,9 +140,9 @@ class Progress:
         self._recent.append((now, self._done))
         total = "" if self._total is None else f"/{self._total:,}"
         if finished or self._total is None:
-            left = f"in {_duration(elapsed)}"
+            left = f"in {duration(elapsed)}"
         elif rate > 0:
-            left = f"ETA {_duration((self._total - self._done) / rate)}"
+            left = f"ETA {duration((self._total - self._done) / rate)}"
         else:
             left = "ETA unknown"
         line = (
@@ -144,7 +152,8 @@ class Progress:
             print(f"{line}, {self.note}" if self.note else line, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """m:ss, or h:mm:ss."""
     minutes, seconds = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return (

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cuts crops out of a volume into a folder of shards (shards.py says what is in it)."""
 
+import collections
 import math
 import os
 import pathlib
@@ -197,14 +198,10 @@ def _finish(
             "reason": pa.array(reasons[is_dropped], pa.string()),
         }
     )
-    reason_counts = dict(
-        zip(
-            *np.unique(reasons[is_dropped].astype(str), return_counts=True), strict=True
-        )
-    )
+    reason_counts = collections.Counter(reasons[is_dropped].tolist())
     manifest = plan | {
         "records": len(index),
-        "dropped": {str(k): int(v) for k, v in reason_counts.items()},
+        "dropped": dict(sorted(reason_counts.items())),
         "shards": entries,
         "written_by": f"synister_jax {synister_jax.__version__}",
     }

@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from synister_jax import crops, inference
+from synister_jax import command, crops, inference
 from synister_jax.planning import Plan
 from synister_jax.volumes import Volume
 
@@ -26,13 +26,13 @@ def text(plan: Plan, classifier: inference.Classifier, volume: Volume) -> str:
     rate = crops_per_second(classifier)
     needed = _bytes(plan.predicted_rows * math.prod(shape))
     decoded = _bytes(decoded_bytes(plan, volume))
-    seconds = plan.predicted_rows / rate
+    time_needed = command.duration(plan.predicted_rows / rate)
     return (
         f"rows: {about['rows']:,} ({shown}); {without:,} without a voxel there\n"
         f"units: {len(plan):,} of up to {about['unit_rows']:,} synapses\n"
         f"bytes needed: {needed} in crops of {'×'.join(map(str, shape))}\n"
         f"chunk bytes to decode: about {decoded}, each chunk once a unit\n"
-        f"time: about {_duration(seconds)} for the network at {rate:,.1f} crops/s on "
+        f"time: about {time_needed} for the network at {rate:,.1f} crops/s on "
         f"{jax.device_count()} {jax.default_backend()} device(s) here"
     )
 
@@ -51,8 +51,9 @@ def decoded_bytes(plan: Plan, volume: Volume) -> float:
 def crops_per_second(classifier: inference.Classifier) -> float:
     """Of the network alone, on crops that are on the devices already."""
     shape = (classifier.batch_size, *classifier.config.crop_shape_zyx)
-    batch = classifier.put(np.zeros(shape, np.uint8))
-    jax.block_until_ready(classifier.start(batch))  # compiled
+    with inference.told_if_too_large(classifier.batch_size):
+        batch = classifier.put(np.zeros(shape, np.uint8))
+        jax.block_until_ready(classifier.start(batch))  # compiled
     start, batches = time.perf_counter(), 0
     while batches == 0 or time.perf_counter() - start < _SECONDS_TIMED:
         jax.block_until_ready(classifier.start(batch))
@@ -66,11 +67,3 @@ def _bytes(count: float) -> str:
             return f"{count:,.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} PB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:,.1f} hours"

@@ -22,8 +22,8 @@ from synister_jax.command import Progress
 from synister_jax.parts import Part
 from synister_jax.planning import Plan
 
-# Batches that are ready on the devices or being computed: one to compute, one to go on
-# with at once, one being read.
+# Batches read ahead, and batches computed or being computed whose results are awaited:
+# at most four and the one being started are on the devices.
 _AHEAD = 2
 _WRITES = 2
 _T = TypeVar("_T")
@@ -95,19 +95,21 @@ def execute(
                     writes.popleft().result()
                 writes.append(writer.submit(_write, plan, batch.unit, times))
 
-        batches = _batches(plan, units, classifier, volume, retry_missing, times)
-        for batch in _ahead(reader, batches):
-            start = time.perf_counter()
-            result = classifier.start(batch.records)
-            pending.append((batch, collector.submit(collect, result, start)))
-            if len(pending) == _AHEAD:
+        todo = _todo(plan, units, retry_missing, progress)
+        batches = _batches(plan, todo, classifier, volume, times)
+        with inference.told_if_too_large(classifier.batch_size):
+            for batch, records in _ahead(reader, batches):
+                start = time.perf_counter()
+                result = classifier.start(records)
+                pending.append((batch, collector.submit(collect, result, start)))
+                if len(pending) == _AHEAD:
+                    finish(*pending.popleft())
+            while pending:
                 finish(*pending.popleft())
-        while pending:
-            finish(*pending.popleft())
         while writes:
             writes.popleft().result()
     times.wall = time.perf_counter() - started
-    times.storage = volumes.storage_seconds() - storage
+    times.storage = max(0.0, volumes.storage_seconds() - storage)  # sums of means
     return times
 
 
@@ -143,7 +145,6 @@ class _Unit:
 class _Batch:
     unit: _Unit
     first: int  # in the unit's `todo`
-    records: jax.Array
     whole: np.ndarray  # bool [count]
     unreadable: set[crops.Corner]
 
@@ -156,18 +157,27 @@ class _Batch:
         return self.first + self.count == len(self.unit.todo)
 
 
+def _todo(
+    plan: Plan, units: Sequence[int], retry_missing: bool, progress: Progress | None
+) -> Iterator[_Unit]:
+    """Those that nobody else has done meanwhile, one by one."""
+    for number in units:
+        before = parts.read(plan, number)
+        if before is None or retry_missing:
+            yield _Unit(plan, number, before)
+        elif progress:
+            progress.add(plan.size(number))
+
+
 def _batches(
     plan: Plan,
-    units: Sequence[int],
+    units: Iterator[_Unit],
     classifier: inference.Classifier,
     volume: volumes.Volume,
-    retry_missing: bool,
     times: Times,
-) -> Iterator[_Batch]:
-    """The batches of all units, on the devices already."""
-    for number in units:
-        before = parts.read(plan, number) if retry_missing else None
-        unit = _Unit(plan, number, before)
+) -> Iterator[tuple[_Batch, jax.Array]]:
+    """The batches of all units, with their records on the devices already."""
+    for unit in units:
         read = crops.read(volume, unit.starts[unit.todo], plan.about["crop_shape_zyx"])
         for first in range(0, len(unit.todo), classifier.batch_size):
             start = time.perf_counter()
@@ -178,7 +188,7 @@ def _batches(
             times.put += time.perf_counter() - is_read
             whole = np.array([not crop.unreadable for crop in several])
             unreadable = set(itertools.chain(*(crop.unreadable for crop in several)))
-            yield _Batch(unit, first, records, whole, unreadable)
+            yield _Batch(unit, first, whole, unreadable), records
 
 
 class _Collect:

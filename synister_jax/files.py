@@ -41,6 +41,8 @@ def replacing(
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
+        if several_writers and isinstance(error, FileNotFoundError) and path.exists():
+            return  # another wrote it, and cleared what was left
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if not isinstance(error, OSError):
@@ -65,6 +67,7 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
                 shutil.rmtree(leftover)
         partial.mkdir()
         yield partial
+        os.sync()  # the files before their names, as in `replacing`
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -122,27 +125,31 @@ def write_feather(
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, what: str, wait: bool = False) -> Iterator[None]:
+def locked(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
     """Holds the folder for one process; it is free when that ends, however it ends.
 
     Args:
-      what: what it is held for, in a word that ends in -ing.
       wait: wait for another process that holds it.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds it, or the lock cannot be opened.
     """
-    with (folder / ".lock").open("w") as file:
+    path = folder / ".lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise _not_written(path, error) from None
+    with file:
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait:
                     raise UserError(
-                        f"another process is {what} in {folder}: wait for it, or "
+                        f"another process is at work in {folder}: wait for it, or "
                         "choose another folder"
                     ) from None
-                print(f"waiting for another process, {what} in {folder}", flush=True)
+                print(f"waiting for another process in {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
@@ -155,6 +162,8 @@ def keep_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:
         write_json(path, plan)
         return
     there = read_json(path)
+    if not isinstance(there, dict):
+        raise UserError(f"{path} is not what was written; remove it and rerun")
     for key, value in plan.items():
         if there.get(key) != value:
             raise UserError(
@@ -173,6 +182,14 @@ def sha256_of_columns(table: pa.Table, names: Sequence[str]) -> str:
 def sha256(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(path: pathlib.Path) -> None:
+    """A file, or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:

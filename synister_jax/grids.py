@@ -54,8 +54,11 @@ class Grid:
         ends = [text.split(":") for text in roi_texts]
         if len(ends) != 3 or any(len(pair) != 2 for pair in ends):
             raise UserError(f"{given}: the flag takes three ranges, Z0:Z1,Y0:Y1,X0:X1")
-        begin = command.three_numbers("roi_nm_zyx", [low for low, _ in ends])
-        end = command.three_numbers("roi_nm_zyx", [high for _, high in ends])
+        try:
+            begin = command.three_numbers("roi_nm_zyx", [low for low, _ in ends])
+            end = command.three_numbers("roi_nm_zyx", [high for _, high in ends])
+        except UserError:
+            raise UserError(f"{given}: not three ranges of finite numbers") from None
         too_small = (
             f"--step_nm_zyx={','.join(step_texts)} is too small for {given}: "
             f"{_MOST_POINTS:,} points are the most; take larger steps"

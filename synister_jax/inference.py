@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained networks as a function from crops to class probabilities."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -181,6 +182,20 @@ class Classifier:
         """
         each = [member.classify(member.variables, batch) for member in self._members]
         return each[0] if len(each) == 1 else self._mean(each)
+
+
+@contextlib.contextmanager
+def told_if_too_large(batch_size: int) -> Iterator[None]:
+    """Raises `UserError` where a batch, or what is computed of it, has no room."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+            raise UserError(
+                f"batches of {batch_size:,} crops do not fit into memory; give a "
+                "smaller --batch_size"
+            ) from None
+        raise
 
 
 def abstract_variables(config: ml_collections.ConfigDict) -> Variables:

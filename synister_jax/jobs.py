@@ -6,7 +6,14 @@ import functools
 import os
 import pathlib
 
-from synister_jax import execution, files, inference, sharding, volumes
+from synister_jax import (
+    checkpoint,
+    execution,
+    inference,
+    planning,
+    sharding,
+    volumes,
+)
 from synister_jax.command import UserError
 from synister_jax.planning import Plan
 
@@ -22,9 +29,10 @@ class Job:
     voxel_size_nm_zyx: tuple[float, ...] | None  # the network's when None
     output: str
     retry_missing: bool
+    plan: str = ""  # its fingerprint: a worker may outlive it
 
-    def anywhere(self) -> "Job":
-        """With paths that mean the same whatever the current folder is."""
+    def elsewhere(self, plan: Plan) -> "Job":
+        """For another process: of this plan, and with paths from any folder."""
         members = [(os.path.abspath(workdir), step) for workdir, step in self.members]
         volume = self.volume
         if "://" not in volume and not volume.lstrip().startswith("{"):
@@ -34,24 +42,29 @@ class Job:
             members=tuple(members),
             volume=volume,
             output=os.path.abspath(self.output),
+            plan=plan.fingerprint.hex(),
         )
 
     def open(self) -> tuple[inference.Classifier, volumes.Volume]:
         members = [(pathlib.Path(workdir), step) for workdir, step in self.members]
+        size = self.voxel_size_nm_zyx
+        if size is None:
+            size = checkpoint.load_config(members[0][0]).voxel_size_nm_zyx
+        volume = volumes.open(self.volume, size)  # first: it is quick, weights are not
         mesh = sharding.make_mesh()
         classifier = inference.Classifier(members, self.batch_size, mesh, self.views)
-        size = self.voxel_size_nm_zyx or classifier.config.voxel_size_nm_zyx
-        return classifier, volumes.open(self.volume, size)
+        return classifier, volume
 
 
 @functools.lru_cache(maxsize=1)
 def _opened(job: Job) -> tuple[Plan, inference.Classifier, volumes.Volume]:
     classifier, volume = job.open()
-    folder = pathlib.Path(job.output)
-    plan = Plan(folder, files.read_json(folder / "plan.json"))
+    plan = planning.open(pathlib.Path(job.output))
+    if plan.fingerprint.hex() != job.plan:
+        raise UserError(f"{job.output} was planned anew meanwhile; run again")
     here = [member["parameters_sha256"] for member in classifier.members]
     if here != plan.about["parameters_sha256"]:
-        raise UserError(f"the checkpoints have changed since {folder} was planned")
+        raise UserError(f"the checkpoints changed since {job.output} was planned")
     return plan, classifier, volume
 
 

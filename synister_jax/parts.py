@@ -68,17 +68,22 @@ def read(plan: Plan, unit: int) -> Part | None:
     return part if intact else None
 
 
-def unfinished(plan: Plan, units: Sequence[int], retry_missing: bool) -> list[int]:
+def unfinished(plan: Plan, units: Sequence[int], retry_missing: bool) -> dict[int, int]:
     """The units that have no part, or none that can be used, in their order.
 
     Args:
       retry_missing: those too whose part has a crop that could not be read.
+
+    Returns:
+      How many rows of each are to be predicted.
     """
-    left = []
+    left = {}
     for unit in units:
         part = read(plan, unit)
-        if part is None or (retry_missing and not part.whole.all()):
-            left.append(unit)
+        if part is None:
+            left[unit] = plan.size(unit)
+        elif retry_missing and not part.whole.all():
+            left[unit] = int((~part.whole).sum())
     return left
 
 

@@ -58,6 +58,16 @@ class Plan:
     def predicted_rows(self) -> int:
         return self._file.metadata.num_rows
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the units are there and as many as the plan says."""
+        counts = self.about["status_by_position"]
+        planned = counts.get(crops.OK, 0) + counts.get(crops.PARTLY_OUTSIDE, 0)
+        try:
+            return self.predicted_rows == planned
+        except (OSError, pa.ArrowException):
+            return False
+
     def unit(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the table [n] int64 and their crops' starts [n, 3] int64."""
         table = self._file.read_row_group(number)
@@ -102,19 +112,25 @@ def make(
         "unit_rows": unit_rows,
     }
     files.make_folder(folder / "parts")
-    with files.locked(folder, "planning", wait=True):
+    with files.locked(folder, wait=True):
         if path.exists():
             files.keep_plan(path, identity)
-            plan = Plan(folder, files.read_json(path))
-            print(f"{source.name}: comparing with the plan in {folder}", flush=True)
-            found = synapse_batches.checksum(source)
-            files.keep_plan(path, {"rows": found.rows})
-            files.keep_plan(path, {"synapses_sha256": found.hexdigest()})
-            return plan
-        counted = _Counted(source, volume, crop_shape_zyx)
-        _write_units(counted, folder, unit_rows)
-        files.write_json(path, identity | counted.about())
-    return Plan(folder, files.read_json(path))
+        if not path.exists() or not open(folder).is_whole:
+            counted = _Counted(source, volume, crop_shape_zyx)
+            _write_units(counted, folder, unit_rows)
+            files.write_json(path, identity | counted.about())
+            return open(folder)
+    # Not while others wait: each compares for itself.
+    print(f"{source.name}: comparing with the plan in {folder}", flush=True)
+    found = synapse_batches.checksum(source)
+    files.keep_plan(path, {"rows": found.rows})
+    files.keep_plan(path, {"synapses_sha256": found.hexdigest()})
+    return open(folder)
+
+
+def open(folder: pathlib.Path) -> Plan:  # noqa: A001
+    """The plan that is in a folder."""
+    return Plan(folder, files.read_json(folder / "plan.json"))
 
 
 def locate(
@@ -173,6 +189,12 @@ class _Counted:
         """Once all rows have gone by."""
         positions = np.concatenate([np.zeros((0, 3)), *self._sample])
         doubt = spaces.doubt(positions, self._volume)
+        if spaces.look_like_voxels(positions, self._volume):
+            doubt = (
+                f"all {len(positions):,} positions lie in the corner of volume "
+                f"{self._volume.uri} where voxel indices or micrometres would lie: "
+                "are they in nm?"
+            )
         if doubt and self._stride > 1:
             doubt = f"of every {self._stride}th row, {doubt}"
         return {

@@ -50,6 +50,7 @@ from synister_jax.synapse_batches import Source
 # A unit is written, and lost by a kill, as a whole: seconds on an accelerator, an hour
 # of the published network on two CPU cores. A brain has some ten thousand.
 UNIT_ROWS = 16_384
+MOST_UNIT_ROWS = 1 << 24  # a unit is in memory
 
 
 def make_plan(
@@ -103,7 +104,7 @@ def finish(
         "synapses": source.name,
     }
     merged = merging.Merged()
-    with files.locked(plan.folder, "merging", wait=True):
+    with files.locked(plan.folder, wait=True):
         answer = merging.tables(plan, source, volume, about, merged)
         if grid is not None:
             pieces = map(predictions.probabilities, answer)
@@ -114,6 +115,9 @@ def finish(
         else:
             name, write = merging.FORMATS[file_format]
             write(plan.folder / name, answer)
+        for other, _ in merging.FORMATS.values():
+            if other != name:  # an answer in another format, before the last retry
+                files.remove(plan.folder / other)
         _write_unreadable(plan.folder, merged)
         record = (
             plan.about
@@ -165,10 +169,17 @@ def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str,
     members = []
     for workdir in workdirs:
         folder = pathlib.Path(workdir)
-        if "all" in steps:
-            raise UserError("--step=all: name them, numbers or `best`")
-        found = checkpoint.parse_steps(folder, steps) or [None]
-        members += [(workdir, checkpoint.choose_step(folder, step)) for step in found]
+        checkpoint.load_config(folder)  # whether it is a run at all
+        for text in steps or [None]:
+            if text == "best":
+                step = checkpoint.best_step(folder)
+            elif text is None or text.isdecimal():
+                step = None if text is None else int(text)
+            else:
+                raise UserError(f"--step={text}: give a number or `best`")
+            members.append((workdir, checkpoint.choose_step(folder, step)))
+    if not members:
+        raise UserError("--workdir is empty; give the folder of a run")
     return members
 
 
@@ -192,11 +203,11 @@ def main() -> None:
     )
     output = flags.DEFINE_string("output", None, "Folder of predictions.")
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
-    tta = flags.DEFINE_integer(
-        "tta", 1, "Views of every crop: 1, or 8 to mirror and transpose it."
+    tta = flags.DEFINE_enum(
+        "tta", "1", ["1", "8"], "Views of every crop; 8: mirrored and transposed."
     )
     unit_rows = flags.DEFINE_integer(
-        "unit_rows", UNIT_ROWS, "Synapses of a work unit.", lower_bound=1
+        "unit_rows", UNIT_ROWS, "Synapses of a work unit.", 1, MOST_UNIT_ROWS
     )
     units = flags.DEFINE_string("units", None, "Do the I-th of N shares only: I/N.")
     cluster = flags.DEFINE_string(
@@ -217,9 +228,14 @@ def main() -> None:
     flags.mark_flags_as_required(["workdir", "volume", "output"])
 
     def run() -> None:
-        grid = None
         if (table.value is None) == (roi.value is None):
             raise UserError("give either --synapses or --roi_nm_zyx with --step_nm_zyx")
+        useless = ["step_nm_zyx"] if roi.value is None else ["part", "split", "format"]
+        useless += ["workers"] if cluster.value is None else []
+        for name in useless:
+            if flags.FLAGS[name].present:
+                raise UserError(f"--{name} means nothing here; leave it out")
+        grid = None
         if roi.value is not None:
             grid = grids.Grid.of(roi.value, grid_step.value or [])
             name = f"grid {roi.value} every {grid_step.value}"
@@ -232,11 +248,12 @@ def main() -> None:
             size = command.three_numbers("voxel_size_nm_zyx", size, True)
         units_of(units.value, 0)  # a mistake there is told before any work
         if cluster.value is not None:
+            workers.check(cluster.value)
             jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
         job = jobs.Job(
             tuple(members_of(workdir.value, step.value)),
             batch_size.value,
-            tta.value,
+            int(tta.value),
             volume.value,
             size,
             output.value,
@@ -255,24 +272,25 @@ def main() -> None:
         mine = units_of(units.value, len(plan))
         left = parts.unfinished(plan, mine, job.retry_missing)
         rows = sum(map(plan.size, mine))
-        done = rows - sum(map(plan.size, left))
+        done = rows - sum(left.values())
         progress = Progress("predict", rows, "synapses", done=done)
         if cluster.value is None:
             times = execution.execute(
-                plan, left, classifier, opened, progress, job.retry_missing
+                plan, list(left), classifier, opened, progress, job.retry_missing
             )
         else:
-            do = functools.partial(jobs.execute_unit, job.anywhere())
+            do = functools.partial(jobs.execute_unit, job.elsewhere(plan))
             times = workers.execute(
-                do, left, cluster.value, worker_count.value, progress
+                do, list(left), cluster.value, worker_count.value, progress
             )
         if left:
             whose = "" if cluster.value is None else " of all workers together"
             print(f"predict: {times.text(whose)}")
         if units.value is not None:
+            shown = f"units {mine.start} to {mine.stop - 1}" if mine else "none"
             print(
-                f"units {mine.start} to {mine.stop - 1} of {len(plan)} are done; when "
-                "all are, run the same command without --units to merge them"
+                f"{shown} of {len(plan)} units: done; when all are, run the same "
+                "command without --units to merge them"
             )
             return
         record = finish(plan, classifier, source, opened, file_format.value, grid)

@@ -10,12 +10,13 @@ metadata.
 
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import feather
+from pyarrow import feather, parquet
 
 from synister_jax import synapses
 from synister_jax.command import UserError
@@ -49,9 +50,16 @@ def probability_column(class_name: str) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> pa.Table:
-    """Reads a prediction table; `UserError` when the file is not one."""
+    """Reads a prediction table, Feather or a folder of Parquet files.
+
+    Raises:
+      UserError: it is not one.
+    """
     try:
-        table = feather.read_table(path)
+        if pathlib.Path(path).is_dir():
+            table = parquet.read_table(path)
+        else:
+            table = feather.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read predictions {path}: {error}") from None
     check(table, path)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax import mongo_uri, synapses, table_files
+from synister_jax.command import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,14 @@ class Source:
             )
             first_row += len(batch)
             if self.part is not None:
-                table = table.filter(pa.array(synapses.in_part(table, *self.part)))
+                table = table.filter(pa.array(self._in_part(table, *self.part)))
             yield table
+
+    def _in_part(self, table: pa.Table, split: str, part: str) -> np.ndarray:
+        try:
+            return synapses.in_part(table, split, part)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
 
 
 def open(uri: str | os.PathLike[str], part: tuple[str, str] | None = None) -> Source:  # noqa: A001

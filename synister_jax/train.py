@@ -348,7 +348,7 @@ def main() -> None:
         if jax.process_index() > 0:
             train(config.value, folder)
             return
-        with files.locked(folder, "training"):
+        with files.locked(folder):
             train(config.value, folder)
 
     command.run(run, abandon_threads=True)

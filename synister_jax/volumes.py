@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from synister_jax import container, files
+from synister_jax import command, container, files
 from synister_jax.command import UserError
 
 # Which file names a container by its presence, and TensorStore's driver for it.
@@ -159,7 +159,7 @@ def open(  # noqa: A001 - volumes.open reads well
     offset = tuple(
         o + v * s for o, v, s in zip(offset_nm, offset_vx_zyx, voxel_size, strict=True)
     )
-    return Volume(uri, voxel_size, offset, store, fresh, metadata_file)
+    return Volume(command.redact(uri), voxel_size, offset, store, fresh, metadata_file)
 
 
 def storage_seconds() -> float:
@@ -321,7 +321,7 @@ def _read_json(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
     """{} where there is no such file, or none that may be read."""
     try:
         read = base.read(name).result()
-        return json.loads(read.value) if read.state == "value" else {}
+        found = json.loads(read.value) if read.state == "value" else {}
     except json.JSONDecodeError as error:
         raise UserError(f"{name} of volume {uri} is not valid JSON: {error}") from None
     except ERRORS as error:
@@ -333,6 +333,9 @@ def _read_json(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
             f"cannot read {name} of volume {uri}: {reason(error)}; check the address "
             "and the connection"
         ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{name} of volume {uri} is not a JSON object")
+    return found
 
 
 def _as_zyx(

@@ -6,8 +6,11 @@ that is lost is done again by another, and a unit that is done twice is the same
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +18,28 @@ from synister_jax import execution
 from synister_jax.command import Progress, UserError
 
 Do = Callable[[int], execution.Times]
+_LOOK_SECONDS = 30.0
 # A unit that has taken this many workers down with it is at fault itself.
 _LOST_WORKERS = 3
 _SUBMIT = {"slurm": "sbatch", "lsf": "bsub"}
+
+
+def check(cluster: str) -> None:
+    """Raises `UserError` for a cluster that cannot be had from this machine."""
+    if cluster not in ("local", *_SUBMIT) and "://" not in cluster:
+        known = ", ".join(["local", *_SUBMIT])
+        raise UserError(
+            f"--cluster={cluster}: give {known} or a scheduler's address, as "
+            "tcp://host:8786"
+        )
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        raise UserError("--cluster needs Dask: pip install 'synister_jax[cluster]'")
+    # Else a job that cannot be submitted is waited for for ever.
+    if cluster in _SUBMIT and shutil.which(_SUBMIT[cluster]) is None:
+        raise UserError(
+            f"--cluster={cluster}: {_SUBMIT[cluster]} is not on this machine; run the "
+            "command where jobs are submitted"
+        )
 
 
 def execute(
@@ -26,26 +48,22 @@ def execute(
     """Calls `do` for every unit on the workers; the times of all of them together.
 
     Args:
-      cluster: `local`, `slurm` or `lsf` (one job a worker, as
+      cluster: that `check` has passed: `local`, `slurm` or `lsf` (one job a worker, as
         ~/.config/dask/jobqueue.yaml describes it), or the address of a scheduler.
       workers: how many to start; a scheduler's own are its business.
 
     Raises:
-      UserError: no such cluster; what a unit raised; workers that were lost again and
-        again. Units that are done stay done.
+      UserError: the cluster cannot be reached; what a unit raised; workers that were
+        lost again and again. Units that are done stay done.
     """
     total = execution.Times()
     if not units:
         return total
     # Else they tell of every step, and of what is raised here anyway.
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
-    try:
-        import dask
-        import distributed
-    except ImportError:
-        raise UserError(
-            "--cluster needs Dask: pip install 'synister_jax[cluster]'"
-        ) from None
+    import dask
+    import distributed
+
     dask.config.set({"distributed.scheduler.allowed-failures": _LOST_WORKERS})
     with _connected(cluster, workers) as client:
         futures = client.map(do, units, pure=False)
@@ -81,30 +99,44 @@ def _connected(cluster: str, workers: int) -> Iterator[Any]:
             elif cluster in _SUBMIT:
                 place = stack.enter_context(_queue(cluster))
                 place.scale(jobs=workers)
-            elif "://" in cluster:
-                place = cluster
             else:
-                known = ", ".join(["local", *_SUBMIT])
-                raise UserError(
-                    f"--cluster={cluster}: give {known} or a scheduler's address, as "
-                    "tcp://host:8786"
-                )
+                place = cluster
             client = stack.enter_context(distributed.Client(place))
+            if cluster in _SUBMIT:
+                stack.enter_context(_replacing_jobs(place, client, workers))
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--cluster={cluster}: {error}") from None
         yield client
 
 
+@contextlib.contextmanager
+def _replacing_jobs(place: Any, client: Any, workers: int) -> Iterator[None]:
+    """Submits jobs for those that have ended; Dask does so for processes only."""
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(_LOOK_SECONDS):
+            there = len(client.scheduler_info(n_workers=-1)["workers"])
+            if there < workers:
+                print(f"waiting for workers: {there} of {workers} there", flush=True)
+                place.scale(jobs=workers)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+
+
 def _queue(cluster: str) -> Any:
     """A cluster whose workers are jobs of a queue, none of them submitted yet."""
+    interrupt = signal.getsignal(signal.SIGINT)
     import dask_jobqueue
 
-    # Else a job that cannot be submitted is waited for for ever.
-    if shutil.which(_SUBMIT[cluster]) is None:
-        raise UserError(
-            f"--cluster={cluster}: {_SUBMIT[cluster]} is not on this machine; run the "
-            "command where jobs are submitted"
-        )
+    # dask_jobqueue makes of Ctrl-C an end without a word, and exit code 0.
+    signal.signal(signal.SIGINT, interrupt)
     kinds = {"slurm": dask_jobqueue.SLURMCluster, "lsf": dask_jobqueue.LSFCluster}
     # One process and one thread a job: it has the job's accelerators.
     return kinds[cluster](processes=1, cores=1)

@@ -152,7 +152,9 @@ def test_text_tells_rows_units_bytes_and_time(
     assert decoded.startswith(
         f"chunk bytes to decode: about {bytes_there / 1e6:.3g} MB"
     )
-    pattern = r"time: about \d+ s for the network at ([\d,.]+) crops/s on 4 cpu device"
+    pattern = (
+        r"time: about \d+:\d\d for the network at ([\d,.]+) crops/s on 4 cpu device"
+    )
     found = re.match(pattern, seconds)
     assert found and float(found[1].replace(",", "")) > 0
     # It was told, not done.
@@ -171,7 +173,7 @@ def test_text_of_a_table_without_rows(
     text = estimate.text(plan, classifier, volume)
     assert text.startswith("rows: 0 (none); 0 without a voxel there\nunits: 0 of up to")
     assert "bytes needed: 0 B in" in text and "about 0 B, each chunk once" in text
-    assert "time: about 0 s for the network" in text
+    assert "time: about 0:00 for the network" in text
 
 
 def test_rate_is_of_crops_and_not_of_batches(

@@ -253,7 +253,7 @@ def test_an_error_of_the_volume_comes_out_and_parts_stay(
     assert there.items() <= whole.items()
     # What is lost is what was under way: four batches, which are of two units.
     assert len(there) >= at // UNIT_ROWS - 2
-    left = parts.unfinished(plan, range(9), False)
+    left = list(parts.unfinished(plan, range(9), False))
     assert len(left) == 9 - len(there) > 0
     execution.execute(plan, left, classifier, volume)
     assert content(plan) == whole
@@ -345,8 +345,8 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
         expected |= set(map(tuple, np.maximum(starts[touches], 0).tolist()))
         touched += [unit] if touches.any() else []
     assert len(expected) > 5 and 1 < len(touched) < 9
-    assert parts.unfinished(plan, range(9), True) == touched
-    assert parts.unfinished(plan, range(9), False) == []
+    assert list(parts.unfinished(plan, range(9), True)) == touched
+    assert list(parts.unfinished(plan, range(9), False)) == []
 
     # Still missing: the same again.
     opened = volumes.open(str(own))
@@ -367,7 +367,7 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
             found.probabilities[part.whole], part.probabilities[part.whole]
         )
         np.testing.assert_allclose(found.probabilities, fresh.probabilities, atol=1e-6)
-    assert parts.unfinished(plan, range(9), True) == []
+    assert list(parts.unfinished(plan, range(9), True)) == []
 
     # Nothing to do: nothing is written.
     written = {
@@ -417,6 +417,8 @@ def test_times_add_up(
     assert 0 < times.write <= times.wall * 1.05
     assert 0 < times.read + times.put <= times.wall * 1.05
     assert times.storage >= 0  # whole milliseconds of each read: here mostly 0
+    for unit in (0, 8):
+        parts.path_of(plan, unit).unlink()
     again = execution.execute(plan, [0, 8], classifier, volume)
     assert again.synapses == plan.size(0) + plan.size(8)
     total = execution.Times()

@@ -151,7 +151,7 @@ def test_two_starts_in_one_folder(
     wait_for(tmp_path / "run" / "checkpoints" / "5", first)
     second = runs.start(command)
     output, _ = second.communicate(timeout=300)
-    assert second.returncode == 1 and "another process is training in" in output
+    assert second.returncode == 1 and "another process is at work in" in output
     first.kill()  # even so the folder is free
     first.communicate()
     config.num_train_steps = checkpoint.steps(tmp_path / "run")[-1] + 1

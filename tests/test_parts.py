@@ -177,22 +177,22 @@ def test_the_part_of_another_unit_or_plan_is_none(
 
 def test_unfinished_are_those_without_a_part_in_the_order_given(plan: Plan) -> None:
     count = len(plan)
-    assert parts.unfinished(plan, range(count), False) == list(range(count))
+    assert list(parts.unfinished(plan, range(count), False)) == list(range(count))
     for unit in range(count):
         parts.write(plan, unit, made_up(plan, unit))
-    assert parts.unfinished(plan, range(count), False) == []
+    assert list(parts.unfinished(plan, range(count), False)) == []
     parts.path_of(plan, 3).unlink()
     parts.path_of(plan, 1).write_bytes(b"damaged")
-    assert parts.unfinished(plan, range(count), False) == [1, 3]
-    assert parts.unfinished(plan, [4, 3, 2, 1], False) == [3, 1]
+    assert list(parts.unfinished(plan, range(count), False)) == [1, 3]
+    assert list(parts.unfinished(plan, [4, 3, 2, 1], False)) == [3, 1]
     # Each has rows that could not be read.
-    assert parts.unfinished(plan, range(count), True) == list(range(count))
+    assert list(parts.unfinished(plan, range(count), True)) == list(range(count))
     rows, _ = plan.unit(2)
     whole = made_up(plan, 2)
     parts.write(
         plan, 2, Part(rows, np.ones_like(whole.whole), whole.probabilities, frozenset())
     )
-    left = parts.unfinished(plan, range(count), True)
+    left = list(parts.unfinished(plan, range(count), True))
     assert left == [unit for unit in range(count) if unit != 2]
 
 
@@ -210,6 +210,6 @@ def test_leftovers_of_a_killed_writer_are_no_part(plan: Plan) -> None:
     leftover = path.with_name(f"{path.name}.0123.partial")
     path.rename(leftover)
     assert parts.read(plan, 0) is None
-    assert parts.unfinished(plan, [0], False) == [0]
+    assert list(parts.unfinished(plan, [0], False)) == [0]
     parts.write(plan, 0, made_up(plan, 0))
     assert parts.read(plan, 0) is not None and leftover.exists()

@@ -55,7 +55,7 @@ def predict_all(
     else:
         source = synapse_batches.Source("table", lambda: iter(table.to_batches()))
     plan = predict.make_plan(model, source, volume, output, unit_rows)
-    left = parts.unfinished(plan, range(len(plan)), retry_missing)
+    left = list(parts.unfinished(plan, range(len(plan)), retry_missing))
     execution.execute(plan, left, model, volume, retry_missing=retry_missing)
     record = predict.finish(plan, model, source, volume)
     return predictions.load(output / record["file"])
@@ -243,7 +243,7 @@ def test_a_damaged_part_is_done_again(
         tmp_path,
         30,
     )
-    assert parts.unfinished(plan, range(3), False) == [0]
+    assert list(parts.unfinished(plan, range(3), False)) == [0]
     predict_all(*arguments, tmp_path, unit_rows=30)
     assert output_files(tmp_path) == expected
 
@@ -631,10 +631,9 @@ def test_views_and_several_checkpoints(
     refusals(
         command,
         [
-            (["--tta=4"], "1 or 8"),
             (["--step=21"], "no checkpoint of step 21"),
             (["--step=all"], "--step=all"),
-            (["--workdir=nothing"], "no checkpoint; train first"),
+            (["--workdir=nothing"], "not the folder of a run"),
         ],
     )
 
@@ -662,3 +661,65 @@ def test_a_volume_that_vanishes_stops_the_command(
     volume = volumes.open(str(copy))
     answer = predict_all(model, synapse_table, volume, tmp_path / "b")
     assert answer.equals(expected)
+
+
+def test_a_damaged_plan_is_made_again(
+    tmp_path: pathlib.Path,
+    trained_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    arguments = (classifier(trained_run), synapse_table, volumes.open(str(volume_path)))
+    predict_all(*arguments, tmp_path)
+    expected = output_files(tmp_path)
+    units = tmp_path / "units.parquet"
+    units.write_bytes(units.read_bytes()[:100])
+    predict_all(*arguments, tmp_path)
+    assert output_files(tmp_path) == expected
+    (tmp_path / "plan.json").unlink()
+    predict_all(*arguments, tmp_path)
+    assert output_files(tmp_path) == expected
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(UserError, match="plan.json is not what was written; remove it"):
+        predict_all(*arguments, tmp_path)
+
+
+def test_voxels_in_place_of_nm_are_doubted(
+    tmp_path: pathlib.Path,
+    trained_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    many = pa.concat_tables([synapse_table] * 2)  # of 100 and more it can be told
+    for size, name in zip((40, 4, 4), synapses.POSITION, strict=True):
+        place = many.column_names.index(name)
+        many = many.set_column(place, name, pc.divide(many[name], size))
+    volume, model = volumes.open(str(volume_path)), classifier(trained_run)
+    source = synapse_batches.Source("table", lambda: iter(many.to_batches()))
+    plan = predict.make_plan(model, source, volume, tmp_path)
+    assert "all 180 positions lie in the corner" in plan.about["doubt"]
+    assert "are they in nm?" in plan.about["doubt"]
+
+
+def test_what_another_process_has_done_is_not_done_again(
+    tmp_path: pathlib.Path,
+    trained_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    volume, model = volumes.open(str(volume_path)), classifier(trained_run)
+    source = synapse_batches.Source("table", lambda: iter(synapse_table.to_batches()))
+    plan = predict.make_plan(model, source, volume, tmp_path, 30)
+    assert execution.execute(plan, [1], model, volume).synapses == 30
+    assert execution.execute(plan, [0, 1, 2], model, volume).synapses == 60
+
+
+def test_a_batch_that_does_not_fit_is_told(
+    tmp_path: pathlib.Path,
+    trained_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    volume, model = volumes.open(str(volume_path)), classifier(trained_run, 10**12)
+    with pytest.raises(UserError, match="1,000,000,000,000 crops do not fit"):
+        predict_all(model, synapse_table, volume, tmp_path)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units on real worker processes; one of them is killed."""
 
+import dataclasses
+import json
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import time
 
@@ -11,6 +15,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 from test_predict import output_files, run_command
+
+from synister_jax import jobs, planning
+from synister_jax.command import UserError
 
 
 @pytest.fixture(scope="module")
@@ -96,33 +103,94 @@ def test_what_a_unit_raises_is_one_line(
     assert output_files(tmp_path) == output_files(alone)
 
 
-@pytest.mark.slow
-def test_jobs_of_a_queue(
-    tmp_path: pathlib.Path,
-    alone: pathlib.Path,
-    trained_run: pathlib.Path,
-    volume_path: pathlib.Path,
-) -> None:
-    """dask-jobqueue itself; its sbatch starts the job's script on this machine."""
+@pytest.fixture
+def queue(tmp_path: pathlib.Path) -> dict[str, str]:
+    """An environment with a queue: its sbatch starts the job's script here.
+
+    `jobs` beside it lists the process groups of the jobs.
+    """
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "sbatch").write_text(
-        f"#!/bin/sh\nsetsid sh $1 > {tmp_path}/$$.log 2>&1 & \n"
-        'echo "Submitted batch job $!"\n'
+        f"#!/bin/sh\ncp $1 {tmp_path}/$$.job\n"  # as it may be removed afterwards
+        f"setsid sh {tmp_path}/$$.job > {tmp_path}/$$.log 2>&1 &\n"
+        f'echo $! >> {tmp_path}/jobs\necho "Submitted batch job $!"\n'
     )
     (tools / "scancel").write_text('#!/bin/sh\nkill -TERM -- "-$1"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    environment = os.environ | {"DASK_JOBQUEUE__SLURM__MEMORY": "2GB"}
+    path = f"{tools}:{os.environ['PATH']}"
+    return os.environ | {"DASK_JOBQUEUE__SLURM__MEMORY": "2GB", "PATH": path}
+
+
+def wait_for_part(out: pathlib.Path, process: subprocess.Popen) -> None:
+    while not any(out.glob("parts/*.feather")):
+        assert process.poll() is None
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_lost_is_replaced(
+    tmp_path: pathlib.Path,
+    alone: pathlib.Path,
+    trained_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    queue: dict[str, str],
+) -> None:
+    """dask-jobqueue itself; the one job is killed, and then the command is."""
     out = tmp_path / "out"
-    command = [*command_like(alone, trained_run, volume_path, out), "--cluster=slurm"]
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert refused.returncode == 1 and "sbatch is not" in refused.stderr
-    environment["PATH"] = f"{tools}:{environment['PATH']}"
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    command = command_like(alone, trained_run, volume_path, out)
+    command += ["--cluster=slurm", "--workers=1"]
+    # The look at the workers comes every half minute; not in a test.
+    runner = (
+        "import runpy, sys; from synister_jax import workers; "
+        "workers._LOOK_SECONDS = 1; sys.argv = sys.argv[1:]; "
+        "runpy.run_module('synister_jax.predict', run_name='__main__', alter_sys=True)"
+    )
+    command[1:3] = ["-c", runner, "predict"]
+    process = subprocess.Popen(command, env=queue, stdout=subprocess.DEVNULL)
+    wait_for_part(out, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    for part in out.glob("parts/*"):
+        part.unlink()
+
+    process = subprocess.Popen(
+        command, env=queue, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_part(out, process)
+    jobs = (tmp_path / "jobs").read_text().split()
+    os.killpg(int(jobs[-1]), signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert len((tmp_path / "jobs").read_text().split()) > len(jobs)
     assert output_files(out) == output_files(alone)
-    assert len(list(tmp_path.glob("*.log"))) == 2  # of --workers
+
+
+def test_a_plan_made_anew_is_not_the_old_one(
+    tmp_path: pathlib.Path, alone: pathlib.Path, trained_run: pathlib.Path
+) -> None:
+    """A worker that outlives a plan tells the next command's folder from it."""
+    record = json.loads((alone / "predictions.json").read_text())
+    job = jobs.Job(
+        ((str(trained_run), 40),),
+        4,
+        1,
+        record["volume"],
+        None,
+        str(shutil.copytree(alone, tmp_path / "copy")),
+        False,
+    )
+    plan = planning.open(tmp_path / "copy")
+    there = job.elsewhere(plan)
+    assert jobs.execute_unit(there, 0).synapses == 0  # its part is there
+    changed = json.loads((tmp_path / "copy" / "plan.json").read_text())
+    changed["synapses_sha256"] = "another table"
+    (tmp_path / "copy" / "plan.json").write_text(json.dumps(changed))
+    anew = planning.open(tmp_path / "copy")
+    with pytest.raises(UserError, match="planned anew"):
+        jobs.execute_unit(dataclasses.replace(there, batch_size=8), 0)
+    assert jobs.execute_unit(job.elsewhere(anew), 0).synapses == 3
 
 
 @pytest.mark.slow
@@ -151,7 +219,13 @@ def test_an_array_of_jobs(
     [
         ("--units=3/3", "I from 0 to N - 1"),
         ("--units=one", "I from 0 to N - 1"),
-        ("--cluster=pbs", "--cluster=pbs"),
+        ("--cluster=pbs", "--cluster=pbs: give local, slurm, lsf or"),
+        ("--cluster=slurm", "sbatch is not on this machine"),
+        ("--workers=3", "--workers means nothing here"),
+        ("--step_nm_zyx=1,1,1", "--step_nm_zyx means nothing here"),
+        ("--step=best,last", "--step=last: give a number or `best`"),
+        ("--workdir=", "--workdir is empty"),
+        ("--workdir=/nowhere", "/nowhere is not the folder of a run"),
     ],
 )
 def test_mistakes_are_one_line(
