@@ -153,10 +153,10 @@ def units_of(text: str | None, count: int) -> range:
     """The units of `--units=I/N`, I from 0: the I-th of N runs of neighbours."""
     if text is None:
         return range(count)
-    index, _, jobs = text.partition("/")
-    if not (index.isdecimal() and jobs.isdecimal() and int(index) < int(jobs)):
+    index, _, shares = text.partition("/")
+    if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
         raise UserError(f"--units={text}: give I/N with I from 0 to N - 1, as 3/16")
-    i, n = int(index), int(jobs)
+    i, n = int(index), int(shares)
     return range(count * i // n, count * (i + 1) // n)
 
 

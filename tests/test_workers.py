@@ -16,7 +16,7 @@ import pytest
 from pyarrow import feather
 from test_predict import output_files, run_command
 
-from synister_jax import jobs, planning
+from synister_jax import jobs, planning, predict, workers
 from synister_jax.command import UserError
 
 
@@ -148,12 +148,11 @@ def test_a_job_that_is_lost_is_replaced(
         "runpy.run_module('synister_jax.predict', run_name='__main__', alter_sys=True)"
     )
     command[1:3] = ["-c", runner, "predict"]
-    process = subprocess.Popen(command, env=queue, stdout=subprocess.DEVNULL)
-    wait_for_part(out, process)
+    elsewhere = [*command, f"--output={tmp_path}/stopped", "--unit_rows=1"]
+    process = subprocess.Popen(elsewhere, env=queue, stdout=subprocess.DEVNULL)
+    wait_for_part(tmp_path / "stopped", process)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
-    for part in out.glob("parts/*"):
-        part.unlink()
 
     process = subprocess.Popen(
         command, env=queue, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -217,15 +216,9 @@ def test_an_array_of_jobs(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--units=3/3", "I from 0 to N - 1"),
         ("--units=one", "I from 0 to N - 1"),
-        ("--cluster=pbs", "--cluster=pbs: give local, slurm, lsf or"),
         ("--cluster=slurm", "sbatch is not on this machine"),
-        ("--workers=3", "--workers means nothing here"),
         ("--step_nm_zyx=1,1,1", "--step_nm_zyx means nothing here"),
-        ("--step=best,last", "--step=last: give a number or `best`"),
-        ("--workdir=", "--workdir is empty"),
-        ("--workdir=/nowhere", "/nowhere is not the folder of a run"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -240,3 +233,28 @@ def test_mistakes_are_one_line(
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 1
     assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr
+
+
+def test_what_the_flags_may_say(trained_run: pathlib.Path) -> None:
+    run = str(trained_run)
+    assert predict.members_of([run], []) == [(run, 40)]
+    assert predict.members_of([run, run], ["20", "40"]) == [(run, 20), (run, 40)] * 2
+    for workdirs, steps, message in (
+        ([run], ["21"], "no checkpoint of step 21"),
+        ([run], ["best", "last"], "--step=last: give a number or `best`"),
+        ([run], ["all"], "--step=all"),
+        ([], [], "--workdir is empty"),
+        (["/nowhere"], ["best"], "/nowhere is not the folder of a run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict.members_of(workdirs, steps)
+    assert predict.units_of(None, 7) == range(7)
+    shares = [predict.units_of(f"{i}/3", 7) for i in range(3)]
+    assert [unit for share in shares for unit in share] == list(range(7))
+    for text in ("3/3", "3", "-1/3", "a/b"):
+        with pytest.raises(UserError, match="I from 0 to N - 1"):
+            predict.units_of(text, 7)
+    workers.check("local")
+    workers.check("tcp://host:8786")
+    with pytest.raises(UserError, match="--cluster=pbs: give local, slurm, lsf or"):
+        workers.check("pbs")
