@@ -24,17 +24,25 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([*TRAIN, "--workdir=w", "--config.learning_rat=1"], 2, "learning_rat"),
-        ([*TRAIN, "--workdir=w", "--config.batch_size=many"], 2, "batch_size"),
+        ([*TRAIN, "--workdir=HERE/w", "--config.learning_rat=1"], 2, "learning_rat"),
+        ([*TRAIN, "--workdir=HERE/w", "--config.batch_size=many"], 2, "batch_size"),
         ([*TRAIN], 2, "workdir"),
-        ([*TRAIN, "--workdir=w", "extra"], 2, "unexpected argument 'extra'"),
-        (["-m", "synister_jax.train", "--config=no.py", "--workdir=w"], 2, "no.py"),
-        ([*TRAIN, "--workdir=w"], 1, "give --config.shards=FOLDER"),
-        ([*TRAIN, "--workdir=w", "--config.shards=no"], 1, "shards no are not there"),
+        ([*TRAIN, "--workdir=HERE/w", "extra"], 2, "unexpected argument 'extra'"),
+        (
+            ["-m", "synister_jax.train", "--config=no.py", "--workdir=HERE/w"],
+            2,
+            "no.py",
+        ),
+        ([*TRAIN, "--workdir=HERE/w"], 1, "give --config.shards=FOLDER"),
+        (
+            [*TRAIN, "--workdir=HERE/w", "--config.shards=no"],
+            1,
+            "shards no are not there",
+        ),
         ([*SHARD, "--synapses=no", "--volume=v", "--output=o"], 1, "no does not exist"),
         (["-m", "synister_jax.evaluate", "--workdir=no"], 1, "not the folder of a run"),
         (["-m", "synister_jax.report", "--output=o.html"], 1, "give --workdir"),
-        ([*TRAIN[:2], f"--config={__file__}", "--workdir=w"], 2, "get_config"),
+        ([*TRAIN[:2], f"--config={__file__}", "--workdir=HERE/w"], 2, "get_config"),
         (
             ["-m", "synister_jax.aggregate", "--predictions=no.feather", "--output=o"],
             1,
@@ -42,8 +50,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], code: int, message: str) -> None:
-    finished = run(*arguments)
+def test_a_mistake_is_one_line(
+    tmp_path: pathlib.Path, arguments: list[str], code: int, message: str
+) -> None:
+    finished = run(*(text.replace("HERE", str(tmp_path)) for text in arguments))
     assert finished.returncode == code, finished.stderr
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
