@@ -29,6 +29,7 @@ import synister_jax
 from synister_jax import (
     checkpoint,
     command,
+    dask_workers,
     estimate,
     execution,
     files,
@@ -41,7 +42,6 @@ from synister_jax import (
     predictions,
     synapse_batches,
     volumes,
-    workers,
 )
 from synister_jax.command import Progress, UserError
 from synister_jax.planning import Plan
@@ -248,7 +248,7 @@ def main() -> None:
             size = command.three_numbers("voxel_size_nm_zyx", size, True)
         units_of(units.value, 0)  # a mistake there is told before any work
         if cluster.value is not None:
-            workers.check(cluster.value)
+            dask_workers.check(cluster.value)
             jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
         job = jobs.Job(
             tuple(members_of(workdir.value, step.value)),
@@ -280,7 +280,7 @@ def main() -> None:
             )
         else:
             do = functools.partial(jobs.execute_unit, job.elsewhere(plan))
-            times = workers.execute(
+            times = dask_workers.execute(
                 do, list(left), cluster.value, worker_count.value, progress
             )
         if left:

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import feather
 from test_predict import output_files, run_command
 
-from synister_jax import jobs, planning, predict, workers
+from synister_jax import dask_workers, jobs, planning, predict
 from synister_jax.command import UserError
 
 
@@ -142,9 +142,11 @@ def test_a_job_that_is_lost_is_replaced(
     command = command_like(alone, trained_run, volume_path, out)
     command += ["--cluster=slurm", "--workers=1"]
     # The look at the workers comes every half minute; not in a test.
+    # And Ctrl-C is Ctrl-C, also where the tests run in the background of a shell.
     runner = (
-        "import runpy, sys; from synister_jax import workers; "
-        "workers._LOOK_SECONDS = 1; sys.argv = sys.argv[1:]; "
+        "import runpy, signal, sys; from synister_jax import dask_workers; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "dask_workers._LOOK_SECONDS = 1; sys.argv = sys.argv[1:]; "
         "runpy.run_module('synister_jax.predict', run_name='__main__', alter_sys=True)"
     )
     command[1:3] = ["-c", runner, "predict"]
@@ -254,7 +256,7 @@ def test_what_the_flags_may_say(trained_run: pathlib.Path) -> None:
     for text in ("3/3", "3", "-1/3", "a/b"):
         with pytest.raises(UserError, match="I from 0 to N - 1"):
             predict.units_of(text, 7)
-    workers.check("local")
-    workers.check("tcp://host:8786")
+    dask_workers.check("local")
+    dask_workers.check("tcp://host:8786")
     with pytest.raises(UserError, match="--cluster=pbs: give local, slurm, lsf or"):
-        workers.check("pbs")
+        dask_workers.check("pbs")
