@@ -26,6 +26,7 @@ from synister_jax import (
     predictions,
     sorting,
     synapse_batches,
+    synapses,
 )
 from synister_jax.command import Progress, UserError
 from synister_jax.planning import Plan
@@ -128,12 +129,8 @@ class _Sorted:
 
 def write_feather(path: pathlib.Path, answer: Iterator[pa.Table]) -> None:
     """One file, written batch by batch."""
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
     first = next(answer)
-    with (
-        files.replacing(path) as partial,
-        pa.ipc.new_file(str(partial), first.schema, options=options) as sink,
-    ):
+    with synapses.writer(path, first.schema) as sink:
         for table in itertools.chain([first], answer):
             sink.write_table(table.combine_chunks())
 

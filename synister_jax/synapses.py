@@ -107,7 +107,7 @@ def _require_columns(names: Sequence[str], source: str) -> None:
 
 def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
     """Writes Feather or Parquet, whichever the name ends in; whole or not at all."""
-    with _writer(path, table.schema) as sink:
+    with writer(path, table.schema) as sink:
         sink.write_table(table)
 
 
@@ -124,7 +124,7 @@ def write_batches(
     """
     ids = []
     progress = Progress("read", total, "synapses")
-    with _writer(path, schema) as sink:
+    with writer(path, schema) as sink:
         for batch in batches:
             sink.write_batch(batch)
             ids.append(batch["synapse_id"].to_numpy())
@@ -161,9 +161,10 @@ def check_unique(ids: Sequence[np.ndarray], where: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _writer(
+def writer(
     path: str | os.PathLike[str], schema: pa.Schema
 ) -> Iterator[pa.ipc.RecordBatchFileWriter | parquet.ParquetWriter]:
+    """A sink of tables and batches; what `write` would write of them together."""
     check_writable(path)
     with files.replacing(path) as partial:
         if pathlib.Path(path).suffix == ".feather":

@@ -135,6 +135,27 @@ def shards_folder(
 
 
 @pytest.fixture(scope="session")
+def short_config(shards_folder: pathlib.Path) -> ml_collections.ConfigDict:
+    """The configuration of `short_run`."""
+    config = tiny_config()
+    config.shards = str(shards_folder)
+    config.num_train_steps = 20
+    config.eval_every_steps = 20
+    config.checkpoint_every_steps = 10
+    return config
+
+
+@pytest.fixture(scope="session")
+def short_run(
+    tmp_path_factory: pytest.TempPathFactory, short_config: ml_collections.ConfigDict
+) -> pathlib.Path:
+    """Steps 10 and 20: sure enough of themselves that confusions would show."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train.train(short_config, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def trained_run(
     tmp_path_factory: pytest.TempPathFactory, shards_folder: pathlib.Path
 ) -> pathlib.Path:

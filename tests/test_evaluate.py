@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import CLASSES, tiny_config
+from conftest import CLASSES
 
 from synister_jax import (
     aggregate,
@@ -19,38 +19,18 @@ from synister_jax import (
     metrics,
     predictions,
     sharding,
-    train,
 )
 from synister_jax.command import UserError
 
 
-@pytest.fixture(scope="module")
-def config(shards_folder: pathlib.Path) -> ml_collections.ConfigDict:
-    config = tiny_config()
-    config.shards = str(shards_folder)
-    config.num_train_steps = 20
-    config.eval_every_steps = 20
-    config.checkpoint_every_steps = 10
-    return config
-
-
-@pytest.fixture(scope="module")
-def workdir(
-    tmp_path_factory: pytest.TempPathFactory, config: ml_collections.ConfigDict
-) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    train.train(config, folder)
-    return folder
-
-
 def test_independent_of_batch_size_and_devices(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict
+    short_run: pathlib.Path, short_config: ml_collections.ConfigDict
 ) -> None:
-    part = evaluate.Part.of(data.open_shards(config), "skeleton", "test")
+    part = evaluate.Part.of(data.open_shards(short_config), "skeleton", "test")
     tables = []
     for batch_size, devices in ((3, 1), (7, 1), (4, 4), (64, 1)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        classifier = inference.Classifier([(workdir, 20)], batch_size, mesh)
+        classifier = inference.Classifier([(short_run, 20)], batch_size, mesh)
         tables.append(part.predict(classifier.start, batch_size, mesh, {}))
     first = predictions.probabilities(tables[0])
     assert len(first) == len(part.rows) and not np.isnan(first).any()
@@ -60,15 +40,15 @@ def test_independent_of_batch_size_and_devices(
         assert a["synapses"] == b["synapses"] and a["neurons"] == b["neurons"]
 
 
-def test_command_writes_numbers_pictures_and_the_best(workdir: pathlib.Path) -> None:
-    summary = evaluate.evaluate(workdir, "validation", [10, 20], batch_size=8)
-    folder = workdir / "evaluation" / "validation"
+def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -> None:
+    summary = evaluate.evaluate(short_run, "validation", [10, 20], batch_size=8)
+    folder = short_run / "evaluation" / "validation"
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert [c["step"] for c in summary["checkpoints"]] == [10, 20]
     accuracy = [c["synapse_mean_class_accuracy"] for c in summary["checkpoints"]]
     # Of equal ones the latest.
     assert summary["best_step"] == (10 if accuracy[0] > accuracy[1] else 20)
-    assert checkpoint.best_step(workdir) == summary["best_step"]
+    assert checkpoint.best_step(short_run) == summary["best_step"]
     for step in (10, 20):
         found = {p.name for p in (folder / f"step-{step}").iterdir()}
         assert found == {
@@ -79,7 +59,7 @@ def test_command_writes_numbers_pictures_and_the_best(workdir: pathlib.Path) -> 
         }
     # The loop's own validation, at the same step, says the same.
     measured = json.loads((folder / "step-20" / "metrics.json").read_text())
-    [logged] = [x for x in metrics.read(workdir) if "validation/loss" in x]
+    [logged] = [x for x in metrics.read(short_run) if "validation/loss" in x]
     for name, value in evaluate.scalars("validation", measured).items():
         assert logged[name] == pytest.approx(value, rel=1e-4)
 
@@ -171,27 +151,27 @@ def test_writer_tells_one_story_after_a_resume(tmp_path: pathlib.Path) -> None:
     assert metrics.read(tmp_path)[-1]["loss"] == 0
 
 
-def test_mistakes(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_mistakes(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no part 'testing'"):
-        evaluate.evaluate(workdir, "testing")
+        evaluate.evaluate(short_run, "testing")
     with pytest.raises(UserError, match="no checkpoint of step 15; there are 10, 20"):
-        evaluate.evaluate(workdir, "test", [15])
+        evaluate.evaluate(short_run, "test", [15])
     with pytest.raises(UserError, match="are not there"):
-        evaluate.evaluate(workdir, "test", shards_folder=str(tmp_path / "none"))
+        evaluate.evaluate(short_run, "test", shards_folder=str(tmp_path / "none"))
     with pytest.raises(UserError, match="give numbers, `all` or `best`"):
-        checkpoint.parse_steps(workdir, ["last"])
-    assert checkpoint.parse_steps(workdir, ["all"]) == [10, 20]
+        checkpoint.parse_steps(short_run, ["last"])
+    assert checkpoint.parse_steps(short_run, ["all"]) == [10, 20]
     with pytest.raises(UserError, match="not the folder of a run"):
         checkpoint.load_config(tmp_path)
 
 
 def test_part_predictions_keep_ids(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict
+    short_run: pathlib.Path, short_config: ml_collections.ConfigDict
 ) -> None:
-    shards = data.open_shards(config)
+    shards = data.open_shards(short_config)
     part = evaluate.Part.of(shards, "skeleton", "validation")
     mesh = sharding.make_mesh(jax.devices()[:1])
-    classifier = inference.Classifier([(workdir, 20)], 5, mesh)
+    classifier = inference.Classifier([(short_run, 20)], 5, mesh)
     classify = functools.partial(classifier.start)
     table = part.predict(classify, 5, mesh, {"step": 20})
     assert predictions.about(table)["step"] == 20

@@ -9,40 +9,20 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from conftest import CLASSES, VOXEL_SIZE_NM_ZYX, tiny_config
+from conftest import CLASSES, VOXEL_SIZE_NM_ZYX
 
-from synister_jax import augment, checkpoint, inference, model, sharding, train
+from synister_jax import augment, checkpoint, inference, model, sharding
 from synister_jax.command import UserError
 
 Members = list[tuple[pathlib.Path, int | None]]
 
 
 @pytest.fixture(scope="module")
-def config(shards_folder: pathlib.Path) -> ml_collections.ConfigDict:
-    config = tiny_config()
-    config.shards = str(shards_folder)
-    config.num_train_steps = 20
-    config.eval_every_steps = 20
-    config.checkpoint_every_steps = 10
-    return config
-
-
-@pytest.fixture(scope="module")
-def workdir(
-    tmp_path_factory: pytest.TempPathFactory, config: ml_collections.ConfigDict
-) -> pathlib.Path:
-    """Checkpoints 10 and 20: sure enough of themselves that confusions would show."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    train.train(config, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def other_network(
-    tmp_path_factory: pytest.TempPathFactory, config: ml_collections.ConfigDict
+    tmp_path_factory: pytest.TempPathFactory, short_config: ml_collections.ConfigDict
 ) -> pathlib.Path:
     """An imported checkpoint of another architecture, made of random numbers."""
-    config = config.copy_and_resolve_references()
+    config = short_config.copy_and_resolve_references()
     config.model.dense_features = 24
     config.model.convolutions = (2, 1)
     rng = np.random.default_rng(1)
@@ -74,25 +54,28 @@ def classifier(
 
 
 def test_one_checkpoint_is_its_network(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, records: np.ndarray
+    short_run: pathlib.Path,
+    short_config: ml_collections.ConfigDict,
+    records: np.ndarray,
 ) -> None:
     mesh = sharding.make_mesh(jax.devices()[:1])
     abstract = sharding.abstract(
-        inference.abstract_variables(config), sharding.replicated(mesh)
+        inference.abstract_variables(short_config), sharding.replicated(mesh)
     )
-    variables = checkpoint.load_variables(workdir, 20, abstract, config)
-    crops = augment.centre(records, config.crop_shape_zyx)
-    network = jax.jit(functools.partial(model.from_config(config).apply, train=False))
-    result = classifier([(workdir, None)], batch_size=11)(records)
+    variables = checkpoint.load_variables(short_run, 20, abstract, short_config)
+    crops = augment.centre(records, short_config.crop_shape_zyx)
+    apply = model.from_config(short_config).apply
+    network = jax.jit(functools.partial(apply, train=False))
+    result = classifier([(short_run, None)], batch_size=11)(records)
     expected = jax.nn.softmax(network(variables, crops))
     np.testing.assert_allclose(result, expected, atol=1e-6)
     assert len(np.unique(result.argmax(axis=1))) > 1  # not one answer for all
 
 
 def test_mean_of_checkpoints_and_architectures(
-    workdir: pathlib.Path, other_network: pathlib.Path, records: np.ndarray
+    short_run: pathlib.Path, other_network: pathlib.Path, records: np.ndarray
 ) -> None:
-    members: Members = [(workdir, 10), (workdir, None), (other_network, 20)]
+    members: Members = [(short_run, 10), (short_run, None), (other_network, 20)]
     together = classifier(members)
     each = [classifier([member]) for member in members]
     results = [one(records) for one in each]
@@ -111,7 +94,7 @@ def test_mean_of_checkpoints_and_architectures(
     assert [m["step"] for m in together.members] == [10, 20, 20]
     assert together.members == [one.members[0] for one in each]
     assert json.loads(json.dumps(together.members)) == together.members
-    assert together.members[0]["workdir"] == str(workdir)
+    assert together.members[0]["workdir"] == str(short_run)
     digests = {member["parameters_sha256"] for member in together.members}
     assert len(digests) == 3 and {len(digest) for digest in digests} == {64}
 
@@ -126,9 +109,9 @@ def symmetries(crops: np.ndarray) -> list[np.ndarray]:
 
 
 def test_eight_views_are_the_symmetries_of_the_section_plane(
-    workdir: pathlib.Path, other_network: pathlib.Path, records: np.ndarray
+    short_run: pathlib.Path, other_network: pathlib.Path, records: np.ndarray
 ) -> None:
-    members: Members = [(workdir, 20), (other_network, 20)]
+    members: Members = [(short_run, 20), (other_network, 20)]
     plain, viewed = classifier(members), classifier(members, views=8)
     views = symmetries(records)
     assert len({view.tobytes() for view in views}) == 8
@@ -142,27 +125,27 @@ def test_eight_views_are_the_symmetries_of_the_section_plane(
 
 
 def test_crops_are_cut_before_they_are_turned(
-    workdir: pathlib.Path, records: np.ndarray
+    short_run: pathlib.Path, records: np.ndarray
 ) -> None:
     """With an odd margin the middle of a mirrored record is another."""
     odd = np.pad(records[:, :, 1:-1, 1:-1], ((0, 0), (0, 1), (0, 1), (0, 1)))
-    viewed = classifier([(workdir, 20)], views=8)
+    viewed = classifier([(short_run, 20)], views=8)
     np.testing.assert_allclose(viewed(odd), viewed(records), atol=1e-6)
 
 
 @pytest.mark.parametrize("views", [1, 8])
 def test_result_does_not_depend_on_devices_or_padding(
-    workdir: pathlib.Path, records: np.ndarray, views: int
+    short_run: pathlib.Path, records: np.ndarray, views: int
 ) -> None:
-    members: Members = [(workdir, 10), (workdir, 20)]
+    members: Members = [(short_run, 10), (short_run, 20)]
     first = classifier(members, views, 11)(records)
     for batch_size, devices in ((3, 1), (4, 4), (16, 4)):
         other = classifier(members, views, batch_size, devices)
         np.testing.assert_allclose(other(records), first, atol=1e-5)
 
 
-def test_put_and_start(workdir: pathlib.Path, records: np.ndarray) -> None:
-    classify = classifier([(workdir, 10), (workdir, 20)], batch_size=8, devices=4)
+def test_put_and_start(short_run: pathlib.Path, records: np.ndarray) -> None:
+    classify = classifier([(short_run, 10), (short_run, 20)], batch_size=8, devices=4)
     whole = classify(records)
     assert whole.shape == (11, 3)
     batches = [records[:8].copy(), records[8:].copy()]
@@ -181,17 +164,17 @@ def test_put_and_start(workdir: pathlib.Path, records: np.ndarray) -> None:
 
 
 def with_config(
-    folder: pathlib.Path, workdir: pathlib.Path, **changed: object
+    folder: pathlib.Path, short_run: pathlib.Path, **changed: object
 ) -> pathlib.Path:
     """A copy of the run whose config.json says otherwise."""
-    shutil.copytree(workdir, folder)
+    shutil.copytree(short_run, folder)
     known = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(known | changed))
     return folder
 
 
 def test_runs_that_differ_are_refused(
-    tmp_path: pathlib.Path, workdir: pathlib.Path
+    tmp_path: pathlib.Path, short_run: pathlib.Path
 ) -> None:
     differences = {
         "classes": CLASSES[::-1],  # the same names in another order
@@ -199,22 +182,22 @@ def test_runs_that_differ_are_refused(
         "voxel_size_nm_zyx": (35.0, *VOXEL_SIZE_NM_ZYX[1:]),
     }
     for name, value in differences.items():
-        other = with_config(tmp_path / name, workdir, **{name: value})
+        other = with_config(tmp_path / name, short_run, **{name: value})
         with pytest.raises(UserError) as caught:
-            classifier([(workdir, 20), (workdir, 10), (other, 20)])
+            classifier([(short_run, 20), (short_run, 10), (other, 20)])
         said = str(caught.value)
-        for part in (workdir, other, name, list(value)):
+        for part in (short_run, other, name, list(value)):
             assert str(part) in said
         assert "\n" not in said
 
 
-def test_mistakes(tmp_path: pathlib.Path, workdir: pathlib.Path) -> None:
+def test_mistakes(tmp_path: pathlib.Path, short_run: pathlib.Path) -> None:
     with pytest.raises(UserError, match="views is 4; choose 1 or 8"):
-        classifier([(workdir, 20)], views=4)
-    oblong = with_config(tmp_path / "oblong", workdir, crop_shape_zyx=(4, 16, 32))
+        classifier([(short_run, 20)], views=4)
+    oblong = with_config(tmp_path / "oblong", short_run, crop_shape_zyx=(4, 16, 32))
     with pytest.raises(UserError, match=r"views is 8.*\(4, 16, 32\); choose 1"):
         classifier([(oblong, 20)], views=8)
     with pytest.raises(UserError, match="no checkpoint of step 21; there are 10, 20"):
-        classifier([(workdir, 20), (workdir, 21)])
+        classifier([(short_run, 20), (short_run, 21)])
     with pytest.raises(UserError, match="batch size 6 is not divisible by 4 devices"):
-        classifier([(workdir, 20)], batch_size=6, devices=4)
+        classifier([(short_run, 20)], batch_size=6, devices=4)

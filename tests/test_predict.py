@@ -41,6 +41,10 @@ def classifier(
     return inference.Classifier([(trained_run, None)], batch_size, mesh)
 
 
+def source_of(table: pa.Table) -> synapse_batches.Source:
+    return synapse_batches.Source("table", lambda: iter(table.to_batches()))
+
+
 def predict_all(
     model: inference.Classifier,
     table: pa.Table | pathlib.Path,
@@ -53,7 +57,7 @@ def predict_all(
     if isinstance(table, pathlib.Path):
         source = synapse_batches.open(table)
     else:
-        source = synapse_batches.Source("table", lambda: iter(table.to_batches()))
+        source = source_of(table)
     plan = predict.make_plan(model, source, volume, output, unit_rows)
     left = list(parts.unfinished(plan, range(len(plan)), retry_missing))
     execution.execute(plan, left, model, volume, retry_missing=retry_missing)
@@ -238,7 +242,7 @@ def test_a_damaged_part_is_done_again(
         feather.write_feather(table, str(first))
     plan = predict.make_plan(
         arguments[0],
-        synapse_batches.Source("table", lambda: iter(synapse_table.to_batches())),
+        source_of(synapse_table),
         arguments[2],
         tmp_path,
         30,
@@ -638,7 +642,7 @@ def test_a_volume_that_vanishes_stops_the_command(
         model, synapse_table, volumes.open(str(copy)), tmp_path / "a"
     )
     volume = volumes.open(str(copy), cache_bytes=0)
-    source = synapse_batches.Source("table", lambda: iter(synapse_table.to_batches()))
+    source = source_of(synapse_table)
     plan = predict.make_plan(model, source, volume, tmp_path / "b", 10)
     execution.execute(plan, range(4), model, volume)
     copy.rename(tmp_path / "elsewhere.n5")
@@ -683,7 +687,7 @@ def test_voxels_in_place_of_nm_are_doubted(
         place = many.column_names.index(name)
         many = many.set_column(place, name, pc.divide(many[name], size))
     volume, model = volumes.open(str(volume_path)), classifier(trained_run)
-    source = synapse_batches.Source("table", lambda: iter(many.to_batches()))
+    source = source_of(many)
     plan = predict.make_plan(model, source, volume, tmp_path)
     assert "all 180 positions lie in the corner" in plan.about["doubt"]
     assert "are they in nm?" in plan.about["doubt"]
@@ -696,7 +700,7 @@ def test_what_another_process_has_done_is_not_done_again(
     synapse_table: pa.Table,
 ) -> None:
     volume, model = volumes.open(str(volume_path)), classifier(trained_run)
-    source = synapse_batches.Source("table", lambda: iter(synapse_table.to_batches()))
+    source = source_of(synapse_table)
     plan = predict.make_plan(model, source, volume, tmp_path, 30)
     assert execution.execute(plan, [1], model, volume).synapses == 30
     assert execution.execute(plan, [0, 1, 2], model, volume).synapses == 60
