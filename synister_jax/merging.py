@@ -24,7 +24,7 @@ from synister_jax import (
     parts,
     planning,
     predictions,
-    sorting,
+    queries,
     synapse_batches,
     synapses,
 )
@@ -94,7 +94,7 @@ class _Sorted:
         self._schema = pa.schema([("row", pa.int64()), ("whole", pa.bool_()), *floats])
         self._names = names
         query = 'SELECT * FROM rows ORDER BY "row"'
-        self._batches = sorting.run(query, self._schema, self._parts(), plan.folder)
+        self._batches = queries.run(query, self._schema, self._parts(), plan.folder)
         self._waiting = pa.Table.from_batches([], self._schema)
 
     def _parts(self) -> Iterator[pa.RecordBatch]:

@@ -25,7 +25,7 @@ from synister_jax import (
     crops,
     files,
     predictions,
-    sorting,
+    queries,
     spaces,
     synapse_batches,
     synapses,
@@ -217,7 +217,7 @@ def _write_units(counted: _Counted, folder: pathlib.Path, unit_rows: int) -> Non
         ) as sink,
     ):
         waiting = pa.Table.from_batches([], _UNIT)
-        for batch in sorting.run(query, _CODED, iter(counted), folder):
+        for batch in queries.run(query, _CODED, iter(counted), folder):
             waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
             while len(waiting) >= unit_rows:
                 sink.write_table(waiting.slice(0, unit_rows), row_group_size=unit_rows)

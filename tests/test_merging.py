@@ -24,7 +24,7 @@ from synister_jax import (
     parts,
     planning,
     predictions,
-    sorting,
+    queries,
     synapse_batches,
     synapses,
 )
@@ -211,11 +211,11 @@ def test_merging_again_gives_the_same_bytes(
         (left / "part-00007.parquet").write_bytes(b"PAR1")
     else:
         path.with_name("predictions.feather.partial").write_bytes(b"ARROW1")
-    (plan.folder / "sorting.tmp").mkdir()
-    (plan.folder / "sorting.tmp" / "old").write_bytes(b"x")
+    (plan.folder / "query.tmp").mkdir()
+    (plan.folder / "query.tmp" / "old").write_bytes(b"x")
     merge(plan, source_of(table, 100), volume, file_format)
     assert content(path) == first
-    assert not any("partial" in n or "sorting" in n for n in names_in(plan.folder))
+    assert not any("partial" in n or "query.tmp" in n for n in names_in(plan.folder))
 
 
 def test_a_shorter_answer_leaves_no_file_of_a_longer_one(
@@ -389,7 +389,7 @@ def test_parts_larger_than_the_memory_are_merged_on_the_disk(
     monkeypatch.setattr(
         duckdb, "connect", lambda config: connect(config=config | {"threads": 1})
     )
-    monkeypatch.setattr(sorting, "MEMORY", "40MB")
+    monkeypatch.setattr(queries, "MEMORY", "40MB")
     rows, shape = 600_000, (4000, 4000, 4000)
     volume = make_volume(tmp_path / "v", shape, (64, 64, 64), (1, 1, 1), (0, 0, 0))
     positions = np.random.default_rng(0).random((rows, 3)) * 3900 + 50
@@ -405,7 +405,7 @@ def test_parts_larger_than_the_memory_are_merged_on_the_disk(
         parts.write(plan, unit, Part(numbers, whole, values, frozenset()))
     merged, spilled, first = merging.Merged(), 0, 0
     for answer in merging.tables(plan, source, volume, ABOUT, merged):
-        found = (out / "sorting.tmp").glob("*")
+        found = (out / "query.tmp").glob("*")
         spilled = max(spilled, sum(path.stat().st_size for path in found))
         numbers = np.arange(first, first + len(answer))
         np.testing.assert_array_equal(
@@ -414,4 +414,4 @@ def test_parts_larger_than_the_memory_are_merged_on_the_disk(
         first += len(answer)
     assert first == rows and merged.status == {"ok": rows}
     assert spilled > 1 << 20
-    assert not (out / "sorting.tmp").exists()
+    assert not (out / "query.tmp").exists()

@@ -17,7 +17,7 @@ from pyarrow import csv, feather
 from synister_jax import (
     crops,
     planning,
-    sorting,
+    queries,
     synapse_batches,
     synapses,
     table_files,
@@ -256,7 +256,7 @@ def test_a_sort_that_spills_gives_the_same_units(
             columns = dict(zip(synapses.POSITION, moved.T.astype(float), strict=True))
             ids = {"synapse_id": np.arange(first, first + batch)}
             yield pa.RecordBatch.from_pydict(ids | columns)
-            found = (out / "sorting.tmp").glob("*")
+            found = (out / "query.tmp").glob("*")
             spilled.append(sum(path.stat().st_size for path in found))
 
     # What DuckDB needs at least is so and so much a thread, whatever the machine.
@@ -266,7 +266,7 @@ def test_a_sort_that_spills_gives_the_same_units(
     )
     plans = []
     for memory in ("1GB", "40MB"):
-        monkeypatch.setattr(sorting, "MEMORY", memory)
+        monkeypatch.setattr(queries, "MEMORY", memory)
         out = tmp_path / memory
         spilled.clear()
         source = Source("table", lambda out=out: batches(out))
@@ -464,9 +464,9 @@ def test_what_a_killed_planner_left_does_not_disturb(
 ) -> None:
     table, out = table_of(positions_in_and_out(500)), tmp_path / "out"
     expected = make_plan(table, volume, tmp_path / "undisturbed")
-    (out / "sorting.tmp" / "deeper").mkdir(parents=True)
-    (out / "sorting.tmp" / "duckdb_temp_storage_DEFAULT-0.tmp").write_bytes(b"x" * 999)
-    (out / "sorting.tmp" / "deeper" / "file").write_text("old")
+    (out / "query.tmp" / "deeper").mkdir(parents=True)
+    (out / "query.tmp" / "duckdb_temp_storage_DEFAULT-0.tmp").write_bytes(b"x" * 999)
+    (out / "query.tmp" / "deeper" / "file").write_text("old")
     (out / "units.parquet.partial").write_bytes(b"PAR1 and then nothing")
     (out / "units.parquet").write_bytes(b"of a run that had no time for plan.json")
     (out / "plan.json.partial").write_text('{"rows": 1')

@@ -278,7 +278,7 @@ def output_files(folder: pathlib.Path) -> dict[str, bytes]:
 
 # What appears in the folder as the command goes on, and how long that stage takes.
 STAGES = (
-    (("sorting.tmp", "units.parquet.partial"), 0.2),  # plan
+    (("query.tmp", "units.parquet.partial"), 0.2),  # plan
     (tuple(f"parts/part-{i:06d}-of-000030.feather" for i in range(0, 24, 2)), 0.05),
     (tuple(f"parts/part-{i:06d}-of-000030.feather" for i in range(24, 30)), 0.05),
     (("predictions.feather.partial",), 0.3),  # merge
