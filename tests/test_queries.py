@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from synister_jax import queries
 from synister_jax.command import UserError
 
 SCHEMA = pa.schema([("key", pa.int64()), ("row", pa.int64()), ("value", pa.float32())])
