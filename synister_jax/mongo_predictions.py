@@ -91,7 +91,7 @@ def open_feather(path: str, split: str | None = None, part: str = "all") -> Feat
             nothing = reader.schema.empty_table()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read predictions {path}: {error}") from None
-    predictions.check(nothing, path)
+    predictions.check(nothing.schema, path)
     if nothing.schema.field("synapse_id").type != pa.int64():
         raise UserError(f"{path}: synapse_id is not int64; ids are never floats")
     about = predictions.about(nothing)

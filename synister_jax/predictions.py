@@ -8,17 +8,18 @@ begins with `nt`, because FlyEM's reader takes every such column for a probabili
 metadata.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import feather, parquet
+from pyarrow import parquet
 
-from synister_jax import synapses
+from synister_jax import synapses, table_files
 from synister_jax.command import UserError
 
 BAD_POSITION = "bad_position"
@@ -36,8 +37,8 @@ def build(
     Args:
       about: what made them (run, step, volume, …), kept in the schema's metadata.
     """
-    names = [*synapses.SCHEMA.names, *synapses.split_columns(table)]
-    result = table.select(names).append_column("status", pa.array(status, pa.string()))
+    result = table.select(synapses.columns(table))
+    result = result.append_column("status", pa.array(status, pa.string()))
     for index, name in enumerate(classes):
         column = pa.array(probabilities[:, index].astype(np.float32))
         result = result.append_column(probability_column(name), column)
@@ -49,28 +50,93 @@ def probability_column(class_name: str) -> str:
     return f"nt_{class_name}_prob"
 
 
-def load(path: str | os.PathLike[str]) -> pa.Table:
-    """Reads a prediction table, Feather or a folder of Parquet files.
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """A prediction table of any size, to be read any number of times."""
+
+    path: pathlib.Path
+    schema: pa.Schema
+    rows: int
+    _files: Sequence[pathlib.Path]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return about(self.schema)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return classes(self.schema)
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Its rows in order, a piece at a time; all pieces have its metadata.
+
+        Args:
+          columns: only these, in this order.
+
+        Raises:
+          UserError: a file is damaged, or no longer what it was.
+        """
+        columns = self.schema.names if columns is None else list(columns)
+        chosen = dict.fromkeys(columns)
+        rows = 0
+        for path in self._files:
+            _, batches = table_files.open(path, lambda _: chosen, "predictions")
+            for batch in batches:
+                rows += len(batch)
+                table = pa.Table.from_batches([batch]).select(columns)
+                yield table.replace_schema_metadata(self.schema.metadata)
+        if rows != self.rows:
+            raise UserError(f"{self.path} has changed while it was read; rerun")
+
+
+def open(path: str | os.PathLike[str]) -> Predictions:  # noqa: A001
+    """A prediction table on disk: Feather, Parquet, or a folder of Parquet files.
 
     Raises:
       UserError: it is not one.
     """
+    path = pathlib.Path(path)
+    paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not paths:
+        raise UserError(f"cannot read predictions {path}: no Parquet file in it")
     try:
-        if pathlib.Path(path).is_dir():
-            table = parquet.read_table(path)
-        else:
-            table = feather.read_table(path)
+        schemas, rows = zip(*map(_shape, paths), strict=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read predictions {path}: {error}") from None
-    check(table, path)
-    return table
+    for other, schema in zip(paths, schemas, strict=True):
+        if not schema.equals(schemas[0], check_metadata=True):
+            raise UserError(f"{other} has other columns or classes than {paths[0]}")
+    check(schemas[0], path)
+    return Predictions(path, schemas[0], sum(rows), paths)
 
 
-def check(table: pa.Table, path: str | os.PathLike[str]) -> None:
+def _shape(path: pathlib.Path) -> tuple[pa.Schema, int]:
+    if path.suffix == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            return file.schema_arrow, file.metadata.num_rows
+    with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+        return reader.schema, reader.count_rows()
+
+
+def load(path: str | os.PathLike[str]) -> pa.Table:
+    """The whole of a prediction table, for one that fits into memory.
+
+    Raises:
+      UserError: it is not one.
+    """
+    return whole(open(path))
+
+
+def whole(source: Predictions) -> pa.Table:
+    """All its rows, in memory."""
+    return pa.concat_tables([source.schema.empty_table(), *source.tables()])
+
+
+def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
     """Raises `UserError` unless the columns and the class order are all there."""
-    columns = set(table.column_names)
+    columns = set(schema.names)
     try:
-        wanted = [probability_column(name) for name in classes(table)]
+        wanted = [probability_column(name) for name in classes(schema)]
     except (KeyError, json.JSONDecodeError):
         raise UserError(f"{path} is not a prediction table: no class order") from None
     for name in [*synapses.SCHEMA.names, "status", *wanted]:
@@ -78,12 +144,13 @@ def check(table: pa.Table, path: str | os.PathLike[str]) -> None:
             raise UserError(f"{path} is not a prediction table: no column {name}")
 
 
-def about(table: pa.Table) -> dict[str, Any]:
+def about(table: pa.Table | pa.Schema) -> dict[str, Any]:
     """The metadata given to `build`, with the class order."""
-    return json.loads((table.schema.metadata or {})[b"synister_jax"])
+    schema = table if isinstance(table, pa.Schema) else table.schema
+    return json.loads((schema.metadata or {})[b"synister_jax"])
 
 
-def classes(table: pa.Table) -> tuple[str, ...]:
+def classes(table: pa.Table | pa.Schema) -> tuple[str, ...]:
     """Class names in the order of the network's outputs."""
     return tuple(about(table)["classes"])
 

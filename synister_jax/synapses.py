@@ -4,7 +4,8 @@
 `synapse_id` int64, unique · `z_nm`, `y_nm`, `x_nm` float64 in the volume's frame ·
 `neuron_id` int64? · `neurotransmitter` string? (several known ones joined by `+`) ·
 `hemilineage`, `brain_region`, `cell_type` string? · one `split_<name>` string? a
-scheme, with the values train, validation and test.
+scheme, with the values train, validation and test · where the source has them, what
+detected the synapse and what it is connected to (`OPTIONAL`).
 """
 
 import contextlib
@@ -33,6 +34,16 @@ SCHEMA = pa.schema(
         ("hemilineage", pa.string()),
         ("brain_region", pa.string()),
         ("cell_type", pa.string()),
+    ]
+)
+# Columns that a table has or has not. `cleft_score` weighs synapses (FlyWire: 0 to 255,
+# Heinrich et al. 2018; FlyEM: the confidence of a T-bar), `connection_score` is that of
+# the pair (Buhmann et al. 2021).
+OPTIONAL = pa.schema(
+    [
+        ("cleft_score", pa.float32()),
+        ("connection_score", pa.float32()),
+        ("post_neuron_id", pa.int64()),
     ]
 )
 PARTS = ("train", "validation", "test")
@@ -86,7 +97,7 @@ def columns_to_read(source: str) -> table_files.Choose:
 
     def choose(names: Sequence[str]) -> dict[str, pa.DataType]:
         _require_columns(names, source)
-        types = {field.name: field.type for field in SCHEMA}
+        types = {field.name: field.type for field in (*SCHEMA, *OPTIONAL)}
         types |= dict.fromkeys(POSITION, pa.string())
         return {
             name: types.get(name, pa.string())
@@ -218,6 +229,12 @@ def split_columns(table: pa.Table) -> list[str]:
     return [name for name in table.column_names if name.startswith("split_")]
 
 
+def columns(table: pa.Table) -> list[str]:
+    """Those of the contract, then the optional ones and the splits that are there."""
+    optional = [name for name in OPTIONAL.names if name in table.column_names]
+    return [*SCHEMA.names, *optional, *split_columns(table)]
+
+
 def conform(
     table: pa.Table, source: str, *, answer_all: bool = False, first_row: int = 0
 ) -> pa.Table:
@@ -235,13 +252,14 @@ def conform(
     """
     _require_columns(table.column_names, source)
     fields = list(SCHEMA)
+    fields += [field for field in OPTIONAL if field.name in table.column_names]
     fields += [pa.field(name, pa.string()) for name in split_columns(table)]
-    columns = []
+    arrays = []
     for field in fields:
         if field.name not in table.column_names:
-            columns.append(pa.nulls(len(table), field.type))
+            arrays.append(pa.nulls(len(table), field.type))
             continue
-        columns.append(_cast(table[field.name], field, source, first_row))
+        arrays.append(_cast(table[field.name], field, source, first_row))
     metadata = {"space": "volume frame, nm", "source": source, "version": 1}
     metadata |= json.loads((table.schema.metadata or {}).get(b"synister_jax", b"{}"))
     if answer_all:
@@ -250,14 +268,14 @@ def conform(
             for field in fields
         ]
     schema = pa.schema(fields, {"synister_jax": json.dumps(metadata)})
-    checked = dict(zip(schema.names, columns, strict=True))
+    checked = dict(zip(schema.names, arrays, strict=True))
     _check(checked, source, answer_all, first_row)
     if answer_all:
         for name in POSITION:
             place = schema.names.index(name)
-            finite = pc.fill_null(pc.is_finite(columns[place]), False)
-            columns[place] = pc.if_else(finite, columns[place], np.nan)
-    return pa.table(columns, schema=schema)
+            finite = pc.fill_null(pc.is_finite(arrays[place]), False)
+            arrays[place] = pc.if_else(finite, arrays[place], np.nan)
+    return pa.table(arrays, schema=schema)
 
 
 def _cast(
@@ -280,7 +298,7 @@ def _cast(
             except pa.ArrowException:
                 raise UserError(
                     f"{source}, row {row}: {field.name} is {value.as_py()!r}, not "
-                    f"{'a number' if field.name in POSITION else field.type}"
+                    f"{'a number' if pa.types.is_floating(field.type) else field.type}"
                 ) from None
         raise UserError(f"{source}: column {field.name}: {error}") from None
 

@@ -22,39 +22,42 @@ Choose = Callable[[Sequence[str]], dict[str, pa.DataType]]
 Opened = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
-def open(path: str | os.PathLike[str], choose: Choose) -> Opened:  # noqa: A001
+def open(  # noqa: A001
+    path: str | os.PathLike[str], choose: Choose, what: str = "synapse table"
+) -> Opened:
     """Schema and batches of a Feather, Parquet or CSV file; its name tells which.
 
     Args:
       choose: which columns; it may raise where those that it needs are not there.
+      what: the file is, for messages.
 
     Raises:
       UserError: absent, another format, not to be read (also while iterating).
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise UserError(f"synapse table {path} does not exist")
+        raise UserError(f"{what} {path} does not exist")
     if path.suffix not in _OPENERS:
         raise UserError(
-            f"cannot tell the format of synapse table {path}; give an export v3 "
+            f"cannot tell the format of {what} {path}; give an export v3 "
             f"folder or a file ending in {', '.join(_OPENERS)}"
         )
     try:
         schema, batches = _OPENERS[path.suffix](path, choose)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read synapse table {path}: {error}") from None
-    return schema, _guarded(path, batches)
+        raise UserError(f"cannot read {what} {path}: {error}") from None
+    return schema, _guarded(path, batches, what)
 
 
 def _guarded(
-    path: pathlib.Path, batches: Iterator[pa.RecordBatch]
+    path: pathlib.Path, batches: Iterator[pa.RecordBatch], what: str
 ) -> Iterator[pa.RecordBatch]:
     try:
         for batch in batches:
             for start in range(0, len(batch), BATCH_ROWS):
                 yield batch.slice(start, BATCH_ROWS)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read synapse table {path}: {error}") from None
+        raise UserError(f"cannot read {what} {path}: {error}") from None
 
 
 def _open_feather(path: pathlib.Path, choose: Choose) -> Opened:

@@ -545,7 +545,7 @@ def test_one_part_of_a_split_as_parquet(
     finished = run(command, "--part=test", "--format=parquet")
     assert finished.returncode == 0, finished.stderr
     answer = parquet.read_table(tmp_path / "out" / "predictions.parquet")
-    predictions.check(answer, "answer")
+    predictions.check(answer.schema, "answer")
     chosen = synapses.in_part(synapse_table, "skeleton", "test")
     assert answer["synapse_id"].to_pylist() == (
         synapse_table["synapse_id"].filter(pa.array(chosen)).to_pylist()
