@@ -25,7 +25,16 @@ import torch_networks
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import augment, command, data, evaluate, sharding, shards, train
+from synister_jax import (
+    augment,
+    command,
+    data,
+    evaluate,
+    measurement,
+    sharding,
+    shards,
+    train,
+)
 from synister_jax.command import Progress, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", lock_config=True)
@@ -163,7 +172,7 @@ def of_torch(
 
     mesh = sharding.make_mesh(jax.devices()[:1])
     table = part.predict(classify_batch, config.batch_size, mesh, {})
-    return evaluate.measure(table)["synapses"]
+    return measurement.measure(table)["synapses"]
 
 
 def to_torch(crops: jax.Array) -> torch.Tensor:

@@ -2,98 +2,219 @@
 """From synapses to neurons, hemilineages, cell types and brain regions.
 
     python -m synister_jax.aggregate --predictions=DIR/predictions.feather \
-        --by=neuron --rule=majority --output=neurons.feather
+        --by=neuron --rule=majority,mean_probability --output=neurons.feather
+    python -m synister_jax.aggregate … --rule=flyem \
+        --confusion=RUN/evaluation/test/step-<n>/metrics.json
+
+One row a group and rule, whatever the number of synapses; groups in ascending order.
+The rules are those of `rules.py`.
 """
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from absl import flags
 
-from synister_jax import command, files, predictions
-from synister_jax.command import UserError
-
-COLUMNS = {
-    "neuron": "neuron_id",
-    "hemilineage": "hemilineage",
-    "cell_type": "cell_type",
-    "brain_region": "brain_region",
-}
-# The only rule so far: the class that most synapses are called, ties to the first
-# class, as in the published table of neurons (skeleton_predictions.csv).
-MAJORITY = "majority"
+from synister_jax import command, confusions, files, predictions, rules, tallies
+from synister_jax.command import Progress, UserError
+from synister_jax.confusions import Confusion
+from synister_jax.predictions import Predictions
+from synister_jax.tallies import COLUMNS, Tally
 
 
-def majority(table: pa.Table, by: str) -> pa.Table:
-    """Calls each group of a prediction table by majority vote of its synapses.
+def call(tally: Tally, rule: str, confusion: Confusion | None = None) -> pa.Table:
+    """Calls each group of a tally.
 
-    One row a group, in ascending order: the group's column, `synapses` (all rows),
-    `predicted` (rows with a prediction, the only ones that vote), `count_<class>`,
-    `predicted_neurotransmitter` and `winning_fraction` (of `predicted`; both null
-    where nothing was predicted), `neurotransmitter` (the known one, when the group's
-    rows name exactly one) and `rule`. Rows that belong to no group are not counted.
+    Columns: those of `tally.groups`; `count_<class>`, the votes; `mean_<class>_prob`;
+    `predicted_neurotransmitter`, null where nothing was predicted, `unclear` where the
+    rule says so; `score`, the rule's number; of the rule's distribution over the
+    classes `margin`, by which the winner leads, and `entropy` in bits; `rule`.
+
+    Args:
+      rule: of `rules.RULES`.
+      confusion: of the network, for the rules that need it.
+
+    Raises:
+      UserError: what the rule needs is not there.
     """
-    column = COLUMNS[by]
-    classes = predictions.classes(table)
-    member = pc.is_valid(table[column])
-    groups = table[column].filter(member).combine_chunks()
-    names = pc.unique(groups)
-    names = names.take(pc.sort_indices(names))
-    group = pc.index_in(groups, value_set=names).to_numpy()
-    called = predictions.called(table)[member.to_numpy()]
-    counts = np.zeros((len(names), len(classes)), np.int64)
-    np.add.at(counts, (group[called >= 0], called[called >= 0]), 1)
-    predicted = counts.sum(axis=1)
-    nothing = predicted == 0
-    winner = counts.argmax(axis=1)  # argmax takes the first of equals
-    fraction = counts.max(axis=1) / np.maximum(predicted, 1)
-    columns = {
-        column: names,
-        "synapses": np.bincount(group, minlength=len(names)),
-        "predicted": predicted,
+    if confusion is not None:
+        confusion = confusion.for_classes(tally.classes)
+    verdict = rules.RULES[rule](tally, confusion)
+    # Nothing predicted, or weights that sum to zero.
+    none = np.isnan(verdict.distribution).any(axis=1)
+    names = np.array([*tally.classes, rules.UNCLEAR])
+    winner = np.where(verdict.unclear, len(tally.classes), verdict.winner)
+    table = tally.groups
+    for index, name in enumerate(tally.classes):
+        table = table.append_column(f"count_{name}", pa.array(tally.counts[:, index]))
+    for index, name in enumerate(tally.classes):
+        mean = tally.mean[:, index]
+        table = table.append_column(
+            f"mean_{name}_prob", pa.array(mean, mask=np.isnan(mean))
+        )
+    called = pa.array(names[winner], pa.string(), mask=none)
+    table = table.append_column("predicted_neurotransmitter", called)
+    numbers = {
+        "score": verdict.score,
+        "margin": _margin(verdict),
+        "entropy": _entropy(verdict.distribution),
     }
-    for index, name in enumerate(classes):
-        columns[f"count_{name}"] = counts[:, index]
-    winners = pa.array(np.asarray(classes)[winner], mask=nothing)
-    columns["predicted_neurotransmitter"] = winners
-    columns["winning_fraction"] = pa.array(fraction, mask=nothing)
-    known = table["neurotransmitter"].filter(member)
-    columns["neurotransmitter"] = _only_value(known, group, len(names))
-    columns["rule"] = pa.array([MAJORITY] * len(names), pa.string())
-    return pa.table(columns).replace_schema_metadata(table.schema.metadata)
+    for name, values in numbers.items():
+        column = pa.array(values, mask=none | np.isnan(values))
+        table = table.append_column(name, column)
+    table = table.append_column("rule", pa.array([rule] * len(table), pa.string()))
+    about = {"classes": list(tally.classes), "by": tally.by}
+    return table.replace_schema_metadata({"synister_jax": json.dumps(about)})
 
 
-def _only_value(values: pa.ChunkedArray, group: np.ndarray, groups: int) -> pa.Array:
-    pairs = pa.table({"group": group, "value": values}).filter(
-        pc.field("value").is_valid()
-    )
-    distinct = pairs.group_by(["group", "value"]).aggregate([])
-    names: list[str | None] = [None] * groups
-    seen = np.bincount(distinct["group"].to_numpy(), minlength=groups)
-    for row in distinct.to_pylist():
-        if seen[row["group"]] == 1:
-            names[row["group"]] = row["value"]
-    return pa.array(names, pa.string())
+def _margin(verdict: rules.Verdict) -> np.ndarray:
+    others = verdict.distribution.copy()
+    place = verdict.winner[:, None]
+    first = np.take_along_axis(others, place, axis=1)[:, 0]
+    np.put_along_axis(others, place, -np.inf, axis=1)
+    return first - others.max(axis=1)
+
+
+def _entropy(distribution: np.ndarray) -> np.ndarray:
+    total = distribution.sum(axis=1, keepdims=True)
+    share = distribution / np.where(total > 0, total, np.nan)
+    return -(share * np.log2(np.where(share > 0, share, 1))).sum(axis=1) + 0.0
+
+
+def tally(
+    source: Predictions,
+    by: str,
+    folder: pathlib.Path | None = None,
+    min_probability: float = 0.0,
+) -> Tally:
+    """Adds up a prediction table of any size.
+
+    Raises:
+      UserError: no row names a group.
+    """
+    names = tallies.columns_needed(source.schema.names, source.classes, by)
+    progress = Progress("aggregate", source.rows, "synapses")
+
+    def tables() -> Iterator[pa.Table]:
+        for table in source.tables(names):
+            yield table
+            progress.add(len(table))
+
+    found = tallies.count(tables(), source.classes, by, folder, min_probability)
+    if not len(found.groups):
+        raise UserError(
+            f"{source.path} names no {by.replace('_', ' ')}: its column {COLUMNS[by]} "
+            "is empty"
+        )
+    return found
+
+
+def by(
+    source: Predictions,
+    by: str,
+    rule: str = "majority",
+    confusion: Confusion | None = None,
+    folder: pathlib.Path | None = None,
+) -> pa.Table:
+    """`call` of each group of a prediction table of any size.
+
+    Raises:
+      UserError: no row names a group; what the rule needs is not there.
+    """
+    return call(tally(source, by, folder), rule, confusion)
+
+
+def threshold(text: str, source: Predictions) -> float:
+    """The value of --min_probability: a number, or that of `predict --calibrated`.
+
+    Raises:
+      UserError: neither; the predictions have none.
+    """
+    if text != "calibrated":
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise UserError(
+                f"--min_probability={text}: give a number from 0 to 1, or `calibrated`"
+            )
+        return value
+    value = source.about.get("abstain_below")
+    if value is None:
+        raise UserError(
+            f"{source.path} has no threshold of its own: predict with --calibrated"
+        )
+    return value
 
 
 def main() -> None:
-    source = flags.DEFINE_string("predictions", None, "Feather of predictions.")
-    by = flags.DEFINE_enum("by", "neuron", list(COLUMNS), "What to call.")
-    flags.DEFINE_enum("rule", MAJORITY, [MAJORITY], "How to call it.")
+    path = flags.DEFINE_string("predictions", None, "Prediction table.")
+    by_ = flags.DEFINE_enum("by", "neuron", list(COLUMNS), "What to call.")
+    rule_names = flags.DEFINE_list(
+        "rule", ["majority"], f"How to call it: of {', '.join(rules.RULES)}."
+    )
+    confusion = flags.DEFINE_string(
+        "confusion", None, "metrics.json of the test part, or CSV (rows true)."
+    )
+    min_probability = flags.DEFINE_string(
+        "min_probability",
+        "0",
+        "Synapses of a lower highest probability do not count: a number, or "
+        "`calibrated` for the threshold that predict --calibrated left.",
+    )
     output = flags.DEFINE_string("output", None, "Feather to write.")
     flags.mark_flags_as_required(["predictions", "output"])
 
     def aggregate() -> None:
-        table = predictions.load(source.value)
-        if table[COLUMNS[by.value]].null_count == len(table):
+        names = rule_names.value
+        if unknown := set(names) - {*rules.RULES}:
             raise UserError(
-                f"{source.value} names no {by.value} ({COLUMNS[by.value]} is empty)"
+                f"--rule={','.join(names)}: no rule {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(rules.RULES)}"
             )
-        groups = majority(table, by.value)
-        files.write_feather(output.value, groups)
-        print(f"{output.value}: {len(groups):,} rows from {len(table):,} synapses")
+        matrix = None if confusion.value is None else confusions.load(confusion.value)
+        source = predictions.open(path.value)
+        if matrix is not None:
+            matrix = matrix.for_classes(source.classes)
+        least = threshold(min_probability.value, source)
+        folder = files.make_folder(pathlib.Path(output.value).resolve().parent)
+        added = tally(source, by_.value, folder, least)
+        tables = [call(added, name, matrix) for name in names]
+        table = in_groups(tables)
+        about = {
+            **predictions.about(tables[0]),
+            "rules": {name: rules.RULES[name].__doc__.split("\n")[0] for name in names},
+            "min_probability": least,
+            "confusion": None if matrix is None else matrix.name,
+            "predictions": {"path": str(source.path)} | source.about,
+        }
+        files.write_feather(
+            output.value,
+            table.replace_schema_metadata({"synister_jax": json.dumps(about)}),
+        )
+        print(f"{output.value}: {len(added.groups):,} groups of {source.rows:,} rows")
+        for name, each in zip(names, tables, strict=True):
+            print(f"  {name}: {_summary(each)}")
 
     command.run(aggregate)
+
+
+def in_groups(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables of the same groups under several rules, the rows of a group together."""
+    n = len(tables[0])
+    order = np.arange(n * len(tables)).reshape(len(tables), n).T.ravel()
+    return pa.concat_tables(tables).take(pa.array(order))
+
+
+def _summary(table: pa.Table) -> str:
+    counts = table["predicted_neurotransmitter"].value_counts().to_pylist()
+    counts.sort(key=lambda entry: -entry["counts"])
+    shown = [f"{e['counts']:,} {e['values'] or 'without a call'}" for e in counts]
+    return ", ".join(shown)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates checkpoints on a whole part of the split, per synapse and per neuron.
+"""Evaluates checkpoints on a whole part of the split, or a table of predictions.
 
     python -m synister_jax.evaluate --workdir=RUN --part=validation --steps=1000,2000
     python -m synister_jax.evaluate --workdir=RUN --part=test
+    python -m synister_jax.evaluate --predictions=FEATHER --part=test --output=DIR
 
 Writes RUN/evaluation/<part>/step-<n>/{metrics.json, predictions.feather,
-confusion_synapses.png, confusion_neurons.png} and RUN/evaluation/<part>/summary.json,
-which names the best of all checkpoints evaluated so far.
+confusion_synapses.png, confusion_neurons.png}, RUN/evaluation/<part>/summary.json,
+which names the best of all checkpoints evaluated so far, and accuracy.png of several;
+of a table of predictions DIR/{metrics.json, confusion_*.png}. docs/evaluation.md says
+what is in metrics.json.
 """
 
 import dataclasses
@@ -21,14 +24,13 @@ import pyarrow as pa
 from absl import flags
 
 from synister_jax import (
-    aggregate,
     checkpoint,
     command,
     data,
     figures,
     files,
     inference,
-    metrics,
+    measurement,
     predictions,
     sharding,
     synapses,
@@ -75,45 +77,20 @@ class Part:
         )
 
 
-def measure(table: pa.Table) -> dict[str, Any]:
-    """The numbers of a prediction table of labelled synapses.
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """Of neurons so large and so sure; see `measurement.measure`."""
 
-    `synapses` and `neurons` are `metrics.summary` of either; `loss` is the mean
-    cross-entropy in nats. Synapses without neuron count in `synapses` alone.
-    """
-    classes = predictions.classes(table)
-    truth = synapses.labels(table, classes)
-    called = predictions.called(table)
-    known = (truth >= 0) & (called >= 0)
-    likelihood = predictions.probabilities(table)[known, truth[known]]
-    neurons = aggregate.majority(table, "neuron")
-    neuron_truth = synapses.labels(neurons, classes)
-    neuron_called = synapses.index_in(neurons["predicted_neurotransmitter"], classes)
-    k = len(classes)
-    return {
-        # float32 softmax can be 0; its smallest number bounds the logarithm.
-        "loss": float(-np.log(np.maximum(likelihood, 1e-38), dtype=np.float64).mean()),
-        "synapses": metrics.summary(metrics.confusion(truth, called, k), classes),
-        "neurons": {
-            "rule": "majority vote, ties to the first class",
-            **metrics.summary(
-                metrics.confusion(neuron_truth, neuron_called, k), classes
-            ),
-        },
-    }
+    n_mins: tuple[int, ...] = measurement.N_MIN
+    cutoffs: tuple[float, ...] = measurement.CUTOFFS
 
-
-def scalars(part: str, measured: dict[str, Any]) -> dict[str, float]:
-    """What a run logs of `measure`; nothing of what is undefined."""
-    synapses_, neurons = measured["synapses"], measured["neurons"]
-    values = {
-        f"{part}/loss": measured["loss"],
-        f"{part}/synapse_accuracy": synapses_["accuracy"],
-        f"{part}/synapse_mean_class_accuracy": synapses_["mean_class_accuracy"],
-        f"{part}/synapse_macro_f1": synapses_["macro_f1"],
-        f"{part}/neuron_accuracy": neurons["accuracy"],
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    @classmethod
+    def of(cls, n_mins: Sequence[str], cutoffs: Sequence[str]) -> "Variants":
+        """Of the flags' texts; `UserError` for what is no number."""
+        try:
+            return cls(tuple(map(int, n_mins)), tuple(map(float, cutoffs)))
+        except ValueError as error:
+            raise UserError(f"--n_min or --cutoff: {error}") from None
 
 
 def evaluate(
@@ -122,6 +99,7 @@ def evaluate(
     steps: Sequence[int] | None = None,
     shards_folder: str | None = None,
     batch_size: int = 32,
+    variants: Variants = Variants(),  # noqa: B008 - it is frozen
 ) -> dict[str, Any]:
     """Evaluates the checkpoints of `steps` (the latest when None); returns the summary.
 
@@ -153,39 +131,78 @@ def evaluate(
         about |= {"split": config.split, "volume": shards.manifest["volume"]}
         table = part.predict(classify_batch, batch_size, mesh, about)
         identity = {"step": step, "split": config.split, "crops": crops_sha256}
-        _write(folder / f"step-{step}", identity, table, part)
+        identity |= {"part": part_name}
+        step_folder = files.make_folder(folder / f"step-{step}")
+        # Gone while its neighbours are replaced: a folder that has it is complete.
+        (step_folder / "metrics.json").unlink(missing_ok=True)
+        files.write_feather(step_folder / "predictions.feather", table)
+        _write(step_folder, f"{part_name}, step {step}", identity, table, variants)
     return _summarise(folder, part_name, crops_sha256, checkpoint.steps(workdir))
 
 
-def _write(
-    folder: pathlib.Path, identity: dict[str, Any], table: pa.Table, part: Part
-) -> None:
-    step = identity["step"]
-    folder = files.make_folder(folder)
-    measured = measure(table)
-    classes = list(part.shards.classes)
-    # Gone while its neighbours are replaced: a folder with metrics.json is complete.
-    (folder / "metrics.json").unlink(missing_ok=True)
-    files.write_feather(folder / "predictions.feather", table)
-    for what in ("synapses", "neurons"):
-        numbers = measured[what]
-        title = (
-            f"{part.name}, step {step}: {numbers['count']:,} {what}, "
-            f"accuracy {_shown(numbers['accuracy'])}"
+def evaluate_table(
+    path: pathlib.Path,
+    output: pathlib.Path,
+    part: tuple[str, str] | None = None,
+    variants: Variants = Variants(),  # noqa: B008
+) -> dict[str, Any]:
+    """Measures a table of predictions that fits into memory; returns metrics.json.
+
+    Args:
+      part: (split, part): only its rows.
+
+    Raises:
+      UserError: it is none, has no such part, or no row with a known transmitter.
+    """
+    table = predictions.load(path)
+    what = path.name
+    if part is not None:
+        table = table.filter(pa.array(synapses.in_part(table, *part)))
+        what = f"{part[1]} of {what}"
+    if not (synapses.labels(table, predictions.classes(table)) >= 0).any():
+        raise UserError(
+            f"{what} has no row whose neurotransmitter is one of the classes "
+            f"{', '.join(predictions.classes(table))}: there is nothing to compare with"
         )
-        picture = figures.confusion(np.asarray(numbers["confusion"]), classes, title)
-        with files.replacing(folder / f"confusion_{what}.png") as partial:
-            partial.write_bytes(figures.png(picture))
-    about = identity | {"part": part.name, "classes": classes}
-    files.write_json(folder / "metrics.json", about | measured)
-    lines = [f"step {step}, {part.name}:"]
-    for what in ("synapses", "neurons"):
-        numbers = measured[what]
+    identity = {"predictions": str(path), "part": None if part is None else part[1]}
+    return _write(files.make_folder(output), what, identity, table, variants)
+
+
+def _write(
+    folder: pathlib.Path,
+    what: str,
+    identity: dict[str, Any],
+    table: pa.Table,
+    variants: Variants,
+) -> dict[str, Any]:
+    """Pictures, then metrics.json; says the accuracies."""
+    measured = measurement.measure(table, variants.n_mins, variants.cutoffs)
+    classes = list(predictions.classes(table))
+    lines = [f"{what}:"]
+    for name in ("synapses", "neurons"):
+        numbers = measured[name]
+        shown = figures.confusion(
+            np.asarray(numbers["confusion"]),
+            classes,
+            f"{what}: {numbers['count']:,} {name}, accuracy "
+            f"{_shown(numbers['accuracy'])}",
+        )
+        with files.replacing(folder / f"confusion_{name}.png") as partial:
+            partial.write_bytes(figures.png(shown))
         lines.append(
-            f"{numbers['count']:,} {what}, {_shown(numbers['accuracy'])} right "
+            f"{numbers['count']:,} {name}, {_shown(numbers['accuracy'])} right"
+            f"{_interval(numbers)} "
             f"({_shown(numbers['mean_class_accuracy'])} mean over classes);"
         )
+    content = identity | {"classes": classes} | measured
+    files.write_json(folder / "metrics.json", content)
     print(" ".join(lines).rstrip(";"), flush=True)
+    return content
+
+
+def _interval(numbers: dict[str, Any]) -> str:
+    limits = numbers["interval"]["accuracy"]
+    return "" if limits is None else " [{:.3f}, {:.3f}]".format(*limits)
 
 
 def _shown(value: float | None) -> str:
@@ -216,6 +233,10 @@ def _summarise(
     best = max(entries, key=lambda e: (e["synapse_mean_class_accuracy"], e["step"]))
     summary = {"part": part, "best_step": best["step"]}
     summary |= {"best_by": "synapse_mean_class_accuracy", "checkpoints": entries}
+    if len(entries) > 1:
+        with files.replacing(folder / "accuracy.png") as partial:
+            shown = figures.checkpoints(entries, best["step"])
+            partial.write_bytes(figures.png(shown))
     files.write_json(folder / "summary.json", summary)
     print(
         f"best of {len(entries)} on {part}: step {best['step']} (mean over classes "
@@ -228,22 +249,47 @@ def _summarise(
 
 def main() -> None:
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    table = flags.DEFINE_string("predictions", None, "Or a table of predictions.")
+    output = flags.DEFINE_string("output", None, "Folder for what is said of it.")
     part = flags.DEFINE_string("part", "validation", "validation, test or train.")
+    split = flags.DEFINE_string("split", "skeleton", "Split of --predictions' --part.")
     steps = flags.DEFINE_list(
         "steps", None, "Checkpoints: numbers, `all`, or `best` (of validation)."
     )
     shards = flags.DEFINE_string("shards", None, "Shards, if moved since training.")
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
-    flags.mark_flag_as_required("workdir")
-    command.run(
-        lambda: evaluate(
-            pathlib.Path(workdir.value),
+    n_min = flags.DEFINE_list(
+        "n_min", list(map(str, measurement.N_MIN)), "Neurons of so many synapses."
+    )
+    cutoff = flags.DEFINE_list(
+        "cutoff",
+        list(map(str, measurement.CUTOFFS)),
+        "Neurons whose winner has such a share of votes.",
+    )
+
+    def run() -> None:
+        variants = Variants.of(n_min.value, cutoff.value)
+        if (workdir.value is None) == (table.value is None):
+            raise UserError("give either --workdir or --predictions with --output")
+        if table.value is not None:
+            if output.value is None:
+                raise UserError("--predictions needs --output, a folder")
+            of_part = (split.value, part.value) if flags.FLAGS["part"].present else None
+            evaluate_table(
+                pathlib.Path(table.value), pathlib.Path(output.value), of_part, variants
+            )
+            return
+        run_folder = pathlib.Path(workdir.value)
+        evaluate(
+            run_folder,
             part.value,
-            checkpoint.parse_steps(pathlib.Path(workdir.value), steps.value),
+            checkpoint.parse_steps(run_folder, steps.value),
             shards.value,
             batch_size.value,
+            variants,
         )
-    )
+
+    command.run(run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from synister_jax import augment, command, data, evaluate, figures, files, metrics
+from synister_jax import (
+    augment,
+    command,
+    data,
+    evaluate,
+    figures,
+    files,
+    measurement,
+    metrics,
+)
 from synister_jax.command import UserError
 
 _SNAPSHOT_EXAMPLES = 8
@@ -140,8 +149,8 @@ class Journal:
         table = part.predict(
             functools.partial(classify, variables), self._config.batch_size, mesh, {}
         )
-        measured = evaluate.measure(table)
-        scalars = evaluate.scalars(part.name, measured)
+        measured = measurement.measure(table)
+        scalars = measurement.scalars(part.name, measured)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
         say(f"step {step}: {shown}")
         if self._writer:

@@ -22,28 +22,65 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
     return counts
 
 
-def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Numbers of a confusion matrix (rows true).
+def accuracies(counts: np.ndarray) -> dict[str, Any]:
+    """Of a confusion matrix (rows true); None where undefined.
 
     `accuracy`: fraction of all right. `mean_class_accuracy`: mean recall over the
-    classes that occur; both as the original's `get_accuracy`. `macro_f1`: mean of
-    2·right / (true + called) over the same classes. None where undefined.
+    classes that occur; both as the original's `get_accuracy`.
     """
     support, right = counts.sum(axis=1), np.diag(counts)
-    recall = [r / s if s else None for r, s in zip(right, support, strict=True)]
-    occurring = [value for value in recall if value is not None]
-    f1 = 2 * right[support > 0] / (support + counts.sum(axis=0))[support > 0]
+    recall = right[support > 0] / support[support > 0]
     return {
         "count": int(counts.sum()),
         "accuracy": float(right.sum() / counts.sum()) if counts.sum() else None,
-        "mean_class_accuracy": float(np.mean(occurring)) if occurring else None,
-        "macro_f1": float(np.mean(f1)) if len(f1) else None,
-        "class_accuracy": {
-            name: None if value is None else float(value)
-            for name, value in zip(classes, recall, strict=True)
-        },
+        "mean_class_accuracy": float(recall.mean()) if len(recall) else None,
         "confusion": counts.tolist(),
     }
+
+
+def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """All numbers of a confusion matrix (rows true); None where undefined.
+
+    Those of `accuracies`; `macro_f1`, the mean F1 over the classes that occur;
+    `per_class`; the matrix as fractions of its rows and of its columns. A class that
+    occurs and is never called has precision None and F1 0.
+    """
+    per_class = {
+        name: _of_class(int(right), int(support), int(called))
+        for name, right, support, called in zip(
+            classes,
+            np.diag(counts),
+            counts.sum(axis=1),
+            counts.sum(axis=0),
+            strict=True,
+        )
+    }
+    f1 = [numbers["f1"] for numbers in per_class.values() if numbers["support"]]
+    return accuracies(counts) | {
+        "macro_f1": float(np.mean(f1)) if f1 else None,
+        "per_class": per_class,
+        "confusion_by_row": _fractions(counts, counts.sum(axis=1, keepdims=True)),
+        "confusion_by_column": _fractions(counts, counts.sum(axis=0, keepdims=True)),
+    }
+
+
+def _of_class(right: int, support: int, called: int) -> dict[str, Any]:
+    return {
+        "support": support,
+        "called": called,
+        "precision": right / called if called else None,
+        "recall": right / support if support else None,
+        "f1": 2 * right / (support + called) if support else None,
+    }
+
+
+def _fractions(counts: np.ndarray, total: np.ndarray) -> list[list[float | None]]:
+    return [
+        [float(c / t) if t else None for c, t in zip(row, totals, strict=True)]
+        for row, totals in zip(
+            counts, np.broadcast_to(total, counts.shape), strict=True
+        )
+    ]
 
 
 class Writer:

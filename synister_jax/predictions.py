@@ -68,7 +68,7 @@ class Predictions:
         return classes(self.schema)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Its rows in order, a piece at a time; all pieces have its metadata.
+        """Its rows in order, in one piece at least; all have its metadata.
 
         Args:
           columns: only these, in this order.
@@ -87,6 +87,8 @@ class Predictions:
                 yield table.replace_schema_metadata(self.schema.metadata)
         if rows != self.rows:
             raise UserError(f"{self.path} has changed while it was read; rerun")
+        if not rows:
+            yield self.schema.empty_table().select(columns)
 
 
 def open(path: str | os.PathLike[str]) -> Predictions:  # noqa: A001
@@ -129,7 +131,7 @@ def load(path: str | os.PathLike[str]) -> pa.Table:
 
 def whole(source: Predictions) -> pa.Table:
     """All its rows, in memory."""
-    return pa.concat_tables([source.schema.empty_table(), *source.tables()])
+    return pa.concat_tables(source.tables())
 
 
 def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
@@ -163,7 +165,10 @@ def probabilities(table: pa.Table) -> np.ndarray:
 
 def called(table: pa.Table) -> np.ndarray:
     """Index of the likeliest class, [n] int32; -1 where there is no prediction."""
-    values = probabilities(table)
+    return called_of(probabilities(table))
+
+
+def called_of(values: np.ndarray) -> np.ndarray:
+    """As `called`, of probabilities [n, classes]; of equal ones the first."""
     unpredicted = np.isnan(values).any(axis=1)
-    best = np.where(np.isnan(values), -1, values).argmax(axis=1)
-    return np.where(unpredicted, -1, best).astype(np.int32)
+    return np.where(unpredicted, -1, values.argmax(axis=1)).astype(np.int32)

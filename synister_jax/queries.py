@@ -26,6 +26,8 @@ def run(
 ) -> Iterator[pa.RecordBatch]:
     """The rows of `query`, an SQL statement over `batches`, which it calls `rows`.
 
+    One batch at least, though it may be empty.
+
     Args:
       folder: where the disk has room for all of them once more; nothing stays there.
         None: all that the query holds must fit in memory.
@@ -56,7 +58,12 @@ def run(
                 database.execute("SET enable_progress_bar = false")
                 reader = pa.RecordBatchReader.from_batches(schema, watched())
                 database.register("rows", reader)
-                yield from database.sql(query).to_arrow_reader(1 << 16)
+                answer = database.sql(query).to_arrow_reader(1 << 16)
+                first = next(answer, None)
+                if first is None:
+                    first = pa.RecordBatch.from_pylist([], answer.schema)
+                yield first
+                yield from answer
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             if raised:
                 raise raised[0] from None

@@ -16,9 +16,11 @@ from synister_jax import (
     data,
     evaluate,
     inference,
+    measurement,
     metrics,
     predictions,
     sharding,
+    tallies,
 )
 from synister_jax.command import UserError
 
@@ -36,7 +38,7 @@ def test_independent_of_batch_size_and_devices(
     assert len(first) == len(part.rows) and not np.isnan(first).any()
     for table in tables[1:]:
         np.testing.assert_allclose(predictions.probabilities(table), first, atol=1e-5)
-        a, b = evaluate.measure(tables[0]), evaluate.measure(table)
+        a, b = measurement.measure(tables[0]), measurement.measure(table)
         assert a["synapses"] == b["synapses"] and a["neurons"] == b["neurons"]
 
 
@@ -60,7 +62,7 @@ def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -
     # The loop's own validation, at the same step, says the same.
     measured = json.loads((folder / "step-20" / "metrics.json").read_text())
     [logged] = [x for x in metrics.read(short_run) if "validation/loss" in x]
-    for name, value in evaluate.scalars("validation", measured).items():
+    for name, value in measurement.scalars("validation", measured).items():
         assert logged[name] == pytest.approx(value, rel=1e-4)
 
 
@@ -89,14 +91,14 @@ def test_numbers_of_a_small_table() -> None:
         + [[0.6, 0.1, 0.3], [0.1, 0.8, 0.1], NAN],
         [1, 1, 1, 2, 2, 3, 4],
     )
-    measured = evaluate.measure(table)
+    measured = measurement.measure(table)
     # Unpredicted rows are never a class: the last one is nowhere.
     assert measured["synapses"]["confusion"] == [[2, 1, 0], [0, 0, 0], [1, 0, 1]]
     assert measured["synapses"]["accuracy"] == pytest.approx(3 / 5)
     assert measured["synapses"]["mean_class_accuracy"] == pytest.approx(
         (2 / 3 + 1 / 2) / 2
     )
-    assert measured["synapses"]["class_accuracy"]["acetylcholine"] is None
+    assert measured["synapses"]["per_class"]["acetylcholine"]["recall"] is None
     # Neuron 1: two of three gaba; neuron 2: a tie, taken by the first class.
     assert measured["neurons"]["confusion"] == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
     logs = np.log([0.7, 0.2, 0.4, 0.8, 0.3])
@@ -109,17 +111,18 @@ def test_majority_vote() -> None:
         [[0.1, 0.8, 0.1], [0.7, 0.2, 0.1], [0.1, 0.2, 0.7], NAN, NAN, [1, 0, 0]],
         [720575940612345678, 720575940612345678, 9, 9, 5, None],
     )
-    neurons = aggregate.majority(table, "neuron").to_pylist()
+    tally = tallies.count([table], CLASSES, "neuron")
+    neurons = aggregate.call(tally, "majority").to_pylist()
     assert [n["neuron_id"] for n in neurons] == [5, 9, 720575940612345678]
     unpredicted, nine, big = neurons
     assert unpredicted["predicted_neurotransmitter"] is None
-    assert unpredicted["winning_fraction"] is None and unpredicted["synapses"] == 1
+    assert unpredicted["score"] is None and unpredicted["synapses"] == 1
     assert (nine["synapses"], nine["predicted"]) == (2, 1)
     assert nine["predicted_neurotransmitter"] == nine["neurotransmitter"] == "dopamine"
-    assert nine["winning_fraction"] == 1
+    assert nine["score"] == 1
     assert big["predicted_neurotransmitter"] == "gaba"  # 1 : 1, the first class
     assert (big["count_gaba"], big["count_acetylcholine"]) == (1, 1)
-    assert big["winning_fraction"] == 0.5 and big["rule"] == "majority"
+    assert big["score"] == 0.5 and big["rule"] == "majority"
 
 
 def test_confusion_against_a_plain_loop() -> None:

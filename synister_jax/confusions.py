@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A confusion matrix, as `evaluate` measured it or as someone published it."""
+
+import csv
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from synister_jax import files
+from synister_jax.command import UserError
+
+LEVELS = ("synapses", "neurons")
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """How often each class (row) was called each class (column).
+
+    `counts` float64 [k, k] are numbers of synapses or neurons, or fractions of rows
+    where the source has no numbers.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    counts: np.ndarray
+
+    def by_row(self) -> np.ndarray:
+        """P(called | true), float64 [k, k]; NaN in the row of a class not seen."""
+        return normalised(self.counts, axis=1)
+
+    def by_column(self) -> np.ndarray:
+        """P(true | called), float64 [k, k]; NaN in the column of one never called."""
+        return normalised(self.counts, axis=0)
+
+    def for_classes(self, classes: Sequence[str]) -> "Confusion":
+        """The same with rows and columns in the order of `classes`.
+
+        Raises:
+          UserError: it has other classes.
+        """
+        if sorted(classes) != sorted(self.classes):
+            raise UserError(
+                f"{self.name} is of the classes {', '.join(self.classes)}, not of "
+                f"{', '.join(classes)}; give the confusion of the same network"
+            )
+        order = [self.classes.index(name) for name in classes]
+        return Confusion(self.name, tuple(classes), self.counts[np.ix_(order, order)])
+
+
+def normalised(counts: np.ndarray, axis: int) -> np.ndarray:
+    """Counts as fractions of their sum along `axis`; NaN where that is 0."""
+    total = counts.sum(axis=axis, keepdims=True, dtype=np.float64)
+    return counts / np.where(total > 0, total, np.nan)
+
+
+def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
+    """Reads `evaluate`'s metrics.json, or a CSV file.
+
+    The CSV names the called classes in its first line and the true class in the first
+    column; its numbers are counts or fractions of a row.
+
+    Args:
+      level: of `LEVELS`, which metrics.json has both of.
+
+    Raises:
+      UserError: absent, not one of these, negative numbers, nothing counted.
+    """
+    path = pathlib.Path(path)
+    classes, rows = _read_csv(path) if path.suffix == ".csv" else _read(path, level)
+    try:
+        counts = np.array(rows, np.float64)
+    except ValueError:
+        raise UserError(f"{path}: a confusion matrix is all numbers") from None
+    k = len(classes)
+    if k < 2 or counts.shape != (k, k) or len(set(classes)) < k:
+        raise UserError(f"{path}: {k} classes need {k} rows of {k} numbers, each once")
+    if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
+        raise UserError(
+            f"{path}: a confusion matrix counts, from 0 up, and not nothing"
+        )
+    return Confusion(str(path), tuple(classes), counts)
+
+
+def _read(path: pathlib.Path, level: str) -> tuple[list[str], list[list[float]]]:
+    content = files.read_json(path)
+    try:
+        return content["classes"], content[level]["confusion"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} has no confusion of {level}; give a metrics.json of "
+            "`python -m synister_jax.evaluate`, or a CSV file"
+        ) from None
+
+
+def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    rows = [row for row in csv.reader(text.splitlines()) if any(row)]
+    classes = rows[0][1:] if rows else []
+    if [row[0] for row in rows[1:]] != classes:
+        raise UserError(
+            f"{path}: rows must be of the classes that the first line names, in its "
+            f"order: {', '.join(classes)}"
+        )
+    return classes, [row[1:] for row in rows[1:]]
