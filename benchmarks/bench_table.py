@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of planning and merging predictions, against the number of rows.
+"""Time and memory of planning, merging and aggregating, against the number of rows.
 
     python benchmarks/bench_table.py --folder=FOLDER --rows=10000,1000000,100000000 \
         [--plot=docs/bulk_memory.png]
@@ -7,9 +7,11 @@
 For each number of rows a Feather table of synapses is made (uniformly random in a
 volume as large as FAFB; some 3 % beyond its border, one in a thousand without a
 position), planned, planned again (which compares it with the plan), given parts of
-made-up probabilities, and merged. Planning and merging have a fresh process each: its
-peak memory is that of the phase, libraries included. Every row of the answer is then
-compared with the table and the probabilities. No network and no voxels are involved.
+made-up probabilities, merged, and aggregated into neurons under every rule that needs
+no cleft score. Each of these has a fresh process: its peak memory is that of the phase,
+libraries included. Every row of the merged answer is compared with the table and the
+probabilities, and every neuron's votes with a count in memory. No network and no voxels
+are involved.
 100 million rows need up to 20 GB of disk, which are free again before the next number
 begins. Prints a line of JSON for each.
 """
@@ -30,17 +32,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tensorstore as ts
 from absl import flags
 
 from synister_jax import (
+    aggregate,
     command,
+    confusions,
     files,
     merging,
     parts,
     planning,
     predict,
     predictions,
+    rules,
     synapse_batches,
     volumes,
 )
@@ -62,6 +68,7 @@ _CHUNK_ZYX = (16, 128, 128)
 _CROP_ZYX = (16, 160, 160)
 _BATCH_ROWS = 65_536
 _BRAIN_ROWS = 244_000_000  # synapses of FAFB that were predicted
+_FIRST_NEURON, _NEURONS = 720_575_940_000_000_000, 200_000
 # Row r has the probabilities r modulo this, a prime: none twice in a batch, nearly.
 _PROBABILITIES = 65_521
 
@@ -97,6 +104,7 @@ def _measure(folder: pathlib.Path, rows: int) -> dict[str, Any]:
     replanned = _apart("plan", rows)
     _apart("parts", rows)
     merged = _apart("merge", rows)
+    aggregated = _apart("aggregate", rows)
     _apart("check", rows)
     plan = _opened(folder)[0]
     report = {
@@ -107,7 +115,8 @@ def _measure(folder: pathlib.Path, rows: int) -> dict[str, Any]:
         "classes": _CLASSES.value,
         "status": merged.pop("status"),
     }
-    for name, phase in (("plan", planned), ("replan", replanned), ("merge", merged)):
+    phases = {"plan": planned, "replan": replanned, "merge": merged}
+    for name, phase in (phases | {"aggregate": aggregated}).items():
         seconds = phase["seconds"]
         report[name] = phase | {
             "rows_per_second": rows / seconds,
@@ -167,7 +176,7 @@ def _make_table(folder: pathlib.Path, rows: int) -> None:
             ids = (numbers * np.uint64(0x9E3779B97F4A7C15)) & np.uint64(2**63 - 1)
             places = rng.uniform(-0.005, 1.005, (len(ids), 3)) * length_nm
             places[rng.random(len(ids)) < 1e-3] = np.nan
-            neurons = 720_575_940_000_000_000 + rng.integers(0, 140_000, len(ids))
+            neurons = _FIRST_NEURON + rng.integers(0, _NEURONS, len(ids))
             columns = [ids.astype(np.int64), *places.T, neurons]
             sink.write_batch(pa.record_batch(columns, schema=schema))
     metadata = {
@@ -242,9 +251,29 @@ def _merge(folder: pathlib.Path, rows: int) -> dict[str, Any]:
     return {"seconds": seconds, "peak_gb": _peak_gb(), "status": merged.status}
 
 
+def _aggregate(folder: pathlib.Path, rows: int) -> dict[str, float]:
+    start = time.perf_counter()
+    output = folder / "output"
+    source = predictions.open(output / "predictions.feather")
+    tally = aggregate.tally(source, "neuron", output)
+    classes = source.classes
+    confusion = confusions.Confusion("made up", classes, np.eye(len(classes)))
+    names = [name for name in rules.RULES if name != "cleft_weighted"]
+    tables = [aggregate.call(tally, name, confusion) for name in names]
+    files.write_feather(output / "neurons.feather", aggregate.in_groups(tables))
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "peak_gb": _peak_gb(),
+        "neurons": len(tables[0]),
+        "rules": len(names),
+    }
+
+
 def _check(folder: pathlib.Path, rows: int) -> None:
-    """Every row of the answer: id and probabilities, or none where none are due."""
+    """Id and probabilities of each row, or none where none are due; neurons' votes."""
     plan, _, _ = _opened(folder)
+    votes = np.zeros((_NEURONS, len(plan.about["classes"])), np.int64)
     values = _probabilities(len(plan.about["classes"]))
     given = _batches(folder / "synapses.feather")
     answered = _batches(plan.folder / "predictions.feather")
@@ -256,9 +285,18 @@ def _check(folder: pathlib.Path, rows: int) -> None:
         has_one = np.isin(after["status"].to_numpy(), ["ok", "partly_outside"])
         expected = np.where(has_one[:, None], values[numbers % _PROBABILITIES], np.nan)
         np.testing.assert_array_equal(found, expected)
+        neurons = after["neuron_id"].to_numpy()[has_one] - _FIRST_NEURON
+        np.add.at(votes, (neurons, found[has_one].argmax(axis=1)), 1)
         first += len(after)
         predicted += int(has_one.sum())
     assert (first, predicted) == (rows, plan.predicted_rows)
+    counted = pa.ipc.open_file(str(plan.folder / "neurons.feather")).read_all()
+    counted = counted.filter(pc.equal(counted["rule"], "majority"))
+    places = counted["neuron_id"].to_numpy() - _FIRST_NEURON
+    for label, name in enumerate(plan.about["classes"]):
+        column = counted[f"count_{name}"].to_numpy()
+        np.testing.assert_array_equal(column, votes[places, label])
+    assert votes[places].sum() == predicted
 
 
 def _batches(path: pathlib.Path) -> Iterator[pa.Table]:
@@ -272,6 +310,7 @@ _PHASES = {
     "plan": _plan,
     "parts": _write_parts,
     "merge": _merge,
+    "aggregate": _aggregate,
     "check": _check,
 }
 
@@ -286,7 +325,7 @@ def _plot(reports: list[dict[str, Any]], path: pathlib.Path) -> None:
 
     figure, axes = figures.plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     rows = [report["rows"] for report in reports]
-    for name, marker in (("plan", "o"), ("merge", "s")):
+    for name, marker in (("plan", "o"), ("merge", "s"), ("aggregate", "^")):
         peaks = [report[name]["peak_gb"] for report in reports]
         axes.plot(rows, peaks, marker=marker, label=name)
     axes.set_xscale("log")

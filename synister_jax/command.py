@@ -16,7 +16,7 @@ class UserError(Exception):
     """A mistake that the user can mend; the message names it and says how."""
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], positional: Sequence[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS:
@@ -26,8 +26,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _exit(f"flags: {error.args[0]}", 2)
     except Exception as error:  # whatever goes wrong in the user's config file
         _exit(f"--config: {type(error).__name__}: {error}", 2)
-    if len(arguments) > 1:
-        _exit(f"flags: unexpected argument {arguments[1]!r}; options start with --", 2)
+    given = arguments[1:]
+    if len(given) > len(positional):
+        extra = given[len(positional)]
+        _exit(f"flags: unexpected argument {extra!r}; options start with --", 2)
+    if len(given) < len(positional):
+        missing = " ".join(positional[len(given) :])
+        _exit(f"flags: {missing} missing; give {' '.join(positional)}", 2)
     return arguments
 
 
@@ -77,20 +82,24 @@ def subcommand(names: Sequence[str]) -> str:
     return given
 
 
-def run(main: Callable[[], None], abandon_threads: bool = False) -> None:
+def run(
+    main: Callable[..., None],
+    abandon_threads: bool = False,
+    positional: Sequence[str] = (),
+) -> None:
     """Parses flags, runs `main`; exit code 0 done, 1 a `UserError`, 2 wrong flags.
 
     Args:
       abandon_threads: after a `UserError` leave at once, whatever other threads do:
         those of a save that failed may wait for ever.
+      positional: names of the arguments without a flag, which `main` is given.
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        del argv  # _parse_flags allows none beyond the flags
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
         try:
-            main()
+            main(*argv[1:])
         except UserError as error:
             _exit(str(error), 1, abandon_threads)
         except BrokenPipeError:  # as of `| head`; nothing more can be said there
@@ -99,7 +108,7 @@ def run(main: Callable[[], None], abandon_threads: bool = False) -> None:
         except KeyboardInterrupt:
             _exit("interrupted; the same command goes on", 130)
 
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, positional))
 
 
 class Progress:

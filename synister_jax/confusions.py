@@ -59,6 +59,8 @@ def normalised(counts: np.ndarray, axis: int) -> np.ndarray:
 def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
     """Reads `evaluate`'s metrics.json, or a CSV file.
 
+    A folder RUN/evaluation/<part> is the metrics.json of the one step in it.
+
     The CSV names the called classes in its first line and the true class in the first
     column; its numbers are counts or fractions of a row.
 
@@ -69,6 +71,8 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
       UserError: absent, not one of these, negative numbers, nothing counted.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        path = _only_step(path)
     classes, rows = _read_csv(path) if path.suffix == ".csv" else _read(path, level)
     try:
         counts = np.array(rows, np.float64)
@@ -82,6 +86,17 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
             f"{path}: a confusion matrix counts, from 0 up, and not nothing"
         )
     return Confusion(str(path), tuple(classes), counts)
+
+
+def _only_step(folder: pathlib.Path) -> pathlib.Path:
+    found = sorted(folder.glob("step-*/metrics.json"))
+    if len(found) != 1:
+        steps = ", ".join(path.parent.name for path in found) or "none"
+        raise UserError(
+            f"{folder} should have one evaluated step, and has {steps}; give the "
+            "metrics.json of one"
+        )
+    return found[0]
 
 
 def _read(path: pathlib.Path, level: str) -> tuple[list[str], list[list[float]]]:

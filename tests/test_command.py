@@ -68,11 +68,43 @@ def test_a_mistake_is_one_line(
         ("predict", "--volume"),
         ("aggregate", "--by"),
         ("report", "--predictions"),
+        ("compare", "--tolerance_nm"),
     ],
 )
 def test_help_lists_the_flags(module: str, flag: str) -> None:
     finished = run("-m", f"synister_jax.{module}", "--help")
     assert flag in finished.stdout and "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "flags: A B missing; give A B"),
+        (["a"], "flags: B missing; give A B"),
+        (["a", "b", "c"], "flags: unexpected argument 'c'; options start with --"),
+    ],
+)
+def test_arguments_without_a_flag_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *given])
+    with pytest.raises(SystemExit) as caught:
+        command.run(pytest.fail, positional=("A", "B"))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"program: {message}\n"
+
+
+def test_arguments_without_a_flag_are_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "a", "--verbosity=0", "b"])
+    found = []
+    with pytest.raises(SystemExit) as caught:
+        command.run(lambda *given: found.append(given), positional=("A", "B"))
+    assert not caught.value.code and found == [("a", "b")]
 
 
 def test_files_are_whole_or_absent(tmp_path: pathlib.Path) -> None:

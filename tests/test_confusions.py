@@ -63,3 +63,17 @@ def test_no_such_file_no_such_level(tmp_path: pathlib.Path) -> None:
     (tmp_path / "metrics.json").write_text('{"classes": ["a", "b"]}')
     with pytest.raises(UserError, match="has no confusion of neurons"):
         confusions.load(tmp_path / "metrics.json", "neurons")
+
+
+def test_a_folder_of_one_step(tmp_path: pathlib.Path) -> None:
+    metrics = {"classes": ["a", "b"], "synapses": {"confusion": [[1, 2], [3, 4]]}}
+    with pytest.raises(UserError, match="one evaluated step, and has none"):
+        confusions.load(tmp_path)
+    for step in (10, 20):
+        (tmp_path / f"step-{step}").mkdir()
+        path = tmp_path / f"step-{step}" / "metrics.json"
+        path.write_text(json.dumps(metrics))
+        if step == 10:
+            assert confusions.load(tmp_path).name == str(path)
+    with pytest.raises(UserError, match="has step-10, step-20; give the metrics.json"):
+        confusions.load(tmp_path)
