@@ -40,9 +40,13 @@ demo: $(STAMP)
 	$(BIN)/python tools/shard_crops.py --config=configs/demo.py --synapses='$(DEMO)/synapses.feather' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/shards' --shard_mib=8 --verify
 	$(BIN)/python -m synister_jax.train --config=configs/demo.py --config.shards='$(DEMO)/shards' --config.seed=$(SEED) --workdir='$(DEMO)/run'
 	$(BIN)/python -m synister_jax.evaluate --workdir='$(DEMO)/run' --part=validation --steps=best
+	$(BIN)/python -m synister_jax.calibrate --workdir='$(DEMO)/run' --steps=best
 	$(BIN)/python -m synister_jax.evaluate --workdir='$(DEMO)/run' --part=test --steps=best
-	$(BIN)/python -m synister_jax.predict --workdir='$(DEMO)/run' --step=best --synapses='$(DEMO)/synapses.feather' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/predictions'
-	$(BIN)/python -m synister_jax.aggregate --predictions='$(DEMO)/predictions/predictions.feather' --by=neuron --output='$(DEMO)/neurons.feather'
+	$(BIN)/python -m synister_jax.calibrate --workdir='$(DEMO)/run' --steps=best --check=test
+	$(BIN)/python -m synister_jax.predict --workdir='$(DEMO)/run' --step=best --calibrated --synapses='$(DEMO)/synapses.feather' --volume='$(DEMO)/data/volume.n5/volumes/raw/s0' --output='$(DEMO)/predictions'
+	$(BIN)/python -m synister_jax.aggregate --predictions='$(DEMO)/predictions/predictions.feather' --by=neuron --rule=majority,mean_probability,conf_nt --confusion='$(DEMO)/run/evaluation/test' --output='$(DEMO)/neurons.feather'
+	$(BIN)/python -m synister_jax.one_transmitter --predictions='$(DEMO)/predictions/predictions.feather' --by=neuron --confusion='$(DEMO)/run/evaluation/test' --output='$(DEMO)/one_transmitter.feather'
+	$(BIN)/python -m synister_jax.export --predictions='$(DEMO)/predictions/predictions.feather' --to=flyem --split=skeleton --confusion='$(DEMO)/run/evaluation/test' --output='$(DEMO)/flyem'
 	$(BIN)/python -m synister_jax.report --workdir='$(DEMO)/run' --predictions='$(DEMO)/predictions/predictions.feather' --output='$(DEMO)/report.html'
 
 test: $(TORCH)

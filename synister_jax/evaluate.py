@@ -127,8 +127,8 @@ def evaluate(
             progress.add()
             return result
 
-        about = {"workdir": str(workdir), "step": step, "part": part_name}
-        about |= {"split": config.split, "volume": shards.manifest["volume"]}
+        about = {"part": part_name, "split": config.split}
+        about |= classifier.members[0] | {"volume": shards.manifest["volume"]}
         table = part.predict(classify_batch, batch_size, mesh, about)
         identity = {"step": step, "split": config.split, "crops": crops_sha256}
         identity |= {"part": part_name}

@@ -25,7 +25,10 @@ _COMMON = ("classes", "crop_shape_zyx", "voxel_size_nm_zyx")
 
 
 def make_classify(
-    config: ml_collections.ConfigDict, mesh: Mesh, views: int = 1
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    views: int = 1,
+    temperature: float | None = None,
 ) -> Callable[[Variables, jax.Array], jax.Array]:
     """Jitted (variables, uint8 records [batch, *record]) → probabilities [batch, k].
 
@@ -37,6 +40,8 @@ def make_classify(
         section plane: mirrored in y, in x, transposed. The published training mirrors
         every axis and transposes y with x (train_pipeline.py); these 8 keep the label
         whatever the thickness of the sections.
+      temperature: that the logits are divided by (calibration.py); None: they are
+        taken as they are.
 
     Raises:
       UserError: other views, or 8 of crops that are not square in y and x.
@@ -52,7 +57,8 @@ def make_classify(
         )
 
     def probabilities(variables: Variables, crops: jax.Array) -> jax.Array:
-        return jax.nn.softmax(network.apply(variables, crops, train=False))
+        logits = network.apply(variables, crops, train=False)
+        return jax.nn.softmax(logits if temperature is None else logits / temperature)
 
     def classify(variables: Variables, records: jax.Array) -> jax.Array:
         crops = augment.centre(records, crop_shape_zyx)
@@ -97,9 +103,10 @@ class _Member:
         config: ml_collections.ConfigDict,
         mesh: Mesh,
         views: int,
+        temperature: float | None,
     ) -> "_Member":
         chosen = checkpoint.choose_step(workdir, step)
-        classify = make_classify(config, mesh, views)
+        classify = make_classify(config, mesh, views, temperature)
         abstract = sharding.abstract(
             abstract_variables(config), sharding.replicated(mesh)
         )
@@ -115,10 +122,12 @@ class Classifier:
         the run's config.json says what the network is. All count alike.
       batch_size: crops that are computed at once.
       views: of every crop, 1 or 8; see `make_classify`.
+      temperature: of one checkpoint and one view, see `make_classify`.
 
     Raises:
       UserError: no run, no such checkpoint, or one of another architecture; runs that
-        differ in classes, crop or voxel size; views that the crops do not have.
+        differ in classes, crop or voxel size; views that the crops do not have; a
+        temperature for several checkpoints or views.
     """
 
     def __init__(
@@ -127,16 +136,20 @@ class Classifier:
         batch_size: int,
         mesh: Mesh,
         views: int = 1,
+        temperature: float | None = None,
     ) -> None:
+        if temperature is not None:
+            require_one(len(members), views)
         sharding.require_divisible(batch_size, mesh)
         configs = [checkpoint.load_config(workdir) for workdir, _ in members]
         for (workdir, _), config in zip(members, configs, strict=True):
             _require_alike(members[0][0], configs[0], workdir, config)
         self.config = configs[0]  # of the first; the networks of others may differ
         self.batch_size, self.views = batch_size, views
+        self.temperature = temperature
         self._batch_sharding = sharding.batch(mesh)
         self._members = [
-            _Member.load(*member, config, mesh, views)
+            _Member.load(*member, config, mesh, views, temperature)
             for member, config in zip(members, configs, strict=True)
         ]
         self._mean = jax.jit(_mean, out_shardings=sharding.replicated(mesh))
@@ -182,6 +195,15 @@ class Classifier:
         """
         each = [member.classify(member.variables, batch) for member in self._members]
         return each[0] if len(each) == 1 else self._mean(each)
+
+
+def require_one(members: int, views: int) -> None:
+    """Raises `UserError` where a temperature would be of several networks or views."""
+    if members > 1 or views > 1:
+        raise UserError(
+            "--calibrated: the temperature was fitted for one network and one view, "
+            f"here are {members} and {views}; leave it out, or ask for one of each"
+        )
 
 
 @contextlib.contextmanager

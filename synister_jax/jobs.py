@@ -29,6 +29,7 @@ class Job:
     voxel_size_nm_zyx: tuple[float, ...] | None  # the network's when None
     output: str
     retry_missing: bool
+    temperature: float | None = None
     plan: str = ""  # its fingerprint: a worker may outlive it
 
     def elsewhere(self, plan: Plan) -> "Job":
@@ -52,7 +53,9 @@ class Job:
             size = checkpoint.load_config(members[0][0]).voxel_size_nm_zyx
         volume = volumes.open(self.volume, size)  # first: it is quick, weights are not
         mesh = sharding.make_mesh()
-        classifier = inference.Classifier(members, self.batch_size, mesh, self.views)
+        classifier = inference.Classifier(
+            members, self.batch_size, mesh, self.views, self.temperature
+        )
         return classifier, volume
 
 

@@ -11,7 +11,8 @@
 Writes DIR/predictions.feather, a row for every row of the table in its order (of a grid
 DIR/predictions.zarr), and DIR/predictions.json. The work is planned once into units of
 neighbouring synapses; a finished unit is a file in DIR/parts and is not done again:
-kill the command at any moment and rerun it.
+kill the command at any moment and rerun it. --calibrated takes the temperature that
+`synister_jax.calibrate` fitted to the checkpoint.
 """
 
 import functools
@@ -41,6 +42,7 @@ from synister_jax import (
     planning,
     predictions,
     synapse_batches,
+    temperatures,
     volumes,
 )
 from synister_jax.command import Progress, UserError
@@ -69,6 +71,7 @@ def make_plan(
         "classes": list(classifier.classes),
         "parameters_sha256": [m["parameters_sha256"] for m in classifier.members],
         "views": classifier.views,
+        "temperature": classifier.temperature,
         "batch_size": classifier.batch_size,
         "part": None if source.part is None else list(source.part),
     }
@@ -85,6 +88,7 @@ def finish(
     volume: volumes.Volume,
     file_format: str = "feather",
     grid: grids.Grid | None = None,
+    abstain_below: float | None = None,
 ) -> dict[str, Any]:
     """Merges the parts of all units; returns what predictions.json says.
 
@@ -96,6 +100,7 @@ def finish(
     Args:
       file_format: of `merging.FORMATS`.
       grid: the source is its points: they are written as a Zarr volume.
+      abstain_below: told with the temperature, where there is one (calibrate.py).
     """
     about = {
         "members": classifier.members,
@@ -103,6 +108,9 @@ def finish(
         "volume": volume.uri,
         "synapses": source.name,
     }
+    if classifier.temperature is not None:
+        about["temperature"] = classifier.temperature
+        about["abstain_below"] = abstain_below
     merged = merging.Merged()
     with files.locked(plan.folder, wait=True):
         answer = merging.tables(plan, source, volume, about, merged)
@@ -134,6 +142,8 @@ def finish(
                 },
             }
         )
+        if classifier.temperature is None:
+            record.pop("temperature", None)  # an older plan does not name it
         files.write_json(plan.folder / "predictions.json", record)
         for left in (plan.folder / "parts").glob("*.partial"):  # of killed processes
             left.unlink(missing_ok=True)
@@ -206,6 +216,9 @@ def main() -> None:
     tta = flags.DEFINE_enum(
         "tta", "1", ["1", "8"], "Views of every crop; 8: mirrored and transposed."
     )
+    calibrated = flags.DEFINE_bool(
+        "calibrated", False, "With the temperature that calibrate.py fitted."
+    )
     unit_rows = flags.DEFINE_integer(
         "unit_rows", UNIT_ROWS, "Synapses of a work unit.", 1, MOST_UNIT_ROWS
     )
@@ -250,16 +263,22 @@ def main() -> None:
         if cluster.value is not None:
             dask_workers.check(cluster.value)
             jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+        members, views = members_of(workdir.value, step.value), int(tta.value)
+        fitted = temperatures.load(members, views) if calibrated.value else None
         job = jobs.Job(
-            tuple(members_of(workdir.value, step.value)),
+            tuple(members),
             batch_size.value,
-            int(tta.value),
+            views,
             volume.value,
             size,
             output.value,
             retry_missing.value,
+            fitted["temperature"] if fitted else None,
         )
         classifier, opened = job.open()
+        if fitted:
+            [member] = classifier.members
+            temperatures.require_parameters(fitted, member["parameters_sha256"])
         plan = make_plan(
             classifier, source, opened, pathlib.Path(output.value), unit_rows.value
         )
@@ -293,7 +312,15 @@ def main() -> None:
                 "command without --units to merge them"
             )
             return
-        record = finish(plan, classifier, source, opened, file_format.value, grid)
+        record = finish(
+            plan,
+            classifier,
+            source,
+            opened,
+            file_format.value,
+            grid,
+            fitted["abstain_below"] if fitted else None,
+        )
         shown = ", ".join(f"{n:,} {name}" for name, n in record["status"].items())
         print(f"{output.value}/{record['file']}: {record['rows']:,} rows: {shown}")
         if record["unreadable_chunks"]:

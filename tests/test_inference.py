@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from conftest import CLASSES, VOXEL_SIZE_NM_ZYX
 
-from synister_jax import augment, checkpoint, inference, model, sharding
+from synister_jax import (
+    augment,
+    calibration,
+    checkpoint,
+    inference,
+    model,
+    sharding,
+)
 from synister_jax.command import UserError
 
 Members = list[tuple[pathlib.Path, int | None]]
@@ -201,3 +208,27 @@ def test_mistakes(tmp_path: pathlib.Path, short_run: pathlib.Path) -> None:
         classifier([(short_run, 20), (short_run, 21)])
     with pytest.raises(UserError, match="batch size 6 is not divisible by 4 devices"):
         classifier([(short_run, 20)], batch_size=6, devices=4)
+
+
+def test_a_temperature_divides_the_logits(
+    short_run: pathlib.Path, records: np.ndarray
+) -> None:
+    mesh = sharding.make_mesh(jax.devices()[:1])
+
+    def at(temperature: float | None) -> np.ndarray:
+        members: Members = [(short_run, 20)]
+        model = inference.Classifier(members, 4, mesh, temperature=temperature)
+        assert model.temperature == temperature
+        return model(records)
+
+    plain = at(None)
+    np.testing.assert_array_equal(plain, classifier([(short_run, 20)])(records))
+    np.testing.assert_array_equal(at(1.0), plain)
+    result, expected = at(2.5), calibration.apply(plain, 2.5)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    assert np.abs(result - plain).max() > 0.05
+    np.testing.assert_array_equal(result.argmax(1), plain.argmax(1))
+    two: Members = [(short_run, 10), (short_run, 20)]
+    for members, views in ((two, 1), (two[:1], 8)):
+        with pytest.raises(UserError, match="fitted for one network and one view"):
+            inference.Classifier(members, 4, mesh, views, temperature=1.5)

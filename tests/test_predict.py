@@ -19,11 +19,16 @@ from conftest import CLASSES, shared_data
 from pyarrow import csv, feather, parquet
 
 from synister_jax import (
+    calibrate,
+    calibration,
     crops,
+    evaluate,
     execution,
     files,
     inference,
+    jobs,
     parts,
+    planning,
     predict,
     predictions,
     sharding,
@@ -715,3 +720,105 @@ def test_a_batch_that_does_not_fit_is_told(
     volume, model = volumes.open(str(volume_path)), classifier(trained_run, 10**12)
     with pytest.raises(UserError, match="1,000,000,000,000 crops do not fit"):
         predict_all(model, synapse_table, volume, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def calibrated_run(
+    tmp_path_factory: pytest.TempPathFactory, trained_run: pathlib.Path
+) -> pathlib.Path:
+    """`trained_run` with the temperature of its latest checkpoint."""
+    run = tmp_path_factory.mktemp("calibrated") / "run"
+    shutil.copytree(trained_run, run)
+    evaluate.evaluate(run, "validation", [40], batch_size=8)
+    calibrate.fit(run, 40, 0.6)
+    return run
+
+
+def test_calibrated_is_the_temperature_of_the_plain_answer(
+    tmp_path: pathlib.Path,
+    calibrated_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    awkward: pathlib.Path,
+) -> None:
+    fitted = json.loads((calibrated_run / "calibration/step-40.json").read_text())
+    out = tmp_path / "out"
+    command = run_command(calibrated_run, awkward, volume_path, out)
+    finished = run(command, "--calibrated")
+    assert finished.returncode == 0, finished.stderr
+    answer = predictions.load(out / "predictions.feather")
+    record = json.loads((out / "predictions.json").read_text())
+    for about in (predictions.about(answer), record):
+        assert about["temperature"] == fitted["temperature"] != 1
+        assert about["abstain_below"] == fitted["abstain_below"] is not None
+    volume = volumes.open(str(volume_path))
+    plain_out = tmp_path / "plain"
+    plain = predict_all(classifier(calibrated_run, 4, 4), awkward, volume, plain_out)
+    record = json.loads((plain_out / "predictions.json").read_text())
+    for about in (predictions.about(plain), record):
+        assert not {"temperature", "abstain_below"} & about.keys()
+    values = predictions.probabilities(plain)
+    expected = calibration.apply(values, fitted["temperature"])
+    found = predictions.probabilities(answer)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.nanmax(np.abs(found - values)) > 1e-3
+    assert answer["status"].equals(plain["status"])
+
+
+def test_calibrated_and_plain_parts_do_not_mix(
+    tmp_path: pathlib.Path,
+    trained_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    synapse_table: pa.Table,
+) -> None:
+    volume, mesh = volumes.open(str(volume_path)), sharding.make_mesh()
+
+    def at(temperature: float | None) -> inference.Classifier:
+        members = [(trained_run, 40)]
+        return inference.Classifier(members, 8, mesh, temperature=temperature)
+
+    def planned(temperature: float | None, folder: str) -> planning.Plan:
+        source = source_of(synapse_table)
+        model = at(temperature)
+        return predict.make_plan(model, source, volume, tmp_path / folder, 30)
+
+    planned(None, "plain")
+    with pytest.raises(UserError, match="temperature was None, now 1.5; choose an"):
+        planned(1.5, "plain")
+    plan = planned(1.5, "sharp")
+    for other in (None, 1.6):
+        with pytest.raises(UserError, match=f"temperature was 1.5, now {other}"):
+            planned(other, "sharp")
+    # A worker elsewhere has it from the job.
+    job = jobs.Job(
+        ((str(trained_run), 40),),
+        8,
+        1,
+        str(volume_path),
+        None,
+        str(plan.folder),
+        False,
+        temperature=1.5,
+    ).elsewhere(plan)
+    assert [jobs.execute_unit(job, unit).synapses for unit in range(3)] == [30] * 3
+    source, model = source_of(synapse_table), at(1.5)
+    record = predict.finish(plan, model, source, volume, abstain_below=0.7)
+    assert (record["temperature"], record["abstain_below"]) == (1.5, 0.7)
+    answer = predictions.load(plan.folder / record["file"])
+    plain = predict_all(at(None), synapse_table, volume, tmp_path / "plain", 30)
+    expected = calibration.apply(predictions.probabilities(plain), 1.5)
+    found = predictions.probabilities(answer)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_calibrated_without_what_it_needs(
+    tmp_path: pathlib.Path,
+    calibrated_run: pathlib.Path,
+    volume_path: pathlib.Path,
+    awkward: pathlib.Path,
+) -> None:
+    command = run_command(calibrated_run, awkward, volume_path, tmp_path / "out")
+    refusals(
+        [*command, "--calibrated"],
+        [(["--step=20"], "calibrate --workdir=")],
+    )
+    assert not (tmp_path / "out").exists()

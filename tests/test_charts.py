@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
+
+from synister_jax import calibration, charts, figures
+
+
+def measured(precision: float | None = 0.96) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet((0.4, 0.4, 0.4), 400)
+    truth = np.where(rng.random(400) < 0.7, probabilities.argmax(1), 2)
+    found = calibration.reliability(probabilities, truth)
+    return {
+        "before": found,
+        "after": found,
+        "temperature": 1.25,
+        "precision_target": 0.95,
+        "abstain_below": None if precision is None else 0.8,
+        "coverage": None if precision is None else 0.4,
+        "precision": precision,
+        "curve": calibration.Curve.of(probabilities, truth).points(),
+    }
+
+
+def test_the_numbers_are_in_the_chart() -> None:
+    numbers = measured()
+    figure = charts.calibration(numbers, "of what")
+    assert figure.get_suptitle() == "of what"
+    before, _, after, _, coverage = figure.axes
+    ece = numbers["before"]["ece"]
+    assert before.get_title() == f"before: T 1, ECE {ece:.3f}"
+    assert after.get_title() == f"after: T 1.25, ECE {ece:.3f}"
+    assert coverage.get_title() == "at or above 0.800: 0.40 kept, 0.960 right"
+    filled = [b for b in numbers["before"]["bins"] if b["count"]]
+    heights = [bar.get_height() for bar in before.patches]
+    assert heights == [b["accuracy"] for b in filled]
+    # A bar within its bin, the dot within its interval.
+    for bar, one in zip(before.patches, filled, strict=True):
+        assert one["low"] < bar.get_x() < bar.get_x() + bar.get_width() < one["high"]
+    intervals = before.lines[1:-1]
+    for line, one in zip(intervals, filled, strict=True):
+        low, high = line.get_ydata()
+        assert 0 <= low <= one["accuracy"] <= high <= 1 and high - low > 0.01
+    curve, target, chosen = coverage.lines
+    assert list(curve.get_xdata()) == [p["coverage"] for p in numbers["curve"]]
+    assert set(target.get_ydata()) == {0.95}
+    assert (chosen.get_xdata()[0], chosen.get_ydata()[0]) == (0.4, 0.96)
+    plt.close(figure)
+
+
+def test_interval_of_a_share() -> None:
+    # 8 of 10, by hand: middle (0.8 + 0.19208) / 1.38416, half 0.22676.
+    assert charts._wilson(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
+    assert charts._wilson(1.0, 5)[1] == pytest.approx(1.0)
+    assert charts._wilson(0.0, 1)[0] == pytest.approx(0.0)
+
+
+def test_no_threshold_is_said() -> None:
+    figure = charts.calibration(measured(None), "of what")
+    assert figure.axes[-1].get_title() == "no threshold for 0.95"
+    assert len(figure.axes[-1].lines) == 2
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_paper_and_ink_are_the_style_s(style: str) -> None:
+    with plt.style.context(style):
+        paper = to_rgb(plt.rcParams["figure.facecolor"])
+        picture = figures.pixels(figures.png(charts.calibration(measured(), "of what")))
+    expected = (np.array(paper) * 255).round()
+    assert (picture[:3] == expected).all() and (picture[:, :3] == expected).all()
+    # Text of the other end: the title's darkest or lightest pixel.
+    title = picture[:25].astype(int).mean(axis=2)
+    assert abs(title - expected[0]).max() > 200
