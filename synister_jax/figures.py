@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures for people: confusion matrices, curves, contact sheets of crops."""
+"""Pictures for people: confusion matrices, curves, crops."""
 
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,11 +17,39 @@ from matplotlib.figure import Figure  # noqa: E402
 
 # Of Okabe and Ito, for eyes that see colours differently; light enough for text.
 _PART_COLOURS = {"train": "#8cc5e8", "validation": "#f2c14e", "test": "#e39aa8"}
-_RIGHT, _WRONG = "#1a7f37", "#cf222e"
+_FRAME = "#cf222e"
+# Colours that nothing else has, for the ones that the page knows.
+_INK, _GRID = "#010203", "#010204"
+_LINES = [f"#01020{5 + number:x}" for number in range(6)]
+_MEANINGS = {_INK: "currentColor", _GRID: "var(--line)"} | {
+    colour: f"var(--c{number})" for number, colour in enumerate(_LINES)
+}
+_IN_PAGE = {
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+    "axes.prop_cycle": plt.cycler(color=_LINES),
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "legend.frameon": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
 
 
-def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Rows true, columns predicted; colour is the row's fraction, text adds counts."""
+def confusion(
+    counts: np.ndarray,
+    classes: Sequence[str],
+    title: str,
+    axis_names: tuple[str, str] = ("true", "predicted"),
+) -> Figure:
+    """Counts by (row, column); colour is the row's fraction, text adds counts.
+
+    Args:
+      axis_names: what the rows and what the columns are.
+    """
     rows = counts.sum(axis=1, keepdims=True)
     fraction = counts / np.maximum(rows, 1)
     figure, axes = plt.subplots(figsize=(5.6, 4.8), layout="constrained")
@@ -39,59 +68,56 @@ def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
         )
     axes.set_xticks(range(len(classes)), classes, rotation=35, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set_ylabel(axis_names[0])
+    axes.set_xlabel(axis_names[1])
     axes.set_title(title, fontsize=11)
     return figure
 
 
-def curves(lines: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss and accuracies of a run's metrics.jsonl against step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axes, ends in ((left, "loss"), (right, "accuracy")):
+def curves(
+    lines: Sequence[Mapping[str, float]], endings: Sequence[str] = ("loss", "accuracy")
+) -> Figure:
+    """A run's metrics.jsonl against step: a chart for each ending of names."""
+    figure, grid = plt.subplots(
+        1,
+        len(endings),
+        figsize=(4.6 * len(endings), 3.2),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, ends in zip(grid[0], endings, strict=True):
         names = sorted({name for x in lines for name in x if name.endswith(ends)})
         for name in names:
             points = [(x["step"], x[name]) for x in lines if name in x]
             is_train = name.startswith("train/")
-            style = {"alpha": 0.5, "linewidth": 1} if is_train else {"marker": "o"}
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+            style = {"alpha": 0.6, "linewidth": 1} if is_train else {"marker": "o"}
+            axes.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
         axes.set_xlabel("step")
         axes.set_ylabel(ends)
         axes.grid(alpha=0.3)
         if names:
             axes.legend(fontsize=7)
-    right.set_ylim(0, 1.02)
+        if ends == "accuracy":
+            axes.set_ylim(0, 1.02)
     return figure
 
 
-def contact_sheet(
-    rows: Mapping[str, Sequence[tuple[np.ndarray, str, bool]]], columns: int
-) -> Figure:
-    """A row of sections [y, x] for each name: (section, caption, call is right)."""
-    figure, grid = plt.subplots(
-        len(rows),
-        columns,
-        figsize=(1.35 * columns, 1.6 * len(rows)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axes_row, (name, tiles) in zip(grid, rows.items(), strict=True):
-        for axes in axes_row:
-            axes.axis("off")
-        axes_row[0].set_title(name, fontsize=8, loc="left", fontweight="bold", y=1.14)
-        for axes, (section, caption, right) in zip(axes_row, tiles, strict=False):
-            axes.imshow(section, cmap="gray", vmin=0, vmax=255)
-            colour = _RIGHT if right else _WRONG
-            axes.text(
-                0.5,
-                1.02,
-                caption,
-                ha="center",
-                va="bottom",
-                fontsize=6.5,
-                color=colour,
-                transform=axes.transAxes,
-            )
+def checkpoints(entries: Sequence[Mapping[str, Any]], best_step: int) -> Figure:
+    """Accuracies of evaluated checkpoints, in ascending order, against step."""
+    figure, axes = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
+    steps = [entry["step"] for entry in entries]
+    for what, marker in (("synapse", "o"), ("neuron", "s")):
+        for name, style in (("accuracy", "-"), ("mean_class_accuracy", "--")):
+            # A part without labelled neurons has no number of theirs.
+            values = [entry[f"{what}_{name}"] for entry in entries]
+            shown = [np.nan if value is None else value for value in values]
+            label = f"{what} {name.replace('_', ' ')}"
+            axes.plot(steps, shown, linestyle=style, marker=marker, label=label)
+    axes.axvline(best_step, linewidth=1, linestyle=":", alpha=0.7)
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -184,7 +210,7 @@ def _framed(axes: Axes, record: np.ndarray, crop_shape_zyx: Sequence[int]) -> No
         (record.shape[2] - width) / 2 - 0.5,
         (record.shape[1] - height) / 2 - 0.5,
     )
-    axes.add_patch(plt.Rectangle(corner, width, height, fill=False, color=_WRONG))
+    axes.add_patch(plt.Rectangle(corner, width, height, fill=False, color=_FRAME))
 
 
 def balance(measured: Mapping[str, Any], fractions: Sequence[float]) -> Figure:
@@ -241,6 +267,36 @@ def balance(measured: Mapping[str, Any], fractions: Sequence[float]) -> Figure:
         fontsize=9,
     )
     return figure
+
+
+def inline_svg(draw: Callable[[], Figure], name: str) -> str:
+    """The figure as an SVG element that takes its colours from the page's CSS.
+
+    Text stays text. Ink is the colour of the text around it, paper is see-through,
+    grids are var(--line), lines var(--c0) to var(--c5).
+
+    Args:
+      name: of its own among the figures of a page, for the ids within.
+    """
+    with plt.rc_context(_IN_PAGE | {"svg.hashsalt": name}):
+        figure = draw()
+        buffer = io.StringIO()
+        unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
+        plt.close(figure)
+    # Names of groups, which the next figure of the page has again.
+    text = re.sub(r' id="[\w.]+_\d+"', "", buffer.getvalue())
+    for colour, meaning in _MEANINGS.items():
+        text = text.replace(colour, meaning)
+    return text[text.index("<svg") :]
+
+
+def grey_png(section: np.ndarray) -> bytes:
+    """A section [y, x] uint8 as PNG, a pixel a voxel."""
+    buffer = io.BytesIO()
+    # As colours: a grey colour map would be off by one here and there.
+    plt.imsave(buffer, np.repeat(section[..., None], 3, axis=2), format="png")
+    return buffer.getvalue()
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
