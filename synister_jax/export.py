@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes predictions as the files that other tools of the field read.
+
+    python -m synister_jax.export --predictions=DIR/predictions.feather \
+        --to=flyem|fafbseg|cave|codex|neuprint|banc|synister --output=FOLDER
+    … --to=flyem --voxel_size_nm_zyx=8,8,8 --split=skeleton \
+        --confusion=RUN/evaluation/test/step-<n>/metrics.json
+    … --to=synister --voxel_size_nm_zyx=40,4,4 --predict=3
+
+--output is always a folder, with the published names of the files in it and
+export.json, written last, which says what they were made of. docs/exports.md says what
+is in each file and who reads it.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+import synister_jax
+from synister_jax import (
+    command,
+    confusions,
+    exports,
+    exports_neurons,
+    exports_synapses,
+    files,
+    predictions,
+)
+from synister_jax.command import UserError
+from synister_jax.confusions import Confusion
+from synister_jax.predictions import Predictions
+
+# Consumer → the options it takes, and whether it needs them.
+TAKES = {
+    "flyem": {"voxel_size_nm_zyx": True, "confusion": True, "split": False},
+    "fafbseg": {},
+    "cave": {},
+    "codex": {},
+    "neuprint": {"voxel_size_nm_zyx": True, "confusion": False},
+    "banc": {},
+    "synister": {"voxel_size_nm_zyx": True, "predict": True},
+}
+_HELP = {
+    "confusion": "=RUN/evaluation/test/step-<n>/metrics.json, of the same network",
+    "voxel_size_nm_zyx": ", as 8,8,8: no predictions.json beside the table says it",
+    "predict": ", the number in nts_<number>.gaba",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """None where not given; `TAKES` says which count."""
+
+    voxel_size_nm_zyx: tuple[float, float, float] | None = None
+    confusion: str | None = None
+    split: str | None = None
+    predict: int | None = None
+
+
+def export(
+    path: str,
+    to: str,
+    output: pathlib.Path,
+    options: Options,
+    drop_classes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Writes the files of consumer `to`; returns the content of export.json.
+
+    Raises:
+      UserError: an option that is missing or does not count; see `exports.prepare`.
+    """
+    takes = TAKES[to]
+    for name, value in vars(options).items():
+        if value is not None and name not in takes:
+            raise UserError(f"--to={to} does not take --{name}")
+    opened = predictions.open(path)
+    if options.voxel_size_nm_zyx is None and "voxel_size_nm_zyx" in takes:
+        size = _voxel_size_nm_zyx(opened)
+        options = dataclasses.replace(options, voxel_size_nm_zyx=size)
+    for name, needed in takes.items():
+        if needed and getattr(options, name) is None:
+            raise UserError(f"--to={to} needs --{name}{_HELP[name]}")
+    source = exports.prepare(opened, to, drop_classes)
+    confusion = None
+    if options.confusion is not None:
+        confusion = confusions.load(options.confusion).for_classes(source.classes)
+    output = files.make_folder(output)
+    # Gone while its neighbours are replaced: a folder with export.json is complete.
+    for name in ("export.json", exports_synapses.LEFT_OUT):
+        (output / name).unlink(missing_ok=True)
+    content = {
+        "to": to,
+        "predictions": {"path": str(source.path)} | opened.about,
+        "synapses": source.rows,
+        "options": vars(options) | {"drop_classes": list(drop_classes)},
+        "notes": _write(source, to, output, options, confusion),
+        "written_by": f"synister_jax {synister_jax.__version__}",
+    }
+    files.write_json(output / "export.json", content)
+    return content
+
+
+def _write(
+    source: Predictions,
+    to: str,
+    folder: pathlib.Path,
+    options: Options,
+    confusion: Confusion | None,
+) -> list[str]:
+    size = options.voxel_size_nm_zyx
+    match to:
+        case "flyem":
+            notes = exports_synapses.flyem(source, folder, size, options.split)
+            exports_neurons.flyem(source, folder, confusion)
+        case "neuprint":
+            notes = exports_synapses.neuprint(source, folder, size)
+            exports_neurons.neuprint(source, folder, confusion)
+        case "banc":
+            notes = exports_synapses.banc(source, folder)
+            exports_neurons.banc(source, folder)
+        case "codex":
+            notes = []
+            exports_neurons.codex(source, folder)
+        case "fafbseg":
+            notes = exports_synapses.fafbseg(source, folder)
+        case "cave":
+            notes = exports_synapses.cave(source, folder)
+        case "synister":
+            notes = exports_synapses.synister(source, folder, size, options.predict)
+    return notes
+
+
+def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None:
+    """Of the volume, where `predict` left its record beside the table."""
+    path = source.path.parent / "predictions.json"
+    if not path.exists():
+        return None
+    record = files.read_json(path)
+    if record.get("file", source.path.name) != source.path.name:
+        return None
+    size = record.get("voxel_size_nm_zyx")
+    return None if size is None else tuple(size)
+
+
+def main() -> None:
+    path = flags.DEFINE_string("predictions", None, "Prediction table.")
+    to = flags.DEFINE_enum("to", None, list(exports.NAMES), "Who is to read it.")
+    output = flags.DEFINE_string("output", None, "Folder for the files.")
+    size = flags.DEFINE_list(
+        "voxel_size_nm_zyx", None, "Voxels that positions are to be in."
+    )
+    confusion = flags.DEFINE_string(
+        "confusion", None, "metrics.json of the test part, or CSV (rows true)."
+    )
+    split = flags.DEFINE_string("split", None, "Split whose parts FlyEM is told.")
+    predict = flags.DEFINE_integer(
+        "predict", None, "The original's number of the prediction."
+    )
+    drop_classes = flags.DEFINE_list(
+        "drop_classes", [], "Classes to leave out; nothing is rescaled."
+    )
+    flags.mark_flags_as_required(["predictions", "to", "output"])
+
+    def run() -> None:
+        three = size.value and command.three_numbers(size.name, size.value, True)
+        options = Options(three, confusion.value, split.value, predict.value)
+        folder = pathlib.Path(output.value)
+        done = export(path.value, to.value, folder, options, drop_classes.value)
+        for note in done["notes"]:
+            print(f"note: {note}")
+        print(f"{folder}: files for {to.value} of {done['synapses']:,} synapses")
+
+    command.run(run)
+
+
+if __name__ == "__main__":
+    main()
