@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make lint. PYTHON chooses the interpreter of a new .venv.
+# make demo | make test | make lint | make consumers. PYTHON chooses the interpreter of a new .venv.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint consumers clean
 
 # One environment for one interpreter: another PYTHON, or changed requirements, make
 # it anew.
@@ -49,6 +49,17 @@ demo: $(STAMP)
 	$(BIN)/python -m synister_jax.export --predictions='$(DEMO)/predictions/predictions.feather' --to=flyem --split=skeleton --confusion='$(DEMO)/run/evaluation/test' --output='$(DEMO)/flyem'
 	$(BIN)/python -m synister_jax.report --workdir='$(DEMO)/run' --predictions='$(DEMO)/predictions/predictions.feather' --output='$(DEMO)/report.html'
 
+# fafbseg-py reads our export in the tests; it has 137 requirements of its own.
+CONSUMERS = .venv-consumers
+
+$(CONSUMERS)/installed: constraints-consumers.txt
+	rm -rf $(CONSUMERS)
+	$(PYTHON) -m venv $(CONSUMERS)
+	$(CONSUMERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-consumers.txt fafbseg
+	touch $@
+
+consumers: $(CONSUMERS)/installed
+
 test: $(TORCH)
 	$(BIN)/python -m pytest -n 2
 
@@ -57,4 +68,4 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(CONSUMERS) $(DEMO)

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import CLASSES
+from prediction_tables import drawn, table_of
 from pyarrow import feather, parquet
-from tables import drawn, table_of
 
 from synister_jax import aggregate, files, predictions, rules, tallies
 from synister_jax.command import UserError

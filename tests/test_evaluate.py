@@ -6,12 +6,9 @@ import pathlib
 import jax
 import ml_collections
 import numpy as np
-import pyarrow as pa
 import pytest
-from conftest import CLASSES
 
 from synister_jax import (
-    aggregate,
     checkpoint,
     data,
     evaluate,
@@ -20,7 +17,6 @@ from synister_jax import (
     metrics,
     predictions,
     sharding,
-    tallies,
 )
 from synister_jax.command import UserError
 
@@ -64,65 +60,6 @@ def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -
     [logged] = [x for x in metrics.read(short_run) if "validation/loss" in x]
     for name, value in measurement.scalars("validation", measured).items():
         assert logged[name] == pytest.approx(value, rel=1e-4)
-
-
-def table_of(
-    truth: list[str | None], probabilities: list[list[float]], neurons: list[int | None]
-) -> pa.Table:
-    n = len(truth)
-    columns: dict[str, object] = {"synapse_id": list(range(n))}
-    columns |= {name: [0.0] * n for name in ("z_nm", "y_nm", "x_nm")}
-    columns |= {"neuron_id": pa.array(neurons, pa.int64())}
-    columns |= {"neurotransmitter": pa.array(truth, pa.string())}
-    for name in ("hemilineage", "brain_region", "cell_type"):
-        columns[name] = pa.nulls(n, pa.string())
-    return predictions.build(
-        pa.table(columns), np.array(probabilities), ["ok"] * n, CLASSES, {}
-    )
-
-
-NAN = [np.nan] * 3
-
-
-def test_numbers_of_a_small_table() -> None:
-    table = table_of(
-        ["gaba", "gaba", "gaba", "dopamine", "dopamine", None, "gaba"],
-        [[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.1, 0.1, 0.8]]
-        + [[0.6, 0.1, 0.3], [0.1, 0.8, 0.1], NAN],
-        [1, 1, 1, 2, 2, 3, 4],
-    )
-    measured = measurement.measure(table)
-    # Unpredicted rows are never a class: the last one is nowhere.
-    assert measured["synapses"]["confusion"] == [[2, 1, 0], [0, 0, 0], [1, 0, 1]]
-    assert measured["synapses"]["accuracy"] == pytest.approx(3 / 5)
-    assert measured["synapses"]["mean_class_accuracy"] == pytest.approx(
-        (2 / 3 + 1 / 2) / 2
-    )
-    assert measured["synapses"]["per_class"]["acetylcholine"]["recall"] is None
-    # Neuron 1: two of three gaba; neuron 2: a tie, taken by the first class.
-    assert measured["neurons"]["confusion"] == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
-    logs = np.log([0.7, 0.2, 0.4, 0.8, 0.3])
-    assert measured["loss"] == pytest.approx(-logs.mean(), rel=1e-6)
-
-
-def test_majority_vote() -> None:
-    table = table_of(
-        ["gaba", "gaba", "dopamine", "dopamine", None, "gaba"],
-        [[0.1, 0.8, 0.1], [0.7, 0.2, 0.1], [0.1, 0.2, 0.7], NAN, NAN, [1, 0, 0]],
-        [720575940612345678, 720575940612345678, 9, 9, 5, None],
-    )
-    tally = tallies.count([table], CLASSES, "neuron")
-    neurons = aggregate.call(tally, "majority").to_pylist()
-    assert [n["neuron_id"] for n in neurons] == [5, 9, 720575940612345678]
-    unpredicted, nine, big = neurons
-    assert unpredicted["predicted_neurotransmitter"] is None
-    assert unpredicted["score"] is None and unpredicted["synapses"] == 1
-    assert (nine["synapses"], nine["predicted"]) == (2, 1)
-    assert nine["predicted_neurotransmitter"] == nine["neurotransmitter"] == "dopamine"
-    assert nine["score"] == 1
-    assert big["predicted_neurotransmitter"] == "gaba"  # 1 : 1, the first class
-    assert (big["count_gaba"], big["count_acetylcholine"]) == (1, 1)
-    assert big["score"] == 0.5 and big["rule"] == "majority"
 
 
 def test_confusion_against_a_plain_loop() -> None:

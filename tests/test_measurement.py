@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import sklearn.metrics
 from conftest import CLASSES
-from tables import drawn, table_of
+from prediction_tables import drawn, table_of
 
 from synister_jax import measurement, predictions, synapses
 
@@ -199,3 +199,34 @@ def test_groups_with_several_known_transmitters_do_not_count() -> None:
     assert measured["neurons"]["count"] == 1
     assert measured["hemilineages"]["confusion"][0] == [1, 0, 0]
     assert measured["hemilineages"]["count"] == 1
+
+
+def test_numbers_of_a_small_table() -> None:
+    table = table_of(
+        [[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.1, 0.1, 0.8]]
+        + [[0.6, 0.1, 0.3], [0.1, 0.8, 0.1], NAN],
+        {
+            "neurotransmitter": [
+                "gaba",
+                "gaba",
+                "gaba",
+                "dopamine",
+                "dopamine",
+                None,
+                "gaba",
+            ],
+            "neuron_id": [1, 1, 1, 2, 2, 3, 4],
+        },
+    )
+    measured = measurement.measure(table)
+    # Unpredicted rows are never a class: the last one is nowhere.
+    assert measured["synapses"]["confusion"] == [[2, 1, 0], [0, 0, 0], [1, 0, 1]]
+    assert measured["synapses"]["accuracy"] == pytest.approx(3 / 5)
+    assert measured["synapses"]["mean_class_accuracy"] == pytest.approx(
+        (2 / 3 + 1 / 2) / 2
+    )
+    assert measured["synapses"]["per_class"]["acetylcholine"]["recall"] is None
+    # Neuron 1: two of three gaba; neuron 2: a tie, taken by the first class.
+    assert measured["neurons"]["confusion"] == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
+    logs = np.log([0.7, 0.2, 0.4, 0.8, 0.3])
+    assert measured["loss"] == pytest.approx(-logs.mean(), rel=1e-6)

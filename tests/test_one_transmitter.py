@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from conftest import CLASSES
+from prediction_tables import table_of
 from pyarrow import feather
-from tables import table_of
 
 from synister_jax import confusions, mixtures, one_transmitter, predictions
 from synister_jax.command import UserError

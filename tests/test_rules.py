@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import CLASSES
-from tables import table_of
+from prediction_tables import table_of
 
 from synister_jax import aggregate, rules, tallies
 from synister_jax.command import UserError
@@ -176,3 +176,32 @@ def test_columns_keep_clear_of_readers_of_probabilities() -> None:
     table = aggregate.call(tally_of([GABA]), "majority")
     assert not [name for name in table.column_names if name.startswith("nt")]
     assert table.schema.field("neuron_id").type == pa.int64()
+
+
+def test_majority_vote() -> None:
+    table = table_of(
+        [
+            [0.1, 0.8, 0.1],
+            [0.7, 0.2, 0.1],
+            [0.1, 0.2, 0.7],
+            [np.nan] * 3,
+            [np.nan] * 3,
+            [1, 0, 0],
+        ],
+        {
+            "neurotransmitter": ["gaba", "gaba", "dopamine", "dopamine", None, "gaba"],
+            "neuron_id": [720575940612345678, 720575940612345678, 9, 9, 5, None],
+        },
+    )
+    tally = tallies.count([table], CLASSES, "neuron")
+    neurons = aggregate.call(tally, "majority").to_pylist()
+    assert [n["neuron_id"] for n in neurons] == [5, 9, 720575940612345678]
+    unpredicted, nine, big = neurons
+    assert unpredicted["predicted_neurotransmitter"] is None
+    assert unpredicted["score"] is None and unpredicted["synapses"] == 1
+    assert (nine["synapses"], nine["predicted"]) == (2, 1)
+    assert nine["predicted_neurotransmitter"] == nine["neurotransmitter"] == "dopamine"
+    assert nine["score"] == 1
+    assert big["predicted_neurotransmitter"] == "gaba"  # 1 : 1, the first class
+    assert (big["count_gaba"], big["count_acetylcholine"]) == (1, 1)
+    assert big["score"] == 0.5 and big["rule"] == "majority"

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import CLASSES
-from tables import drawn, table_of
+from prediction_tables import drawn, table_of
 
 from synister_jax import predictions, queries, tallies
 from synister_jax.command import UserError
