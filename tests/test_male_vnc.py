@@ -18,11 +18,15 @@ from conftest import shared_data
 
 from synister_jax import (
     aggregate,
+    compare,
     confusions,
+    export,
     files,
     measurement,
     one_transmitter,
     predictions,
+    published,
+    report,
 )
 
 CLASSES = (
@@ -180,3 +184,45 @@ def test_single_transmitter_neurons_pass_and_mixed_ones_do_not(
         for row in of_mixed
     ]
     assert len(right) > 10 and np.mean(right) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "name", "dropped"),
+    [
+        ("flyem", {"confusion": True}, "tbar-neurotransmitters.feather", ()),
+        ("synister", {"predict": 8}, "synapses.feather", ()),
+        ("banc", {}, "banc_nt_prediction.parquet", ("neither",)),
+        ("fafbseg", {}, "synapses.feather", ("neither",)),
+    ],
+)
+def test_exports_are_read_back_whole(
+    path: pathlib.Path,
+    metrics: dict,
+    to: str,
+    options: dict,
+    name: str,
+    dropped: tuple[str, ...],
+) -> None:
+    if "confusion" in options:
+        options = {"confusion": str(path.parent / "metrics.json")}
+    if to in ("flyem", "synister"):
+        options = options | {"voxel_size_nm_zyx": (8.0, 8.0, 8.0)}
+    folder = path.parent / to
+    export.export(str(path), to, folder, export.Options(**options), dropped)
+    ours, theirs = published.open(path), published.open(folder / name, (8.0, 8.0, 8.0))
+    found = compare.compare(ours, theirs, path.parent / f"with-{to}")
+    assert found["joined"]["rows"] == 87_403
+    assert found["joined"]["predicted"]["only_a"] == 0
+    assert found["joined"]["predicted"]["only_b"] == 0
+    assert not found["a"]["only_here"]["rows"] and not found["b"]["only_here"]["rows"]
+    if not dropped:
+        assert found["synapses"]["agreement"] == 1
+    for of in found["probabilities"].values():
+        assert of["mean_absolute_difference"] < 2e-4  # BANC's are float16
+
+
+def test_report_of_real_neurons(path: pathlib.Path) -> None:
+    page = report.render(None, path)
+    assert "87,403" in page and "missing_data" in page
+    ids = predictions.load(path)["neuron_id"].unique().to_pylist()
+    assert all(f'"{neuron}"' in page for neuron in ids)  # text: no digit is lost
