@@ -60,19 +60,16 @@ def test_imported_weights_give_the_same_logits(arguments: tuple) -> None:
 def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> None:
     """16×160×160, 332 M parameters: one step, saved, restored bitwise, predicted."""
     config = skeleton.get_config()
-    config.batch_size = 2
+    config.batch_size = 1
     mesh = sharding.make_mesh(jax.devices()[:1])
     tx = recipe.make_optimizer(config)
-    init = jax.jit(
-        lambda key: train.create_state(key, config, tx),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    init = jax.jit(lambda key: train.create_state(key, config, tx))
     rng = np.random.default_rng(0)
     margin = augment.Settings.of(config).margin_vx_zyx
     shape = np.add(config.crop_shape_zyx, np.multiply(2, margin))
     batch = {
-        "crop": rng.integers(0, 256, (2, *shape), dtype=np.uint8),
-        "label": np.array([0, 5], np.int32),
+        "crop": rng.integers(0, 256, (1, *shape), dtype=np.uint8),
+        "label": np.array([5], np.int32),
     }
     step = jax.jit(
         functools.partial(train.train_step, config, model.from_config(config), tx),

@@ -292,7 +292,7 @@ STAGES = (
 
 
 @pytest.mark.slow
-def test_killed_at_20_moments_and_rerun_gives_the_same_bytes(
+def test_killed_in_every_stage_and_rerun_gives_the_same_bytes(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,
     volume_path: pathlib.Path,
@@ -314,7 +314,7 @@ def test_killed_at_20_moments_and_rerun_gives_the_same_bytes(
     command[-3] = f"--output={folder}"
     random = np.random.default_rng(0)
     stage_reached = []
-    for _ in range(4):
+    for _ in range(2):
         for events, seconds in STAGES:
             event = folder / events[random.integers(len(events))]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -327,7 +327,7 @@ def test_killed_at_20_moments_and_rerun_gives_the_same_bytes(
         assert output_files(folder) == expected
         shutil.rmtree(folder)
     # A process that was done before the signal came was not killed.
-    assert len(stage_reached) == 20 and sum(stage_reached) >= 16
+    assert len(stage_reached) == 10 and sum(stage_reached) >= 8
 
 
 def test_only_what_is_lost_is_done_again(
