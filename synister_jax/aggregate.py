@@ -18,7 +18,15 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import command, confusions, files, predictions, rules, tallies
+from synister_jax import (
+    command,
+    confusions,
+    files,
+    predictions,
+    rules,
+    synapses,
+    tallies,
+)
 from synister_jax.command import Progress, UserError
 from synister_jax.confusions import Confusion
 from synister_jax.predictions import Predictions
@@ -40,6 +48,7 @@ def call(tally: Tally, rule: str, confusion: Confusion | None = None) -> pa.Tabl
     Raises:
       UserError: what the rule needs is not there.
     """
+    rules.require(rule, tally.weighted is not None, confusion)
     if confusion is not None:
         confusion = confusion.for_classes(tally.classes)
     verdict = rules.RULES[rule](tally, confusion)
@@ -74,7 +83,7 @@ def _margin(verdict: rules.Verdict) -> np.ndarray:
     others = verdict.distribution.copy()
     place = verdict.winner[:, None]
     first = np.take_along_axis(others, place, axis=1)[:, 0]
-    np.put_along_axis(others, place, -np.inf, axis=1)
+    np.put_along_axis(others, place, 0, axis=1)  # none is less
     return first - others.max(axis=1)
 
 
@@ -124,6 +133,7 @@ def by(
     Raises:
       UserError: no row names a group; what the rule needs is not there.
     """
+    rules.require(rule, tallies.WEIGHT in source.schema.names, confusion)
     return call(tally(source, by, folder), rule, confusion)
 
 
@@ -143,10 +153,15 @@ def threshold(text: str, source: Predictions) -> float:
                 f"--min_probability={text}: give a number from 0 to 1, or `calibrated`"
             )
         return value
-    value = source.about.get("abstain_below")
-    if value is None:
+    if "abstain_below" not in source.about:
         raise UserError(
             f"{source.path} has no threshold of its own: predict with --calibrated"
+        )
+    value = source.about["abstain_below"]
+    if value is None:
+        raise UserError(
+            f"{source.path}: on validation no threshold was as precise as `calibrate` "
+            "was asked for; give a number, or calibrate with a lower --precision"
         )
     return value
 
@@ -166,23 +181,28 @@ def main() -> None:
         "Synapses of a lower highest probability do not count: a number, or "
         "`calibrated` for the threshold that predict --calibrated left.",
     )
-    output = flags.DEFINE_string("output", None, "Feather to write.")
+    output = flags.DEFINE_string("output", None, "Feather or Parquet to write.")
     flags.mark_flags_as_required(["predictions", "output"])
 
     def aggregate() -> None:
-        names = rule_names.value
-        if unknown := set(names) - {*rules.RULES}:
+        names = list(dict.fromkeys(rule_names.value))
+        unknown = sorted({*names} - {*rules.RULES})
+        if unknown or not names:
             raise UserError(
-                f"--rule={','.join(names)}: no rule {', '.join(sorted(unknown))}; "
+                f"--rule={','.join(names)}: no rule {', '.join(unknown)}; "
                 f"there are {', '.join(rules.RULES)}"
             )
+        synapses.check_writable(output.value)
+        files.require_other(output.value, path.value)
         matrix = None if confusion.value is None else confusions.load(confusion.value)
         source = predictions.open(path.value)
         if matrix is not None:
             matrix = matrix.for_classes(source.classes)
+        for name in names:
+            rules.require(name, tallies.WEIGHT in source.schema.names, matrix)
         least = threshold(min_probability.value, source)
-        folder = files.make_folder(pathlib.Path(output.value).resolve().parent)
-        added = tally(source, by_.value, folder, least)
+        with files.scratch(output.value) as folder:
+            added = tally(source, by_.value, folder, least)
         tables = [call(added, name, matrix) for name in names]
         table = in_groups(tables)
         about = {
@@ -192,11 +212,11 @@ def main() -> None:
             "confusion": None if matrix is None else matrix.name,
             "predictions": {"path": str(source.path)} | source.about,
         }
-        files.write_feather(
-            output.value,
+        synapses.write(
             table.replace_schema_metadata({"synister_jax": json.dumps(about)}),
+            output.value,
         )
-        print(f"{output.value}: {len(added.groups):,} groups of {source.rows:,} rows")
+        print(f"{output.value}: {len(added.groups):,} groups from {source.rows:,} rows")
         for name, each in zip(names, tables, strict=True):
             print(f"  {name}: {_summary(each)}")
 

@@ -7,6 +7,7 @@ independent).
 """
 
 import numpy as np
+from scipy import stats
 
 DRAWS = 1_000
 LEVEL = 0.95
@@ -25,30 +26,49 @@ def intervals(
 
     Returns:
       {accuracy, mean_class_accuracy, macro_f1: [low, high]}; None of fewer than two
-      groups. The same for the same input: the draws begin from a fixed seed.
+      groups, and where all draws are equal, which tells nothing. The same for the same
+      input: the draws begin from a fixed seed.
     """
     known = (truth >= 0) & (called >= 0)
-    alone = groups < 0
-    names = np.where(alone, -1 - np.arange(len(groups)), groups)[known]
-    _, group = np.unique(names, return_inverse=True)
-    count = int(group.max()) + 1 if len(group) else 0
-    if count < 2:
-        return dict.fromkeys(("accuracy", "mean_class_accuracy", "macro_f1"))
+    cells = classes**2
     cell = truth[known].astype(np.int64) * classes + called[known]
-    counts = np.bincount(group * classes**2 + cell, minlength=count * classes**2)
-    counts = counts.reshape(count, classes**2).astype(np.float64)
+    group, alone = groups[known], groups[known] < 0
+    names, place = np.unique(group[~alone], return_inverse=True)
+    counts = np.bincount(place * cells + cell[~alone], minlength=len(names) * cells)
+    # Of entries that are groups of their own those in a cell are one like the other:
+    # how many of them are drawn is all that counts.
+    counts = np.concatenate([counts.reshape(-1, cells), np.eye(cells)])
+    sizes = np.bincount(cell[alone], minlength=cells)
+    weights = np.concatenate([np.ones(len(names)), sizes])
+    total = int(weights.sum())
+    if total < 2:
+        return dict.fromkeys(("accuracy", "mean_class_accuracy", "macro_f1"))
     rng = np.random.default_rng(0)
     found = []
     for _ in range(0, DRAWS, _DRAWS_AT_ONCE):
-        drawn = rng.multinomial(count, np.full(count, 1 / count), _DRAWS_AT_ONCE)
+        drawn = rng.multinomial(total, weights / total, _DRAWS_AT_ONCE)
         found.append(_numbers((drawn @ counts).reshape(-1, classes, classes)))
-    outside = 50 * (1 - LEVEL)
     return {
-        name: np.percentile(
-            np.concatenate([each[name] for each in found]), [outside, 100 - outside]
-        ).tolist()
+        name: _percentiles(np.concatenate([each[name] for each in found]))
         for name in found[0]
     }
+
+
+def wilson(right: int, count: int) -> list[float] | None:
+    """Interval of a share, for entries that are independent; None of none.
+
+    Wilson 1927; unlike draws it says something where all are right.
+    """
+    if not count:
+        return None
+    interval = stats.binomtest(right, count).proportion_ci(LEVEL, "wilson")
+    return [float(interval.low), float(interval.high)]
+
+
+def _percentiles(values: np.ndarray) -> list[float] | None:
+    outside = 50 * (1 - LEVEL)
+    low, high = np.percentile(values, [outside, 100 - outside]).tolist()
+    return [low, high] if low < high else None
 
 
 def _numbers(confusion: np.ndarray) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ those of test, and writes check-test-step-<n>.json and .png. Either JSON file ha
                             threshold, after the temperature
 """
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -226,6 +227,8 @@ def main() -> None:
     def run() -> None:
         if part.value is not None and flags.FLAGS["precision"].present:
             raise UserError("--precision means nothing with --check; leave it out")
+        if math.isnan(precision.value):
+            raise UserError("--precision=nan: give a share, from 0 to 1")
         folder = pathlib.Path(workdir.value)
         chosen = checkpoint.parse_steps(folder, steps.value) or [None]
         for given in chosen:

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,21 @@ class Confusion:
     def by_column(self) -> np.ndarray:
         """P(true | called), float64 [k, k]; NaN in the column of one never called."""
         return normalised(self.counts, axis=0)
+
+    def require_rows(self) -> None:
+        """Raises `UserError` where it is of fractions, and not of rows' fractions."""
+        if (self.counts == np.round(self.counts)).all():
+            return
+        total = self.counts.sum(axis=1)
+        # Each of k entries may be off by half of the last of two digits.
+        off = np.abs(total - 1) > 0.005 * len(total) + 1e-9
+        if wrong := np.flatnonzero(off & (total > 0)).tolist():
+            raise UserError(
+                f"{self.name}: the row of {self.classes[wrong[0]]} sums to "
+                f"{total[wrong[0]]:.2f}, not 1; rows must be P(called | true), and "
+                "published tables often have columns P(true | called): give counts, or "
+                "rows"
+            )
 
     def for_classes(self, classes: Sequence[str]) -> "Confusion":
         """The same with rows and columns in the order of `classes`.
@@ -76,7 +92,7 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
     classes, rows = _read_csv(path) if path.suffix == ".csv" else _read(path, level)
     try:
         counts = np.array(rows, np.float64)
-    except ValueError:
+    except (TypeError, ValueError):
         raise UserError(f"{path}: a confusion matrix is all numbers") from None
     k = len(classes)
     if k < 2 or counts.shape != (k, k) or len(set(classes)) < k:
@@ -102,8 +118,15 @@ def _only_step(folder: pathlib.Path) -> pathlib.Path:
 def _read(path: pathlib.Path, level: str) -> tuple[list[str], list[list[float]]]:
     content = files.read_json(path)
     try:
-        return content["classes"], content[level]["confusion"]
-    except (KeyError, TypeError):
+        classes, rows = list(content["classes"]), content[level]["confusion"]
+        if content.get("part") not in (None, "test"):
+            print(
+                f"warning: {path} is of part {content['part']}, not test: on neurons "
+                "that the network was trained on, or chosen by, it errs less",
+                file=sys.stderr,
+            )
+        return classes, rows
+    except (AttributeError, KeyError, TypeError):
         raise UserError(
             f"{path} has no confusion of {level}; give a metrics.json of "
             "`python -m synister_jax.evaluate`, or a CSV file"

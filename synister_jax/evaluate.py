@@ -86,11 +86,16 @@ class Variants:
 
     @classmethod
     def of(cls, n_mins: Sequence[str], cutoffs: Sequence[str]) -> "Variants":
-        """Of the flags' texts; `UserError` for what is no number."""
+        """Of the flags' texts; `UserError` for what is not possible."""
         try:
-            return cls(tuple(map(int, n_mins)), tuple(map(float, cutoffs)))
+            found = cls(tuple(map(int, n_mins)), tuple(map(float, cutoffs)))
         except ValueError as error:
             raise UserError(f"--n_min or --cutoff: {error}") from None
+        if min(found.n_mins, default=1) < 1:
+            raise UserError(f"--n_min={','.join(n_mins)}: numbers from 1 up")
+        if not all(0 <= cutoff <= 1 for cutoff in found.cutoffs):
+            raise UserError(f"--cutoff={','.join(cutoffs)}: shares, from 0 to 1")
+        return found
 
 
 def evaluate(
@@ -155,10 +160,10 @@ def evaluate_table(
       UserError: it is none, has no such part, or no row with a known transmitter.
     """
     table = predictions.load(path)
-    what = path.name
+    what = f"all rows of {path.name}"
     if part is not None:
         table = table.filter(pa.array(synapses.in_part(table, *part)))
-        what = f"{part[1]} of {what}"
+        what = f"{part[1]} of {path.name}"
     if not (synapses.labels(table, predictions.classes(table)) >= 0).any():
         raise UserError(
             f"{what} has no row whose neurotransmitter is one of the classes "
@@ -216,7 +221,7 @@ def _summarise(
     all_metrics = [files.read_json(p) for p in folder.glob("step-*/metrics.json")]
     # Of these crops, by checkpoints that are still there.
     all_metrics = [
-        m for m in all_metrics if m["crops"] == crops_sha256 and m["step"] in there
+        m for m in all_metrics if m.get("crops") == crops_sha256 and m["step"] in there
     ]
     entries = [
         {
@@ -247,6 +252,9 @@ def _summarise(
     return summary
 
 
+_OF_A_RUN = ("steps", "shards", "batch_size")  # flags
+
+
 def main() -> None:
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
     table = flags.DEFINE_string("predictions", None, "Or a table of predictions.")
@@ -271,10 +279,16 @@ def main() -> None:
         variants = Variants.of(n_min.value, cutoff.value)
         if (workdir.value is None) == (table.value is None):
             raise UserError("give either --workdir or --predictions with --output")
+        useless = ["output", "split"] if table.value is None else _OF_A_RUN
+        for name in useless:
+            if flags.FLAGS[name].present:
+                raise UserError(f"--{name} means nothing here; leave it out")
         if table.value is not None:
             if output.value is None:
                 raise UserError("--predictions needs --output, a folder")
             of_part = (split.value, part.value) if flags.FLAGS["part"].present else None
+            if of_part is None and flags.FLAGS["split"].present:
+                raise UserError(f"--split={split.value} without --part: give both")
             evaluate_table(
                 pathlib.Path(table.value), pathlib.Path(output.value), of_part, variants
             )

@@ -184,6 +184,31 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def scratch(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """An empty folder beside `path` for what is not kept; gone afterwards.
+
+    Leftovers of a killed run have the same name and are removed.
+    """
+    path = pathlib.Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    make_folder(path.resolve().parent)
+    remove(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_other(
+    output: str | os.PathLike[str], source: str | os.PathLike[str]
+) -> None:
+    """Raises `UserError` where `output` would replace what it is made from."""
+    if pathlib.Path(output).resolve() == pathlib.Path(source).resolve():
+        raise UserError(f"--output={output} is what is read; name another file")
+
+
 def remove(path: pathlib.Path) -> None:
     """A file, or a folder with all that is in it; nothing where there is none."""
     if path.is_dir():

@@ -58,7 +58,11 @@ def measure(
             **metrics.summary(metrics.confusion(truth, called, k), classes),
             "interval": bootstrap.intervals(neuron_of, truth, called, k),
         },
-        "neurons": neurons.summary(interval=True),
+        "neurons": {
+            **neurons.summary(),
+            "interval": neurons.intervals(),
+            "tenth_of_synapses": neurons.tenth(),
+        },
         "hemilineages": hemilineages.summary() if len(hemilineages) else None,
         "cell_types": cell_types.summary() if len(cell_types) else None,
         "brain_regions": _regions(table, truth, called, k),
@@ -74,7 +78,7 @@ def measure(
                 neurons.tally.counts, neurons.truth
             ),
             "neurons_within_hemilineages": mixtures.correlation(
-                _calls_within(hemilineages, neurons), hemilineages.truth
+                *_neurons_within(hemilineages, neurons)
             ),
         },
         "calibration": calibration.reliability(probabilities, truth),
@@ -108,14 +112,22 @@ class _Groups:
         found = pc.index_in(table[name], value_set=names)
         return pc.fill_null(found, -1).to_numpy().astype(np.int32)
 
-    def summary(self, interval: bool = False) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         k = len(self.tally.classes)
         confusion = metrics.confusion(self.truth, self.called, k)
-        found = {"rule": RULE} | metrics.summary(confusion, self.tally.classes)
-        if interval:
-            alone = np.arange(len(self))
-            found["interval"] = bootstrap.intervals(alone, self.truth, self.called, k)
-        return found
+        return {"rule": RULE} | metrics.summary(confusion, self.tally.classes)
+
+    def intervals(self) -> dict[str, list[float] | None]:
+        """Of `summary`: of the accuracy Wilson's, of the means by drawing groups."""
+        k, counted = len(self.tally.classes), (self.truth >= 0) & (self.called >= 0)
+        found = bootstrap.intervals(np.arange(len(self)), self.truth, self.called, k)
+        right = (self.truth == self.called)[counted]
+        return found | {"accuracy": bootstrap.wilson(int(right.sum()), len(right))}
+
+    def tenth(self) -> int | None:
+        """A tenth of the labelled, predicted groups have fewer predicted synapses."""
+        sizes = self.tally.predicted[(self.truth >= 0) & (self.called >= 0)]
+        return int(np.ceil(np.quantile(sizes, 0.1))) if len(sizes) else None
 
 
 def _regions(
@@ -188,13 +200,13 @@ def _by_synapses(neurons: _Groups) -> list[dict[str, Any]]:
     return found
 
 
-def _calls_within(hemilineages: _Groups, neurons: _Groups) -> np.ndarray:
-    """How many neurons of each hemilineage are called each class, [n, k]."""
-    counts = np.zeros_like(hemilineages.tally.counts)
-    place = hemilineages.rows_of(neurons.tally.groups)
-    there = (place >= 0) & (neurons.called >= 0)
-    np.add.at(counts, (place[there], neurons.called[there]), 1)
-    return counts
+def _neurons_within(
+    hemilineages: _Groups, neurons: _Groups
+) -> tuple[np.ndarray, np.ndarray]:
+    """Neurons of each hemilineage by their call, [n, k], and its class, [n]."""
+    names, counts = tallies.calls_of_neurons(neurons.tally, "hemilineage")
+    every = hemilineages.tally.groups["hemilineage"].combine_chunks()
+    return counts, hemilineages.truth[pc.index_in(names, value_set=every).to_numpy()]
 
 
 def scalars(part: str, measured: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from synister_jax import figures, files
+from synister_jax import confusions, figures, files
 from synister_jax.command import UserError
 
 
@@ -59,8 +59,8 @@ def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     return accuracies(counts) | {
         "macro_f1": float(np.mean(f1)) if f1 else None,
         "per_class": per_class,
-        "confusion_by_row": _fractions(counts, counts.sum(axis=1, keepdims=True)),
-        "confusion_by_column": _fractions(counts, counts.sum(axis=0, keepdims=True)),
+        "confusion_by_row": _fractions(counts, axis=1),
+        "confusion_by_column": _fractions(counts, axis=0),
     }
 
 
@@ -74,13 +74,9 @@ def _of_class(right: int, support: int, called: int) -> dict[str, Any]:
     }
 
 
-def _fractions(counts: np.ndarray, total: np.ndarray) -> list[list[float | None]]:
-    return [
-        [float(c / t) if t else None for c, t in zip(row, totals, strict=True)]
-        for row, totals in zip(
-            counts, np.broadcast_to(total, counts.shape), strict=True
-        )
-    ]
+def _fractions(counts: np.ndarray, axis: int) -> list[list[float | None]]:
+    fractions = confusions.normalised(counts, axis)
+    return np.where(np.isnan(fractions), None, fractions).tolist()
 
 
 class Writer:

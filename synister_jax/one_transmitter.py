@@ -16,7 +16,6 @@ import pathlib
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from absl import flags
 from scipy import stats
 
@@ -27,7 +26,8 @@ from synister_jax import (
     files,
     mixtures,
     predictions,
-    rules,
+    synapses,
+    tallies,
 )
 from synister_jax.command import UserError
 from synister_jax.confusions import Confusion
@@ -49,35 +49,56 @@ DRAWS = 9_999
 
 
 def units(
-    source: Predictions, by: str, folder: pathlib.Path | None = None
+    source: Predictions,
+    by: str,
+    folder: pathlib.Path | None = None,
+    n_min: int = 1,
 ) -> tuple[pa.Array, np.ndarray]:
     """The groups, ascending, and how many of their units are called what, [n, k].
 
     Of a neuron its predicted synapses; of a hemilineage or cell type its neurons, each
-    by majority vote. A neuron whose synapses name several belongs to none.
+    by majority vote (`tallies.calls_of_neurons`).
+
+    Args:
+      n_min: neurons of fewer predicted synapses are no units.
 
     Raises:
       UserError: no row names a group.
     """
     neurons = aggregate.tally(source, "neuron", folder)
-    column = COLUMNS[by]
     if by == "neuron":
-        return neurons.groups[column].combine_chunks(), neurons.counts
-    member = pc.is_valid(neurons.groups[column])
-    groups = neurons.groups[column].filter(member).combine_chunks()
-    if not len(groups):
+        return neurons.groups[COLUMNS[by]].combine_chunks(), neurons.counts
+    names, counts = tallies.calls_of_neurons(neurons, by, n_min)
+    if not len(names):
         raise UserError(
-            f"{source.path} names no {by.replace('_', ' ')}: its column {column} is "
-            "empty"
+            f"{source.path} names no {by.replace('_', ' ')}: its column {COLUMNS[by]} "
+            "is empty"
         )
-    names = pc.unique(groups)
-    names = names.take(pc.sort_indices(names))
-    group = pc.index_in(groups, value_set=names).to_numpy()
-    winner = rules.majority(neurons).winner
-    called = np.where(neurons.predicted > 0, winner, -1)[member.to_numpy()]
-    counts = np.zeros((len(names), len(source.classes)), np.int64)
-    np.add.at(counts, (group[called >= 0], called[called >= 0]), 1)
+    predicted = neurons.predicted
+    if small := int(((predicted > 0) & (predicted < n_min)).sum()):
+        print(
+            f"{small:,} of {len(neurons.groups):,} neurons have fewer than {n_min} "
+            "predicted synapses and are no units: their calls err more often than the "
+            "confusion says"
+        )
     return names, counts
+
+
+def least_synapses(confusion: Confusion) -> int:
+    """Predicted synapses of a neuron as large as those that the confusion is of.
+
+    A tenth of them are smaller. 1, with a warning, where the source does not say.
+    """
+    if pathlib.Path(confusion.name).suffix != ".csv":
+        measured = files.read_json(confusion.name)
+        if least := measured["neurons"].get("tenth_of_synapses"):
+            return least
+    print(
+        f"warning: {confusion.name} does not say how large its neurons are; neurons of "
+        "few synapses, whose calls err more often, can pass for another transmitter: "
+        "give --n_min"
+    )
+    return 1
 
 
 def model(confusion: Confusion, level: str, correlation: float | None) -> Model:
@@ -107,8 +128,7 @@ def model(confusion: Confusion, level: str, correlation: float | None) -> Model:
             "the confusion of a part with more"
         )
     fractions = bool((counts != np.round(counts)).any())
-    if fractions:
-        _check_rows(confusion)
+    confusion.require_rows()
     if correlation is None:
         if level == "synapses" or fractions:
             raise UserError(
@@ -122,23 +142,13 @@ def model(confusion: Confusion, level: str, correlation: float | None) -> Model:
         )
         correlation = 0.0
     if not 0 <= correlation < 1:
-        raise UserError(f"--correlation={correlation:g}: it is from 0 to below 1")
+        raise UserError(
+            f"a correlation of {correlation:g} (--correlation, or of "
+            f"{confusion.name}) is not possible: it is from 0 to below 1"
+        )
     if fractions:
         return mixtures.from_fractions(counts, correlation)
     return mixtures.from_counts(counts, correlation, clusters)
-
-
-def _check_rows(confusion: Confusion) -> None:
-    total = confusion.counts.sum(axis=1)
-    # Each of k entries may be off by half of the last of two digits.
-    off = np.abs(total - 1) > 0.005 * len(total) + 1e-9
-    if wrong := np.flatnonzero(off & (total > 0)).tolist():
-        name = confusion.classes[wrong[0]]
-        raise UserError(
-            f"{confusion.name}: the row of {name} sums to {total[wrong[0]]:.2f}, not "
-            "1; rows must be P(called | true), and published tables often have columns "
-            "P(true | called): give counts, or rows"
-        )
 
 
 def judge(
@@ -229,18 +239,32 @@ def main() -> None:
     draws = flags.DEFINE_integer(
         "draws", DRAWS, "Groups simulated for each class and size.", lower_bound=99
     )
-    output = flags.DEFINE_string("output", None, "Feather to write.")
+    n_min = flags.DEFINE_integer(
+        "n_min",
+        None,
+        "Neurons of fewer predicted synapses are no units of a hemilineage or cell "
+        "type; by default a tenth of the neurons of metrics.json are smaller.",
+        lower_bound=1,
+    )
+    output = flags.DEFINE_string("output", None, "Feather or Parquet to write.")
     flags.mark_flags_as_required(["predictions", "confusion", "output"])
 
     def test() -> None:
         if not 0 < fdr.value < 1:
             raise UserError(f"--fdr={fdr.value:g}: it is above 0 and below 1")
+        synapses.check_writable(output.value)
+        files.require_other(output.value, path.value)
         level = UNITS[by.value]
+        if level == "synapses" and n_min.value is not None:
+            raise UserError("--n_min means nothing by neuron; leave it out")
         source = predictions.open(path.value)
         matrix = confusions.load(confusion.value, level).for_classes(source.classes)
         expected = model(matrix, level, correlation.value)
-        folder = files.make_folder(pathlib.Path(output.value).resolve().parent)
-        groups, counts = units(source, by.value, folder)
+        least = 1
+        if level == "neurons":
+            least = n_min.value or least_synapses(matrix)
+        with files.scratch(output.value) as folder:
+            groups, counts = units(source, by.value, folder, least)
         table = judge(counts, expected, source.classes, fdr.value, draws.value)
         table = table.add_column(0, COLUMNS[by.value], groups)
         about = {
@@ -251,11 +275,12 @@ def main() -> None:
             "correlation": expected.correlation,
             "fdr": fdr.value,
             "draws": draws.value,
+            "n_min": least,
             "predictions": {"path": str(source.path)} | source.about,
         }
-        files.write_feather(
-            output.value,
+        synapses.write(
             table.replace_schema_metadata({"synister_jax": json.dumps(about)}),
+            output.value,
         )
         print(f"{output.value}: {len(table):,} groups; units are {level}")
         print(summary(table, fdr.value, draws.value))

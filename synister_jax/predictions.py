@@ -144,6 +144,15 @@ def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
     for name in [*synapses.SCHEMA.names, "status", *wanted]:
         if name not in columns:
             raise UserError(f"{path} is not a prediction table: no column {name}")
+    kinds = [
+        (field.name, field.type) for field in (*synapses.SCHEMA, *synapses.OPTIONAL)
+    ]
+    for name, kind in [*kinds, *((name, pa.float32()) for name in wanted)]:
+        if name in columns and schema.field(name).type != kind:
+            raise UserError(
+                f"{path} is not a prediction table: column {name} is "
+                f"{schema.field(name).type}, not {kind}"
+            )
 
 
 def about(table: pa.Table | pa.Schema) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from synister_jax.confusions import Confusion
 from synister_jax.tallies import WEIGHT, Tally
 
 UNCLEAR = "unclear"
-# FlyEM's thresholds (janelia-flyem/flyem-snapshot, inputs/neurotransmitters.py): calls
-# of fewer synapses, or of less confidence, are unclear.
+_NEED_CONFUSION = ("flyem", "conf_nt")
+# FlyEM's thresholds (janelia-flyem/flyem-snapshot, inputs/neurotransmitters.py).
 FLYEM_SYNAPSES, FLYEM_TYPE_SYNAPSES, FLYEM_CONFIDENCE = 50, 100, 0.5
 
 
@@ -66,11 +66,6 @@ def cleft_weighted(tally: Tally, confusion: Confusion | None = None) -> Verdict:
     fafbseg-py (`collapse_nt_predictions`). Without a call where the weights of a group
     sum to zero.
     """
-    if tally.weighted is None:
-        raise UserError(
-            f"the rule cleft_weighted needs the column {WEIGHT}, which these "
-            "predictions do not have; predict a synapse table that has it"
-        )
     return _largest(tally.weighted)
 
 
@@ -78,21 +73,23 @@ def flyem(tally: Tally, confusion: Confusion | None = None) -> Verdict:
     """The class most synapses are called; ties to the first name in the alphabet.
 
     The score is FlyEM's confidence: the mean over the group's synapses of
-    P(called as the synapse | truly as the group), of the confusion's rows. Unclear
-    below `FLYEM_CONFIDENCE`, for neurons of fewer than `FLYEM_SYNAPSES` predicted
-    synapses, and for other groups of fewer than `FLYEM_TYPE_SYNAPSES` unless they are
-    one neuron (flyem-snapshot; optic lobe and male CNS in neuPrint).
+    P(called as the synapse | truly as the group), of the confusion's rows. Neurons are
+    unclear below `FLYEM_SYNAPSES` predicted synapses or `FLYEM_CONFIDENCE`, other
+    groups, by their synapses alone, below `FLYEM_TYPE_SYNAPSES`, or `FLYEM_SYNAPSES`
+    where they are one neuron (flyem-snapshot; optic lobe and male CNS in neuPrint).
     """
-    rows = _given(confusion, "flyem").by_row()
+    confusion.require_rows()
+    rows = confusion.by_row()
     distribution = _shares(tally.counts)
     by_name = np.argsort(tally.classes)
     winner = by_name[tally.counts[:, by_name].argmax(axis=1)]
     score = (distribution * rows[winner]).sum(axis=1)
-    least = np.full(len(winner), FLYEM_SYNAPSES)
-    if tally.by != "neuron":
-        several = tally.groups["neurons"].to_numpy() != 1
-        least[several] = FLYEM_TYPE_SYNAPSES
-    unclear = (tally.predicted < least) | ~(score >= FLYEM_CONFIDENCE)
+    if tally.by == "neuron":
+        unclear = (tally.predicted < FLYEM_SYNAPSES) | ~(score >= FLYEM_CONFIDENCE)
+    else:
+        one = tally.groups["neurons"].to_numpy() == 1
+        least = np.where(one, FLYEM_SYNAPSES, FLYEM_TYPE_SYNAPSES)
+        unclear = tally.predicted < least
     return Verdict(distribution, winner, score, unclear)
 
 
@@ -101,10 +98,11 @@ def conf_nt(tally: Tally, confusion: Confusion | None = None) -> Verdict:
 
     The columns of the confusion say what a call is worth, as in the matrices that
     hemibrainr keeps beside the published `conf_nt` (Eckstein et al. 2024); whether that
-    was made with this very formula is not published in code.
+    was made with this very formula is not published in code. A class that was never
+    called in the confusion is worth nothing: a group of its calls alone has no call.
     """
-    columns = np.nan_to_num(_given(confusion, "conf_nt").by_column())
-    return _largest(_shares(tally.counts) @ columns.T)
+    worth = _shares(tally.counts) @ np.nan_to_num(confusion.by_column()).T
+    return _largest(np.where(worth.any(axis=1, keepdims=True), worth, np.nan))
 
 
 def banc(tally: Tally, confusion: Confusion | None = None) -> Verdict:
@@ -115,13 +113,22 @@ def banc(tally: Tally, confusion: Confusion | None = None) -> Verdict:
     return _largest(_shares(tally.top))
 
 
-def _given(confusion: Confusion | None, rule: str) -> Confusion:
-    if confusion is None:
+def require(rule: str, weighted: bool, confusion: Confusion | None) -> None:
+    """Raises `UserError` where a rule of `RULES` lacks what it needs.
+
+    Args:
+      weighted: there are cleft scores.
+    """
+    if rule in _NEED_CONFUSION and confusion is None:
         raise UserError(
             f"the rule {rule} needs the network's confusion: give --confusion="
-            "RUN/evaluation/test/step-<n>/metrics.json"
+            "RUN/evaluation/test"
         )
-    return confusion
+    if rule == "cleft_weighted" and not weighted:
+        raise UserError(
+            f"the rule cleft_weighted needs the column {WEIGHT}, which these "
+            "predictions do not have; predict a synapse table that has it"
+        )
 
 
 RULES: dict[str, Callable[[Tally, Confusion | None], Verdict]] = {

@@ -91,6 +91,32 @@ def count(
     return _tally(found, tuple(classes), by, weighted)
 
 
+def calls_of_neurons(
+    neurons: Tally, by: str, least: int = 1
+) -> tuple[pa.Array, np.ndarray]:
+    """How many neurons of each hemilineage or cell type are called what.
+
+    A neuron is called by majority of its synapses, ties to the first class. One whose
+    synapses name several groups, or none, counts in no group.
+
+    Args:
+      neurons: the tally of neurons.
+      by: of "hemilineage" and "cell_type".
+      least: neurons of fewer predicted synapses do not count.
+
+    Returns:
+      The groups in ascending order, and counts int64 [n, k].
+    """
+    column = neurons.groups[COLUMNS[by]].combine_chunks()
+    names = pc.unique(column.drop_null())
+    names = names.take(pc.sort_indices(names))
+    group = pc.fill_null(pc.index_in(column, value_set=names), -1).to_numpy()
+    there = (group >= 0) & (neurons.predicted >= max(least, 1))
+    counts = np.zeros((len(names), len(neurons.classes)), np.int64)
+    np.add.at(counts, (group[there], neurons.counts.argmax(axis=1)[there]), 1)
+    return names, counts
+
+
 def columns_needed(names: Sequence[str], classes: Sequence[str], by: str) -> list[str]:
     """Of the columns `names` of a prediction table, those that `count` reads."""
     wanted = ["neuron_id", "neurotransmitter", *COLUMNS.values(), WEIGHT]
@@ -126,11 +152,11 @@ def _prepared(
     columns |= {f"p{i}": np.ascontiguousarray(v) for i, v in enumerate(values.T)}
     if "weight" in schema.names:
         weight = pc.fill_null(table[WEIGHT], 0).to_numpy().astype(np.float32)
-        if (weight < 0).any():
+        if (wrong := (weight < 0) | np.isinf(weight)).any():
             raise UserError(
-                f"{WEIGHT} is {weight.min()} somewhere; weights are 0 or more"
+                f"{WEIGHT} is {weight[wrong][0]} somewhere; weights are 0 or more"
             )
-        columns["weight"] = np.where(np.isfinite(weight) & (called >= 0), weight, 0)
+        columns["weight"] = np.where(np.isnan(weight) | (called < 0), 0, weight)
     arrays = [
         pa.array(columns[field.name], field.type)
         if field.name in columns

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from synister_jax import checkpoint, files, inference
+from synister_jax import calibration, checkpoint, files, inference
 from synister_jax.command import UserError
 
 FITTED_ON = "validation"
@@ -59,6 +59,12 @@ def read(workdir: pathlib.Path, step: int) -> dict[str, Any]:
     fitted = files.read_json(path)
     if not isinstance(fitted, dict) or not _NAMES <= fitted.keys():
         raise UserError(f"{path} is not what was written; {_how_to_fit(workdir, step)}")
+    temperature, (low, high) = fitted["temperature"], calibration.BOUNDS
+    if not (isinstance(temperature, float | int) and low <= temperature <= high):
+        raise UserError(
+            f"{path}: a temperature of {temperature} is not possible; "
+            f"{_how_to_fit(workdir, step)}"
+        )
     return fitted
 
 

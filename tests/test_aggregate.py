@@ -31,7 +31,7 @@ def test_command_calls_under_several_rules(tmp_path: pathlib.Path) -> None:
     arguments += [f"--confusion={tmp_path}/metrics.json", "--min_probability=0.6"]
     done = run(*arguments, f"--output={tmp_path}/new/neurons.feather")
     assert done.returncode == 0, done.stderr
-    assert "50 groups of 3,000 rows" in done.stdout
+    assert "50 groups from 3,000 rows" in done.stdout
     for rule in rules.RULES:
         assert f"  {rule}: " in done.stdout
     answer = feather.read_table(tmp_path / "new" / "neurons.feather")
@@ -124,3 +124,46 @@ def test_files_of_a_folder_must_be_of_one_answer(tmp_path: pathlib.Path) -> None
     parquet.write_table(other, tmp_path / "b.parquet")
     with pytest.raises(UserError, match="b.parquet has other columns or classes than"):
         predictions.open(tmp_path)
+
+
+def test_what_is_read_is_not_replaced(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "p.feather"
+    files.write_feather(path, drawn(50))
+    (tmp_path / "link.feather").symlink_to(path)
+    for same in (
+        path,
+        tmp_path / "link.feather",
+        f"{tmp_path}/../{tmp_path.name}/p.feather",
+    ):
+        with pytest.raises(UserError, match="is what is read; name another file"):
+            files.require_other(same, path)
+    done = run(f"--predictions={path}", f"--output={path}")
+    assert done.returncode == 1 and "is what is read" in done.stderr
+    assert len(predictions.load(path)) == 50
+
+
+def test_a_rule_that_lacks_something_is_told_before_anything_is_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = drawn(50).drop_columns("cleft_score")
+    files.write_feather(tmp_path / "p.feather", table)
+    source = predictions.open(tmp_path / "p.feather")
+    monkeypatch.setattr(tallies, "count", None)
+    for rule in ("flyem", "cleft_weighted"):
+        with pytest.raises(UserError, match=f"the rule {rule} needs"):
+            aggregate.by(source, "neuron", rule)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("neuron_id", pa.float64()), ("nt_gaba_prob", pa.float64())],
+)
+def test_columns_of_other_types_are_refused(
+    tmp_path: pathlib.Path, name: str, kind: pa.DataType
+) -> None:
+    table = drawn(50, nan=0)
+    place = table.schema.get_field_index(name)
+    changed = table.set_column(place, name, table[name].cast(kind, safe=False))
+    files.write_feather(tmp_path / "p.feather", changed)
+    with pytest.raises(UserError, match=f"column {name} is double, not "):
+        predictions.open(tmp_path / "p.feather")

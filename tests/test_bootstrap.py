@@ -15,7 +15,8 @@ def test_every_draw_is_an_accuracy_of_whole_neurons() -> None:
     accuracies, recalls = [], []
     own = np.random.default_rng(0)
     for _ in range(bootstrap.DRAWS // 50):
-        for drawn in own.multinomial(12, np.full(12, 1 / 12), 50):
+        weights = np.append(np.ones(12), np.zeros(9)) / 12
+        for drawn in own.multinomial(12, weights, 50):
             rows = np.concatenate(
                 [np.flatnonzero(group == g) for g in range(12) for _ in range(drawn[g])]
             )
@@ -39,6 +40,38 @@ def test_whole_neurons_make_wider_intervals_than_synapses() -> None:
     alone = np.full(3000, -1)
     low, high = bootstrap.intervals(alone, truth, called, 2)["accuracy"]
     assert 0.028 < high - low < 0.038  # a tenth
+
+
+def test_entries_of_no_neuron_are_drawn_as_neurons_of_one() -> None:
+    rng = np.random.default_rng(5)
+    truth = rng.integers(0, 3, 400)
+    called = np.where(rng.random(400) < 0.8, truth, 0)
+    one = bootstrap.intervals(np.arange(400), truth, called, 3)
+    alone = bootstrap.intervals(np.full(400, -1), truth, called, 3)
+    for name, limits in one.items():
+        assert alone[name] == pytest.approx(limits, abs=0.01)  # other draws
+    # Half of them neurons, half not.
+    mixed = np.where(np.arange(400) % 2, np.arange(400), -1)
+    both = bootstrap.intervals(mixed, truth, called, 3)
+    assert both["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
+
+
+def test_draws_that_are_all_equal_say_nothing() -> None:
+    right = np.zeros(21, int)
+    found = bootstrap.intervals(np.arange(21), right, right, 2)
+    assert set(found.values()) == {None}
+
+
+@pytest.mark.parametrize(("right", "count"), [(21, 21), (0, 5), (9, 10)])
+def test_interval_of_a_share(right: int, count: int) -> None:
+    """Wilson's formula, written out."""
+    z, p = 1.959963984540054, right / count
+    middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    half *= z
+    found = bootstrap.wilson(right, count)
+    assert found == pytest.approx([middle - half, middle + half], abs=1e-9)
+    assert bootstrap.wilson(0, 0) is None
 
 
 def test_what_is_not_known_does_not_count() -> None:

@@ -253,6 +253,19 @@ def test_files_that_are_no_calibration(run: pathlib.Path) -> None:
             temperatures.load([(str(run), 7)], 1)
 
 
+@pytest.mark.parametrize("temperature", [-1, 0, float("nan"), None, "0.9", 21])
+def test_temperatures_that_are_not_possible(
+    run: pathlib.Path, fitted_run: pathlib.Path, temperature: object
+) -> None:
+    [fitted] = (fitted_run / "calibration").glob("step-*.json")
+    content = files.read_json(fitted) | {"temperature": temperature}
+    path = temperatures.path_of(run, content["step"])
+    files.make_folder(path.parent)
+    files.write_json(path, content)
+    with pytest.raises(UserError, match="a temperature of .* is not possible; run"):
+        temperatures.read(run, content["step"])
+
+
 def test_imported_weights_have_no_crops_to_compare(run: pathlib.Path) -> None:
     config = {"classes": list(CLASSES), "crops_sha256": ""}
     files.write_json(run / "config.json", config)

@@ -124,3 +124,34 @@ def test_part_predictions_keep_ids(
             predictions.probabilities(table)[place],
             atol=1e-5,
         )
+
+
+def test_variants_that_are_not_possible() -> None:
+    assert evaluate.Variants.of(["5"], ["0.5"]).n_mins == (5,)
+    for n_mins, cutoffs, why in (
+        (["-3"], ["0"], "--n_min=-3: numbers from 1 up"),
+        (["x"], ["0"], "--n_min or --cutoff: invalid literal"),
+        (["1"], ["nan"], "--cutoff=nan: shares, from 0 to 1"),
+        (["1"], ["2"], "--cutoff=2: shares"),
+    ):
+        with pytest.raises(UserError, match=why):
+            evaluate.Variants.of(n_mins, cutoffs)
+
+
+def test_a_table_of_predictions(
+    short_run: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The same numbers as of the checkpoint that made it."""
+    evaluate.evaluate(short_run, "test", [20])
+    folder = short_run / "evaluation" / "test" / "step-20"
+    part = ("skeleton", "test")
+    found = evaluate.evaluate_table(folder / "predictions.feather", tmp_path, part)
+    whole = json.loads((folder / "metrics.json").read_text())
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("synapses", "neurons", "loss", "calibration", "correlation"):
+        assert found[name] == whole[name] == written[name]
+    assert (tmp_path / "confusion_synapses.png").exists()
+    with pytest.raises(UserError, match="train of predictions.feather has no row"):
+        evaluate.evaluate_table(
+            folder / "predictions.feather", tmp_path, ("skeleton", "train")
+        )

@@ -164,9 +164,11 @@ def test_absent_class_single_neuron_ties_and_nan() -> None:
     assert per_class["acetylcholine"]["precision"] == 0.0  # called, and never right
     assert per_class["acetylcholine"]["recall"] is None
     assert per_class["dopamine"]["f1"] is None
-    # 1 : 1, to the first class; one neuron has no interval.
+    # 1 : 1, to the first class; of one neuron nearly any accuracy can be.
     assert measured["neurons"]["confusion"][0] == [1, 0, 0]
-    assert measured["neurons"]["interval"]["accuracy"] is None
+    low, high = measured["neurons"]["interval"]["accuracy"]
+    assert low < 0.21 and high == 1
+    assert measured["neurons"]["interval"]["macro_f1"] is None
     assert measured["hemilineages"] is measured["cell_types"] is None
     assert measured["brain_regions"] == {}
     assert measured["expected_probability"] == [
@@ -230,3 +232,34 @@ def test_numbers_of_a_small_table() -> None:
     assert measured["neurons"]["confusion"] == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
     logs = np.log([0.7, 0.2, 0.4, 0.8, 0.3])
     assert measured["loss"] == pytest.approx(-logs.mean(), rel=1e-6)
+
+
+def test_neurons_of_a_hemilineage_err_together_or_not() -> None:
+    """Four hemilineages of gaba: calls of neurons alike within, then not at all."""
+    gaba, ach = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
+    for alike in (True, False):
+        calls = [gaba] * 10 + [ach] * 10 if alike else [gaba, ach] * 10
+        table = table_of(
+            [call for call in calls for _ in range(3)],
+            {
+                "neuron_id": np.repeat(np.arange(20), 3),
+                "neurotransmitter": ["gaba"] * 60,
+                "hemilineage": np.repeat(["A", "B", "C", "D"], 15),
+            },
+        )
+        correlation = measurement.measure(table)["correlation"]
+        assert correlation["synapses_within_neurons"] == 1
+        within = correlation["neurons_within_hemilineages"]
+        assert within == 1 if alike else within == 0
+
+
+def test_a_tenth_of_the_neurons_is_smaller() -> None:
+    sizes = np.arange(1, 22)
+    table = table_of(
+        [[0.8, 0.1, 0.1]] * sizes.sum(),
+        {
+            "neuron_id": np.repeat(np.arange(21), sizes),
+            "neurotransmitter": ["gaba"] * sizes.sum(),
+        },
+    )
+    assert measurement.measure(table)["neurons"]["tenth_of_synapses"] == 3

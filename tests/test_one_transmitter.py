@@ -155,7 +155,7 @@ def test_what_cannot_be_a_model(tmp_path: pathlib.Path) -> None:
     unknown = loaded(metrics(tmp_path, synapses_within=None), "synapses")
     with pytest.raises(UserError, match="how alike the calls of synapses"):
         one_transmitter.model(unknown, "synapses", None)
-    with pytest.raises(UserError, match="--correlation=1: it is from 0 to below 1"):
+    with pytest.raises(UserError, match="a correlation of 1 .* is not possible"):
         one_transmitter.model(unknown, "synapses", 1.0)
     with pytest.raises(UserError, match="fewer than two classes"):
         one_class = csv(tmp_path, np.array([[8, 1, 0], [0, 0, 0], [0, 0, 0]]))
@@ -256,3 +256,37 @@ def test_command_in_another_process_finds_the_same(
     assert found.equals(here) and found["neuron_id"].type == pa.int64()
     about = json.loads(found.schema.metadata[b"synister_jax"])
     assert about["correlation"] == 0.02 and about["units"] == "synapses"
+
+
+def test_small_neurons_are_no_units(
+    tmp_path: pathlib.Path,
+    source: predictions.Predictions,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """B has neurons of 22, 3 and 1 synapses."""
+    every = dict(
+        zip(*map(list, one_transmitter.units(source, "hemilineage")), strict=True)
+    )
+    assert every[pa.scalar("B")].sum() == 3 and not capsys.readouterr().out.count(
+        "no units"
+    )
+    groups, counts = one_transmitter.units(source, "hemilineage", n_min=20)
+    assert groups.to_pylist() == ["A", "B", "C", "D"]
+    assert counts.sum(axis=1).tolist() == [3, 1, 0, 12]
+    assert (
+        "have fewer than 20 predicted synapses and are no units"
+        in capsys.readouterr().out
+    )
+
+
+def test_how_large_neurons_must_be(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = metrics(tmp_path)
+    assert one_transmitter.least_synapses(loaded(path, "neurons")) == 1
+    assert "does not say how large its neurons are" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    content["neurons"]["tenth_of_synapses"] = 40
+    path.write_text(json.dumps(content))
+    assert one_transmitter.least_synapses(loaded(path, "neurons")) == 40
+    assert not capsys.readouterr().out

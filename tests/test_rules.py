@@ -205,3 +205,46 @@ def test_majority_vote() -> None:
     assert big["predicted_neurotransmitter"] == "gaba"  # 1 : 1, the first class
     assert (big["count_gaba"], big["count_acetylcholine"]) == (1, 1)
     assert big["score"] == 0.5 and big["rule"] == "majority"
+
+
+def test_a_call_that_was_never_seen_is_worth_nothing() -> None:
+    never = Confusion("n", CLASSES, np.array([[9.0, 1, 0], [1, 9, 0], [5, 5, 0]]))
+    [row] = aggregate.call(tally_of([DA, DA]), "conf_nt", never).to_pylist()
+    assert row["predicted_neurotransmitter"] is row["score"] is None
+    [row] = aggregate.call(tally_of([DA, ACH]), "conf_nt", never).to_pylist()
+    assert row["predicted_neurotransmitter"] == "acetylcholine"
+    assert row["score"] == pytest.approx(9 / 15 / 2)
+
+
+def test_columns_in_place_of_rows_are_refused() -> None:
+    columns = CONFUSION.counts / CONFUSION.counts.sum(axis=0)
+    published = Confusion("p.csv", CLASSES, columns)
+    with pytest.raises(UserError, match="p.csv: the row of .* rows must be P.called"):
+        aggregate.call(tally_of([ACH]), "flyem", published)
+    rows = Confusion("r.csv", CLASSES, CONFUSION.by_row())
+    tally = tally_of([ACH] * 60)
+    assert aggregate.call(tally, "flyem", rows).equals(
+        aggregate.call(tally, "flyem", CONFUSION)
+    )
+
+
+def test_flyem_types_are_not_judged_by_confidence() -> None:
+    calls = [DA] * 60 + [GABA] * 50
+    cells = {"cell_type": ["T"] * 110, "neuron_id": [1, 2] * 55}
+    row = called(tally_of(calls, by="cell_type", **cells), "flyem")
+    assert row["predicted_neurotransmitter"] == "dopamine" and row["score"] < 0.5
+    assert called(tally_of(calls), "flyem")["predicted_neurotransmitter"] == "unclear"
+
+
+def test_types_without_neurons_are_not_one_neuron() -> None:
+    tally = tally_of(
+        [GABA] * 60, by="cell_type", cell_type=["T"] * 60, neuron_id=[None] * 60
+    )
+    assert called(tally, "flyem")["predicted_neurotransmitter"] == "unclear"
+
+
+def test_one_class_leads_by_all() -> None:
+    table = table_of([[1.0], [1.0]], {"neuron_id": [1, 1]}, classes=("gaba",))
+    tally = tallies.count([table], ("gaba",), "neuron")
+    [row] = aggregate.call(tally, "majority").to_pylist()
+    assert (row["score"], row["margin"], row["entropy"]) == (1, 1, 0)

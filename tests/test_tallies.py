@@ -120,3 +120,22 @@ def test_only_what_is_needed_is_read(by: str) -> None:
     assert "x_nm" not in names and "synapse_id" not in names
     few = tallies.count([table.select(names)], CLASSES, by)
     assert few.groups.equals(tallies.count([table], CLASSES, by).groups)
+
+
+def test_calls_of_neurons_within_hemilineages() -> None:
+    gaba, ach = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
+    table = table_of(
+        [gaba, gaba, ach, ach, ach, gaba, [np.nan] * 3, gaba],
+        {
+            "neuron_id": [1, 1, 1, 2, 3, 3, 4, 5],
+            "hemilineage": ["B", "B", "B", "B", "A", "A", "B", None],
+        },
+    )
+    neurons = tallies.count([table], CLASSES, "neuron")
+    names, counts = tallies.calls_of_neurons(neurons, "hemilineage")
+    assert names.to_pylist() == ["A", "B"]
+    assert counts.tolist() == [[1, 0, 0], [1, 1, 0]]  # 3 is a tie, 4 is not predicted
+    _, large = tallies.calls_of_neurons(neurons, "hemilineage", least=3)
+    assert large.tolist() == [[0, 0, 0], [1, 0, 0]]
+    names, counts = tallies.calls_of_neurons(neurons, "cell_type")
+    assert len(names) == len(counts) == 0
