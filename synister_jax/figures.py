@@ -90,7 +90,7 @@ def curves(
         for name in names:
             points = [(x["step"], x[name]) for x in lines if name in x]
             is_train = name.startswith("train/")
-            style = {"alpha": 0.6, "linewidth": 1} if is_train else {"marker": "o"}
+            style = {"linewidth": 1} if is_train else {"marker": "o"}
             axes.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
         axes.set_xlabel("step")
         axes.set_ylabel(ends)

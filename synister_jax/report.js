@@ -15,6 +15,11 @@ function element(tag, attributes, ...children) {
 
 const whole = (x) => (x === null ? "–" : x.toLocaleString("en"));
 const decimal = (x) => (x === null ? "–" : x.toFixed(3));
+// Characters without width, or that turn others round: a name could look like another.
+const visible = (text) => text.replace(
+  /[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]/g,
+  (found) => `‹U+${found.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}›`,
+);
 const percent = (x) => (100 * x).toFixed(1) + " %";
 
 class Neurons {
@@ -88,7 +93,7 @@ class Neurons {
     this.rows = [];
     for (let row = 0; row < this.size; row++) {
       if (text && !this.searched[row].includes(text)) continue;
-      if (wanted && (called[row] === null ? "-" : called[row]) !== wanted) continue;
+      if (wanted && (called[row] === null ? "-" : visible(called[row])) !== wanted) continue;
       if (predicted[row] < least) continue;
       // Either of the two when both are asked for.
       const asked = (differs && this.verdict(row) === "wrong") ||
@@ -155,16 +160,17 @@ class Neurons {
       const text = dataset.as === "decimal" ? decimal : dataset.as === "whole" ? whole : null;
       if (cell) line.append(cell());
       else if (text) line.append(element("td", {}, text(values[name][row])));
-      else line.append(element("td", { class: "text" }, values[name][row] ?? "–"));
+      else line.append(element("td", { class: "text name" }, visible(values[name][row] ?? "–")));
     }
     return line;
   }
 
   callCell(row) {
-    const called = this.values.called[row] ?? "not predicted";
+    const called = visible(this.values.called[row] ?? "not predicted");
+    const tie = this.values.tie[row] ? " (tie)" : "";
     const verdict = this.verdict(row);
     const mark = { right: " ✓", wrong: " ✗", "": "" }[verdict];
-    const cell = element("td", { class: `text ${verdict}` }, called + mark);
+    const cell = element("td", { class: `text name ${verdict}` }, called + tie + mark);
     if (verdict) cell.title = verdict === "right" ? "as known" : "differs from what is known";
     return cell;
   }
@@ -173,13 +179,13 @@ class Neurons {
     const { classes, colours, short } = this.data;
     const counts = this.data.counts[row];
     const total = this.values.predicted[row];
-    const said = classes.map((name, k) => `${name} ${whole(counts[k])}`);
+    const said = classes.map((name, k) => `${visible(name)} ${whole(counts[k])}`);
     const bar = element("div", { class: "stack", role: "img", "aria-label": said.join(", "),
       title: said.filter((_, k) => counts[k]).join(", ") });
     counts.forEach((count, k) => {
       if (!count) return;
       const share = count / total;
-      const text = share >= 0.24 ? short[k] : "";
+      const text = share >= 0.24 ? visible(short[k]) : "";
       const part = element("i", { class: `c${colours[k]}` }, text);
       part.style.width = `${100 * share}%`;
       bar.append(part);
@@ -208,7 +214,7 @@ class Neurons {
       const fill = element("i", { class: `c${colours[k]}` });
       fill.style.width = `${(100 * counts[k]) / most}%`;
       const share = predicted ? ` (${percent(counts[k] / predicted)})` : "";
-      chart.append(element("span", {}, name), element("span", { class: "bar" }, fill),
+      chart.append(element("span", { class: "name" }, visible(name)), element("span", { class: "bar" }, fill),
         element("span", {}, whole(counts[k]) + share));
     });
     const figure = element("figure", {},
@@ -223,6 +229,7 @@ class Neurons {
     if (2 * Math.max(...counts) <= predicted) {
       doubts.push("no class with more than half of them");
     }
+    if (this.values.tie[row]) doubts.push("several classes lead with the same number");
     const doubt = doubts.length ? ` Uncertain: ${doubts.join(", ")}.` : "";
     const note = element("p", { class: "note" }, facts + doubt);
     return element("div", { class: "pinned" }, figure, note);
@@ -231,7 +238,7 @@ class Neurons {
   csv() {
     const { columns, words, classes, counts, rule } = this.data;
     const text = ["known", "called", "hemilineage", "cell_type"].filter((n) => n in words);
-    const numbers = ["score", "margin", "entropy", "synapses", "predicted"];
+    const numbers = ["score", "margin", "tie", "entropy", "synapses", "predicted"];
     // A spreadsheet would compute a name that begins with one of these.
     const safe = (value) => {
       const name = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value;

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import importlib.resources
 import pathlib
+import re
 from typing import Any
 
 import jinja2
@@ -31,6 +32,10 @@ from synister_jax import (
 from synister_jax.command import UserError
 from synister_jax.confusions import Confusion
 
+# Characters that have no width or turn the order of others round (Unicode's Cf): a
+# name with one could look like another name.
+_INVISIBLE = re.compile(r"[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+
 
 def render(
     workdir: pathlib.Path | None,
@@ -38,6 +43,7 @@ def render(
     rule: str = measurement.RULE,
     confusion: Confusion | None = None,
     folder: pathlib.Path | None = None,
+    shards: pathlib.Path | None = None,
 ) -> str:
     """The page as text.
 
@@ -47,12 +53,15 @@ def render(
       rule: by which they are called (`rules.RULES`).
       confusion: of the network, for the rules that need it.
       folder: on a disk with room for what does not fit into memory.
+      shards: of the run, where they have moved since training.
 
     Raises:
       UserError: neither is given, or one is not what it should be.
     """
     if workdir is None and predictions_path is None:
         raise UserError("give --workdir, --predictions or both")
+    if workdir is None and shards is not None:
+        raise UserError("--shards means nothing without --workdir; leave it out")
     script = _text("report.js")
     digest = hashlib.sha256(script.encode()).digest()
     content: dict[str, Any] = {
@@ -65,7 +74,7 @@ def render(
         "predictions": None,
     }
     if workdir is not None:
-        content["run"] = report_run.content(workdir)
+        content["run"] = report_run.content(workdir, shards)
     if predictions_path is not None:
         source = predictions.open(predictions_path)
         content["predictions"] = report_predictions.content(
@@ -75,6 +84,7 @@ def render(
         loader=jinja2.PackageLoader("synister_jax", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -84,6 +94,13 @@ def render(
     environment.filters["share"] = _share
     environment.filters["decimal"] = lambda x: "–" if x is None else f"{x:.3f}"
     return environment.get_template("report.html.j2").render(content)
+
+
+def _visible(value: Any) -> Any:
+    """Text with its invisible characters spelled out; anything else as it is."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return _INVISIBLE.sub(lambda found: f"‹U+{ord(found[0]):04X}›", value)
 
 
 def _share(value: float | None) -> str:
@@ -109,6 +126,7 @@ def main() -> None:
     confusion = flags.DEFINE_string(
         "confusion", None, "metrics.json or CSV, for the rules that need it."
     )
+    shards = flags.DEFINE_string("shards", None, "Shards, if moved since training.")
     output = flags.DEFINE_string("output", None, "HTML file to write.")
     flags.mark_flag_as_required("output")
 
@@ -120,6 +138,7 @@ def main() -> None:
             rule.value,
             None if confusion.value is None else confusions.load(confusion.value),
             folder,
+            None if shards.value is None else pathlib.Path(shards.value),
         )
         files.write_text(output.value, page)
         print(f"report: {pathlib.Path(output.value).resolve()}")

@@ -86,6 +86,10 @@ def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, An
             None if value is None or not np.isfinite(value) else round(value, 4)
             for value in shown[name].to_pylist()
         ]
+    # Where classes lead together the rule took one of them.
+    is_called = synapses.index_in(shown["predicted_neurotransmitter"], classes) >= 0
+    margin = shown["margin"].to_numpy()
+    columns["tie"] = (is_called & (margin == 0)).astype(int).tolist()
     counts = np.stack([shown[f"count_{c}"].to_numpy() for c in classes], axis=1)
     data = {
         "rule": rule,
@@ -105,6 +109,7 @@ def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, An
         "data": data,
         "first": [_row(data, row) for row in range(min(FIRST, len(shown)))],
         "verdicts": _verdicts(groups, classes),
+        "ties": sum(columns["tie"]),
     }
 
 

@@ -14,6 +14,7 @@ from synister_jax.confusions import Confusion
 
 _BINS = 20  # of the highest probability, 0 to 1
 _MOST_HEMILINEAGES = 60
+_SAID_OF = 1_000_000  # rows: of fewer there is no progress to tell
 
 
 class Counter:
@@ -33,7 +34,8 @@ class Counter:
         counter = cls(source.classes)
         columns = ["status", "hemilineage", "neuron_id"]
         columns += map(predictions.probability_column, source.classes)
-        progress = Progress("count", source.rows, "synapses")
+        silent = source.rows < _SAID_OF
+        progress = Progress("count", source.rows, "synapses", silent=silent)
         for table in source.tables(columns):
             counter.add(table)
             progress.add(len(table))

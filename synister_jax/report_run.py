@@ -24,6 +24,7 @@ from synister_jax import (
     synapses,
     temperatures,
 )
+from synister_jax.command import UserError
 from synister_jax.shards import Shards
 
 _TILES = 4  # of each class and kind on the contact sheet
@@ -38,21 +39,46 @@ _MAY_BE_ABSENT = (
     "correlation",
     "calibration",
 )
+_COUNTED = ("count", "accuracy", "mean_class_accuracy", "confusion")
+_OF_CHECKPOINTS = ("step", "loss") + tuple(
+    f"{what}_{name}"
+    for what in ("synapse", "neuron")
+    for name in ("accuracy", "mean_class_accuracy")
+)
+_CALIBRATED = ("part", "rows", "temperature", "before", "after", "curve", "coverage")
+_CALIBRATED += ("precision", "precision_target", "abstain_below")
 
 
-def content(workdir: pathlib.Path) -> dict[str, Any]:
+def content(
+    workdir: pathlib.Path, shards_folder: pathlib.Path | None = None
+) -> dict[str, Any]:
     """Training facts, curves, what `calibrate` fitted and what `evaluate` found.
 
+    Without the run's shards there are no counts by class and no crops.
+
+    Args:
+      shards_folder: where the shards are, if they have moved since training.
+
     Raises:
-      UserError: it is not a run, or its shards are not where they were.
+      UserError: it is not a run, `shards_folder` does not fit it, or a file of its
+        evaluation is missing or damaged.
     """
     config = checkpoint.load_config(workdir)
-    shards = data.open_shards(config, training=False)
+    if shards_folder is not None:
+        config.shards = str(shards_folder)
+    shards, why_none = None, None
+    try:
+        shards = data.open_shards(config, training=False)
+    except UserError as error:
+        if shards_folder is not None:
+            raise
+        why_none = str(error)
     run: dict[str, Any] = {
         "workdir": workdir.name,
-        "manifest": shards.manifest,
+        "manifest": None if shards is None else shards.manifest,
+        "without_shards": why_none,
         "config": config,
-        "examples": _examples(shards, config.split),
+        "examples": [] if shards is None else _examples(shards, config.split),
         "steps": checkpoint.steps(workdir),
         "curves": [],
         "parts": [],
@@ -68,8 +94,25 @@ def content(workdir: pathlib.Path) -> dict[str, Any]:
     for part in reversed(synapses.PARTS):
         folder = workdir / "evaluation" / part
         if (folder / "summary.json").exists():
-            run["parts"].append(_part(folder, part, shards, crop_yx))
+            run["parts"].append(_part(workdir, part, shards, crop_yx))
     return run
+
+
+def _read(path: pathlib.Path, names: Sequence[str], command: str) -> dict[str, Any]:
+    """A JSON object with these names; `UserError` says to run `command` again."""
+    again = f"run `python -m synister_jax.{command}` again"
+    try:
+        found = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from None
+    _require(found, names, path, again)
+    return found
+
+
+def _require(found: Any, names: Sequence[str], path: pathlib.Path, again: str) -> None:
+    there = found if isinstance(found, dict) else {}
+    if lacking := [name for name in names if name not in there]:
+        raise UserError(f"{path} is damaged, it lacks {', '.join(lacking)}; {again}")
 
 
 def _examples(shards: Shards, split: str) -> list[tuple[str, list[int]]]:
@@ -90,7 +133,9 @@ def _calibrations(workdir: pathlib.Path) -> list[dict[str, Any]]:
         if not fitted.exists():
             continue
         for path in (fitted, *sorted(fitted.parent.glob(f"check-*-step-{step}.json"))):
-            measured = files.read_json(path)
+            check = " --check=test" if path != fitted else ""
+            command = f"calibrate --workdir={workdir} --steps={step}{check}"
+            measured = _read(path, _CALIBRATED, command)
             title = f"{measured['part']}, step {step}: {measured['rows']:,} synapses"
             draw = functools.partial(charts.calibration, measured, title)
             chart = figures.inline_svg(draw, path.name)
@@ -99,15 +144,23 @@ def _calibrations(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _part(
-    folder: pathlib.Path, part: str, shards: Shards, crop_yx: tuple[int, int]
+    workdir: pathlib.Path,
+    part: str,
+    shards: Shards | None,
+    crop_yx: tuple[int, int],
 ) -> dict[str, Any]:
     """What `evaluate` found on a part, for the best of its checkpoints."""
-    summary = files.read_json(folder / "summary.json")
+    folder = workdir / "evaluation" / part
+    summary, measured = _evaluated(workdir, part)
     best_step, entries = summary["best_step"], summary["checkpoints"]
-    best = folder / f"step-{best_step}"
-    measured = dict.fromkeys(_MAY_BE_ABSENT)
-    measured |= files.read_json(best / "metrics.json")
-    source = predictions.open(best / "predictions.feather")
+    path = folder / f"step-{best_step}" / "predictions.feather"
+    try:
+        source = predictions.open(path)
+    except UserError as error:
+        command = f"evaluate --workdir={workdir} --part={part} --steps={best_step}"
+        raise UserError(
+            f"{error}; run `python -m synister_jax.{command}` again"
+        ) from None
     shown = report_predictions.content(source, measurement.RULE)
     found = {
         "name": part,
@@ -117,13 +170,39 @@ def _part(
         "hemilineages": shown["hemilineages"],
         "neurons": shown["neurons"],
         "variants": _pivot(measured["neuron_variants"] or []),
-        "sheet": _sheet(predictions.load(source.path), shards, crop_yx),
+        "sheet": [],
         "checkpoints": None,
     }
+    if shards is not None:
+        found["sheet"] = _sheet(predictions.whole(source), shards, crop_yx)
     if len(entries) > 1:
         draw = functools.partial(figures.checkpoints, entries, best_step)
         found["checkpoints"] = figures.inline_svg(draw, part)
     return found
+
+
+def _evaluated(
+    workdir: pathlib.Path, part: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(summary.json, metrics.json of its best step); `UserError` for damaged ones."""
+    folder = workdir / "evaluation" / part
+    command = f"evaluate --workdir={workdir} --part={part}"
+    path = folder / "summary.json"
+    again = f"run `python -m synister_jax.{command}` again"
+    summary = _read(path, ("best_step", "checkpoints"), command)
+    entries = summary["checkpoints"]
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} is damaged, it names no checkpoint; {again}")
+    for entry in entries:
+        _require(entry, _OF_CHECKPOINTS, path, again)
+    best = summary["best_step"]
+    path = folder / f"step-{best}" / "metrics.json"
+    command += f" --steps={best}"
+    again = f"run `python -m synister_jax.{command}` again"
+    found = _read(path, ("step", "loss", "synapses", "neurons"), command)
+    for what in ("synapses", "neurons"):
+        _require(found[what], _COUNTED, path, again)
+    return summary, dict.fromkeys(_MAY_BE_ABSENT) | found
 
 
 def _pivot(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
