@@ -28,39 +28,46 @@ BATCH_ROWS = mongo.BATCH_DOCUMENTS
 
 @dataclasses.dataclass(frozen=True)
 class Feather:
-    """A prediction table on disk, read batch by batch: it may be larger than memory."""
+    """A prediction table in a file, read piece by piece: it may exceed memory."""
 
-    path: str
-    classes: tuple[str, ...]
-    about: dict[str, Any]
+    source: predictions.Predictions
     # Column and its value: the rows that count; None for all.
     part: tuple[str, str] | None
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(self.path) as file, pa.ipc.open_file(file) as reader:
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
-                if self.part is not None:
-                    column, part = self.part
-                    batch = batch.filter(pc.equal(batch[column], part))
-                for start in range(0, len(batch), BATCH_ROWS):
-                    yield batch.slice(start, BATCH_ROWS)
+    @property
+    def path(self) -> str:
+        return str(self.source.path)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What made it, without the classes."""
+        return {k: v for k, v in self.source.about.items() if k != "classes"}
+
+    def tables(self) -> Iterator[pa.Table]:
+        for table in self.source.tables():
+            if self.part is not None:
+                column, part = self.part
+                table = table.filter(pc.equal(table[column], part))
+            for start in range(0, len(table), BATCH_ROWS):
+                yield table.slice(start, BATCH_ROWS)
 
     def rows(self) -> Iterator[tuple[Document, list[float] | None]]:
         """Each row's columns and its probabilities, None where there are none."""
         names = ["synapse_id", *synapses.POSITION, "status"]
-        for batch in self.batches():
-            values = self.probabilities(batch)
+        for table in self.tables():
+            values = self.probabilities(table)
             known = ~np.isnan(values).any(axis=1)
-            lines = batch.select(names).to_pylist()
+            lines = table.select(names).to_pylist()
             for line, is_known, row in zip(lines, known, values.tolist(), strict=True):
                 yield line, row if is_known else None
 
-    def probabilities(self, batch: pa.RecordBatch) -> np.ndarray:
+    def probabilities(self, table: pa.Table) -> np.ndarray:
         """[n, classes] float64; every float32 is a double."""
-        names = map(predictions.probability_column, self.classes)
-        columns = [batch[name].to_numpy(zero_copy_only=False) for name in names]
-        return np.stack(columns, axis=1).astype(np.float64)
+        return predictions.probabilities(table).astype(np.float64)
 
     def plan(self) -> Document:
         """What tells an import from one of something else."""
@@ -74,9 +81,9 @@ class Feather:
     def count(self) -> tuple[np.ndarray, int]:
         """Synapse ids, checked to be unique, and how many rows have probabilities."""
         ids, known = [], 0
-        for batch in self.batches():
-            ids.append(batch["synapse_id"].to_numpy())
-            known += int((~np.isnan(self.probabilities(batch)).any(axis=1)).sum())
+        for table in self.tables():
+            ids.append(table["synapse_id"].to_numpy())
+            known += int((~np.isnan(self.probabilities(table)).any(axis=1)).sum())
         return synapses.check_unique(ids, self.path), known
 
 
@@ -86,20 +93,13 @@ def open_feather(path: str, split: str | None = None, part: str = "all") -> Feat
     Raises:
       UserError: it is none, or lacks the split.
     """
-    try:
-        with pa.memory_map(path) as file, pa.ipc.open_file(file) as reader:
-            nothing = reader.schema.empty_table()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"cannot read predictions {path}: {error}") from None
-    predictions.check(nothing.schema, path)
-    if nothing.schema.field("synapse_id").type != pa.int64():
-        raise UserError(f"{path}: synapse_id is not int64; ids are never floats")
-    about = predictions.about(nothing)
-    classes = tuple(about.pop("classes"))
+    source = predictions.open(path)
+    if source.path.is_dir():
+        raise UserError(f"{path} is a folder; predict with --format=feather for this")
     if part == "all":
-        return Feather(path, classes, about, None)
-    synapses.in_part(nothing, split or "", part)
-    return Feather(path, classes, about, (f"split_{split}", part))
+        return Feather(source, None)
+    synapses.in_part(source.schema.empty_table(), split or "", part)
+    return Feather(source, (f"split_{split}", part))
 
 
 def test_set_name(split: str, experiment: str, train: int, predict: int) -> str:

@@ -133,7 +133,7 @@ def test_there_and_back(
             by_neuron = f"--predictions={output}", f"--output={tmp_path / 'n.feather'}"
             aggregate = [sys.executable, "-m", "synister_jax.aggregate", *by_neuron]
             done = subprocess.run(aggregate, cwd=ROOT, capture_output=True, text=True)
-            assert "18 rows from" in done.stdout, done.stderr
+            assert "18 groups from" in done.stdout, done.stderr
 
 
 def big_table(path: pathlib.Path) -> int:
