@@ -13,6 +13,9 @@ import pyarrow.compute as pc
 from synister_jax import metrics, synapses
 from synister_jax.joining import Side
 
+# Of joined rows with positions: where so many lie elsewhere, in no one direction, ids
+# mean other synapses. A net shift of less than that share of the distance is none.
+_NEARLY_ALL, _ONE_DIRECTION = 0.95, 0.5
 # A row a synapse that both predict: the indices of its calls.
 CALLED = pa.schema([("neuron", pa.int64()), ("a", pa.int32()), ("b", pa.int32())])
 
@@ -48,6 +51,8 @@ class Agreement:
         self._positions = 0
         self._apart = 0
         self._shift = np.zeros(3)  # sum of B − A
+        self._apart_shift = np.zeros(3)
+        self._apart_distance = np.zeros(3)  # sum of |B − A|
         self._kept: pa.Table | None = None
 
     def add(
@@ -95,8 +100,17 @@ class Agreement:
         )
         shift = shift[~np.isnan(shift).any(axis=1)]
         self._positions += len(shift)
-        self._apart += int((np.abs(shift) > self._grid).any(axis=1).sum())
         self._shift += shift.sum(axis=0)
+        apart = shift[(np.abs(shift) > self._grid).any(axis=1)]
+        self._apart += len(apart)
+        self._apart_shift += apart.sum(axis=0)
+        self._apart_distance += np.abs(apart).sum(axis=0)
+
+    @property
+    def scattered(self) -> bool:
+        """Nearly all joined rows lie elsewhere in B, here and there."""
+        apart = self._apart > _NEARLY_ALL * self._positions
+        return apart and not in_one_direction(self._apart_shift, self._apart_distance)
 
     def _keep(
         self,
@@ -152,10 +166,15 @@ class Agreement:
             for index, name in enumerate(self.classes)
             if name in self.common
         }
+        apart = max(self._apart, 1)
         positions = {
             "count": self._positions,
-            "apart": self._apart,
             "mean_difference_nm_zyx": (self._shift / max(self._positions, 1)).tolist(),
+            "apart": {
+                "count": self._apart,
+                "mean_difference_nm_zyx": (self._apart_shift / apart).tolist(),
+                "mean_distance_nm_zyx": (self._apart_distance / apart).tolist(),
+            },
         }
         total_variation = _ratio(self._difference.sum() / 2, count)
         return {
@@ -166,6 +185,17 @@ class Agreement:
             "probabilities": probabilities,
             "positions": positions if self._positions else None,
         }
+
+
+def in_one_direction(
+    shift_nm_zyx: Sequence[float], distance_nm_zyx: Sequence[float]
+) -> bool:
+    """Whether signed differences add up, of their sums or means [3] and absolute ones.
+
+    By chance they would add up to about 1/√n of the absolute ones.
+    """
+    net = np.linalg.norm(shift_nm_zyx)
+    return bool(net >= _ONE_DIRECTION * np.linalg.norm(distance_nm_zyx))
 
 
 def _predicted(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@
         --by=position --voxel_size_nm_zyx=8,8,8
 
 Either file is any that published.py knows, of any size. Writes to DIR
-    comparison.json        all numbers; `compare` says what they are
+    comparison.json        all numbers; `compare` says what they are. `finished` is
+                           false until the other files are there
     confusion.png          synapses by their calls in A (rows) and in B (columns)
     disagreements.feather  the --largest rows that differ most
     neurons.feather        neurons that are called differently, most synapses first
@@ -32,6 +33,7 @@ from synister_jax import (
     figures,
     files,
     joining,
+    output_folders,
     published,
     queries,
     synapses,
@@ -40,6 +42,7 @@ from synister_jax.command import UserError
 from synister_jax.joining import Side
 from synister_jax.published import Published
 
+FILES = ("confusion.png", "disagreements.feather", "neurons.feather")
 # Of the smaller table: with less in common, ids or positions mean something else.
 _LEAST_JOINED = 1e-3
 
@@ -54,12 +57,14 @@ def compare(
 ) -> dict[str, Any]:
     """Writes the files above; returns the content of comparison.json:
 
+    tables: both; files: the other ones; finished
     a, b: file, columns (ours: the file's), classes, rows, without_key, duplicates and
       only_here ({rows, examples}), called_by_own_classes {class that the other lacks:
       synapses, of those that both predict}
     joined: by, grid_nm_zyx (of positions), rows, predicted {both, only_a, only_b}
-    positions: of joined rows {count, apart (more than the grid on an axis),
-      mean_difference_nm_zyx (B − A)}; null where a file has none in nm
+    positions: of joined rows {count, mean_difference_nm_zyx (B − A), apart: of those
+      that differ by more than the grid on an axis {count, mean_difference_nm_zyx,
+      mean_distance_nm_zyx (|B − A|)}}; null where a file has none in nm
     classes: of A, then those that only B has; common_classes
     synapses: {count, agreement, mean_total_variation, per_class {class: {called_a,
       called_b, both, of_a (both / called_a), of_b}}, confusion (counts, rows A, columns
@@ -72,13 +77,15 @@ def compare(
     confusion, with A as its target and B as its source.
 
     Args:
-      by: "id" or "position"; None: ids where they are in common, else positions.
+      by: "id" or "position"; None: ids where they are in common and of one place in
+        both, else positions.
       tolerance_nm: size of the grid that positions are rounded to; None: the voxel
         size, or 1 nm. Points on two sides of a border do not meet, however close.
       largest: rows of disagreements.feather.
 
     Raises:
-      UserError: no class or (nearly) no synapse in common, nothing predicted in both.
+      UserError: no class or (nearly) no synapse in common, nothing predicted in both;
+        a folder whose files are not from these tables.
     """
     classes = [*a.classes, *(name for name in b.classes if name not in a.classes)]
     if len(classes) == len(a.classes) + len(b.classes):
@@ -86,9 +93,10 @@ def compare(
             f"no class in common: {a.name} has {', '.join(a.classes)}; {b.name} has "
             f"{', '.join(b.classes)}"
         )
-    files.make_folder(output)
-    # Gone while its neighbours are replaced: a folder with it is complete.
-    (output / "comparison.json").unlink(missing_ok=True)
+    plan = {"tables": [a.name, b.name]}
+    record = output / "comparison.json"
+    working = [*FILES, "neurons.tmp", "query.tmp"]
+    output_folders.claim(record, plan, working, plan["tables"])
     sizes = [x.voxel_size_nm_zyx for x in (a, b) if x.in_voxels]
     grid = next((size for size in sizes if size), (1.0, 1.0, 1.0))
     if tolerance_nm is not None:
@@ -102,9 +110,12 @@ def compare(
         if not smaller:
             empty = a if not sides[0].rows else b
             raise UserError(f"{empty.name} has no rows")
-        if found.joined > (0 if by else _LEAST_JOINED * smaller):
+        if found.joined <= (0 if by else _LEAST_JOINED * smaller):
+            refused.append(_too_few(sides, found.joined, way, grid))
+        elif way == "id" and not by and found.scattered:
+            refused.append(_scattered(found))
+        else:
             break
-        refused.append(_too_few(sides, found.joined, way, grid))
     else:
         raise UserError("; ".join(refused))
     if not found.predicted["both"]:
@@ -114,9 +125,9 @@ def compare(
             f"{found.predicted['only_b']:,} only in {b.name})"
         )
     votes = neurons.numbers(sides, found.neuron_ids_differ)
-    result = _describe(sides, found, way, grid) | {"neurons": votes}
+    result = plan | _describe(sides, found, way, grid) | {"neurons": votes}
     _write(output, result, found, neurons)
-    return result
+    return output_folders.finish(record, result, FILES)
 
 
 def _ways(a: Published, b: Published, by: str | None) -> list[str]:
@@ -158,6 +169,22 @@ def _too_few(sides: tuple[Side, Side], joined: int, by: str, grid: Any) -> str:
     if joined:
         line += f"; --by={by} compares these {joined:,} all the same"
     return line + _hint(sides)
+
+
+def _scattered(found: agreement.Agreement) -> str:
+    return (
+        f"by id: {found.joined:,} ids in common, but of their synapses "
+        f"{_elsewhere(found.numbers()['positions']['apart'])}: the ids seem to be of "
+        f"another set; --by=id compares these {found.joined:,} all the same"
+    )
+
+
+def _elsewhere(apart: dict[str, Any]) -> str:
+    shift, distance = apart["mean_difference_nm_zyx"], apart["mean_distance_nm_zyx"]
+    line = f"{apart['count']:,} lie elsewhere in B"
+    if agreement.in_one_direction(shift, distance):
+        return f"{line} (on average {_numbers(shift)} nm zyx away)"
+    return f"{line} (typically {_numbers(distance)} nm zyx away, in no one direction)"
 
 
 def _hint(sides: tuple[Side, Side]) -> str:
@@ -289,7 +316,6 @@ def _write(
         partial.write_bytes(figures.png(picture))
     files.write_feather(output / "disagreements.feather", found.largest())
     files.write_feather(output / "neurons.feather", neurons.different())
-    files.write_json(output / "comparison.json", result)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -306,17 +332,16 @@ def summary(result: dict[str, Any]) -> str:
         for own, count in side["called_by_own_classes"].items():
             line += f", {count:,} called {own} (a class of {name.upper()} only)"
         lines.append(line)
-    joined, apart = result["joined"], result["positions"]
+    joined, positions = result["joined"], result["positions"]
     line = f"joined by {joined['by']}"
     if joined["grid_nm_zyx"]:
         line += f" (rounded to {_numbers(joined['grid_nm_zyx'])} nm zyx)"
     line += f": {joined['rows']:,}, {joined['predicted']['both']:,} predicted in both"
     lines.append(line)
-    if apart and apart["apart"]:
+    if positions and positions["apart"]["count"]:
         lines.append(
-            f"of these, {apart['apart']:,} lie elsewhere in B (on average "
-            f"{_numbers(apart['mean_difference_nm_zyx'])} nm zyx away): is it "
-            "another coordinate space, or are the ids of another set?"
+            f"of these, {_elsewhere(positions['apart'])}: is it another coordinate "
+            "space, or are the ids of another set?"
         )
     for what in ("synapses", "neurons"):
         numbers = result[what]
@@ -337,7 +362,7 @@ def main() -> None:
         "by", None, list(joining.KEYS), "What rows have in common; id if it can be."
     )
     tolerance = flags.DEFINE_float(
-        "tolerance_nm", None, "Grid that positions are rounded to.", lower_bound=0
+        "tolerance_nm", None, "Grid that positions are rounded to.", lower_bound=0.001
     )
     voxel_size = flags.DEFINE_list(
         "voxel_size_nm_zyx", None, "Of a file whose positions are voxels."
@@ -351,7 +376,7 @@ def main() -> None:
         size = None
         if voxel_size.value is not None:
             size = command.three_numbers("voxel_size_nm_zyx", voxel_size.value, True)
-        if tolerance.value is not None and not 0 < tolerance.value < math.inf:
+        if tolerance.value is not None and not math.isfinite(tolerance.value):
             raise UserError(f"--tolerance_nm={tolerance.value}: not possible")
         a, b = published.open(first, size), published.open(second, size)
         if size and not (a.in_voxels or b.in_voxels):

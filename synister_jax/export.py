@@ -8,8 +8,8 @@
     … --to=synister --voxel_size_nm_zyx=40,4,4 --predict=3
 
 --output is always a folder, with the published names of the files in it and
-export.json, written last, which says what they were made of. docs/exports.md says what
-is in each file and who reads it.
+export.json, which says what they were made of and, in the end, that they are all there.
+docs/exports.md says what is in each file and who reads it.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from synister_jax import (
     exports_neurons,
     exports_synapses,
     files,
+    output_folders,
     predictions,
 )
 from synister_jax.command import UserError
@@ -42,6 +43,29 @@ TAKES = {
     "neuprint": {"voxel_size_nm_zyx": True, "confusion": False},
     "banc": {},
     "synister": {"voxel_size_nm_zyx": True, "predict": True},
+}
+# Consumer → all files that may be written for it.
+FILES = {
+    "flyem": (
+        "tbar-neurotransmitters.feather",
+        "body-neurotransmitters.feather",
+        "neurotransmitter-confusion.csv",
+        exports_synapses.LEFT_OUT,
+    ),
+    "fafbseg": ("synapses.feather",),
+    "cave": ("synapses_nt_v1.feather",),
+    "codex": ("neurons.csv.gz",),
+    "neuprint": (
+        "Neuprint_Synapses.csv",
+        "Neuprint_Neurons.csv",
+        exports_synapses.LEFT_OUT,
+    ),
+    "banc": (
+        "banc_nt_prediction.parquet",
+        "synapses_nt_prediction.csv",
+        "banc_neurotransmitter_prediction.csv",
+    ),
+    "synister": ("predictions.csv", "synapses.feather"),
 }
 _HELP = {
     "confusion": "=RUN/evaluation/test/step-<n>/metrics.json, of the same network",
@@ -70,7 +94,8 @@ def export(
     """Writes the files of consumer `to`; returns the content of export.json.
 
     Raises:
-      UserError: an option that is missing or does not count; see `exports.prepare`.
+      UserError: an option that is missing or does not count; a folder whose files are
+        not of this table and these options; see `exports.prepare`.
     """
     takes = TAKES[to]
     for name, value in vars(options).items():
@@ -87,20 +112,21 @@ def export(
     confusion = None
     if options.confusion is not None:
         confusion = confusions.load(options.confusion).for_classes(source.classes)
-    output = files.make_folder(output)
-    # Gone while its neighbours are replaced: a folder with export.json is complete.
-    for name in ("export.json", exports_synapses.LEFT_OUT):
-        (output / name).unlink(missing_ok=True)
-    content = {
+    plan = {
         "to": to,
-        "predictions": {"path": str(source.path)} | opened.about,
-        "synapses": source.rows,
         "options": vars(options) | {"drop_classes": list(drop_classes)},
+        "predictions": str(opened.path),
+    }
+    record = output / "export.json"
+    read = [path] if options.confusion is None else [path, options.confusion]
+    output_folders.claim(record, plan, [*FILES[to], "query.tmp"], read)
+    done = plan | {
+        "synapses": source.rows,
         "notes": _write(source, to, output, options, confusion),
+        "about": opened.about,
         "written_by": f"synister_jax {synister_jax.__version__}",
     }
-    files.write_json(output / "export.json", content)
-    return content
+    return output_folders.finish(record, done, FILES[to])
 
 
 def _write(
@@ -171,7 +197,8 @@ def main() -> None:
         done = export(path.value, to.value, folder, options, drop_classes.value)
         for note in done["notes"]:
             print(f"note: {note}")
-        print(f"{folder}: files for {to.value} of {done['synapses']:,} synapses")
+        rows = done["synapses"]
+        print(f"{folder}: files for {to.value} of {rows:,} synapses")
 
     command.run(run)
 

@@ -120,11 +120,12 @@ def _bodies(
     """FlyEM's columns of n neurons, after `neurons`, the table they are of.
 
     The ground truth is that of the neuron's type if its synapses name one, else that
-    of its own; it overrides the type's call in the consensus.
+    of its own; it overrides the type's call in the consensus. Several transmitters of
+    one neuron are none that the column could hold.
     """
     neurons = aggregate.by(source, "neuron", "flyem", confusion, folder)
     types = _types(source, folder, neurons["cell_type"], "flyem", confusion)
-    truth = pc.coalesce(types["neurotransmitter"], neurons["neurotransmitter"])
+    truth = pc.coalesce(_single(types), _single(neurons))
     called, of_type = types["predicted_neurotransmitter"], types["predicted"]
     needs = pc.is_in(called, value_set=pa.array(NEEDS_EXPERIMENT))
     trusted = pc.if_else(needs, rules.UNCLEAR, called)
@@ -145,6 +146,12 @@ def _bodies(
         ),
         "consensus_nt": _translated(pc.coalesce(truth, trusted)),
     }
+
+
+def _single(groups: pa.Table) -> pa.ChunkedArray:
+    """The known transmitter of each group; null for several, as gaba+octopamine."""
+    known = groups["neurotransmitter"]
+    return pc.if_else(pc.match_substring(known, "+"), None, known)
 
 
 def _types(

@@ -154,12 +154,12 @@ def _weights(table: pa.Table) -> np.ndarray:
     """Cleft scores, float32 [n], 0 where unknown; 1 in a table without them."""
     if "cleft_score" not in table.column_names:
         return np.ones(len(table), np.float32)
-    weights = np.nan_to_num(exports.score(table, "cleft_score"), posinf=0.0)
-    if (weights < 0).any():
+    weights = exports.score(table, "cleft_score")
+    if (wrong := (weights < 0) | np.isinf(weights)).any():
         raise UserError(
-            f"cleft_score is {weights.min()} somewhere; weights are 0 or more"
+            f"cleft_score is {weights[wrong][0]} somewhere; weights are 0 or more"
         )
-    return weights
+    return np.nan_to_num(weights)
 
 
 def cave(source: Predictions, folder: pathlib.Path) -> list[str]:

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax import queries, synapses
-from synister_jax.command import Progress
+from synister_jax.command import Progress, UserError
 from synister_jax.published import Published
 
 _EXAMPLES = 3
 _GRID = ("grid_z", "grid_y", "grid_x")
+_MOST = 2.0**63  # int64
 KEYS = {"id": ("id",), "position": _GRID}
 
 
@@ -60,7 +61,8 @@ def pairs(
       folder: where the disk has room for both tables.
 
     Raises:
-      UserError: what reading raises; the disk is full.
+      UserError: what reading raises; a grid too fine for its points to be counted; the
+        disk is full.
     """
     keys = KEYS[by]
     # Names of classes are anyone's, also "row".
@@ -116,7 +118,14 @@ def _rows(
         if keys == _GRID:
             known = ~np.isnan(position).any(axis=0)
             for name, values, grid in zip(_GRID, position, grid_nm_zyx, strict=True):
-                whole = np.rint(np.where(known, values, 0) / grid)
+                with np.errstate(over="ignore"):
+                    whole = np.rint(np.where(known, values, 0) / grid)
+                if (np.abs(whole) >= _MOST).any():
+                    raise UserError(
+                        f"{side.source.name}: {name.replace('grid_', '')} of "
+                        f"{np.abs(values[known]).max():g} nm has no number on a grid "
+                        f"of {grid:g} nm; give a larger --tolerance_nm"
+                    )
                 made[name] = whole.astype(np.int64)
         else:
             known = table["id"].is_valid().to_numpy()

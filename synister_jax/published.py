@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import csv
 
 from synister_jax import columns, synapses, table_files
 from synister_jax.command import UserError
@@ -40,6 +39,7 @@ _POSITIONS = (
     ("z", "y", "x"),
 )
 _CLASS_COLUMNS = (r"nts_[^.]*\.(.+)", r"nt_(.+)_prob")
+_FLYEM_NEITHER = "nt_unknown_prob"  # not "unknown" elsewhere, which is a class
 # Of CAVE; the last two are what flyem-snapshot's default translation writes.
 _SHORT = {
     "ach": "acetylcholine",
@@ -212,11 +212,12 @@ def _class_columns(names: Sequence[str], path: pathlib.Path) -> dict[str, str]:
     if not matches:
         known = {*synapses.CLASSES, *_SHORT}
         matches = [(name, name) for name in names if name.lower() in known]
+    has_neither = any(text.lower() == "neither" for text, _ in matches)
     found: dict[str, str] = {}
     for text, column in matches:
         name = _SHORT.get(text.lower(), text.lower())
-        if name == "unknown" and "synapse_id" not in names:
-            name = "neither"  # FlyEM's word for it
+        if column == _FLYEM_NEITHER and "synapse_id" not in names and not has_neither:
+            name = "neither"
         if name in found:
             raise UserError(
                 f"{path}: columns {found[name]} and {column} are both of the class "
@@ -256,9 +257,9 @@ def _schema(path: pathlib.Path) -> pa.Schema:
         return dict.fromkeys(names, pa.string())
 
     paths = _files(path)
-    schema, _ = _open(paths[0], everything)
+    schema, _ = table_files.open(paths[0], everything, "predictions")
     for other in paths[1:]:
-        if not _open(other, everything)[0].equals(schema):
+        if not table_files.open(other, everything, "predictions")[0].equals(schema):
             raise UserError(f"{other} has other columns than {paths[0]}")
     return schema
 
@@ -268,33 +269,4 @@ def _batches(path: pathlib.Path, names: Sequence[str]) -> Iterator[pa.RecordBatc
     text = {*_IDS, *_NEURONS, "neurotransmitter"}
     types = {n: pa.string() if n in text else pa.float64() for n in names}
     for each in _files(path):
-        yield from _open(each, lambda _: types)[1]
-
-
-def _open(path: pathlib.Path, choose: table_files.Choose) -> table_files.Opened:
-    if path.name.endswith(".csv.gz") and path.exists():
-        return _open_packed(path, choose)
-    return table_files.open(path, choose, "predictions")
-
-
-def _open_packed(path: pathlib.Path, choose: table_files.Choose) -> table_files.Opened:
-    try:
-        with csv.open_csv(path) as reader:
-            types = choose(reader.schema.names)
-        convert = csv.ConvertOptions(
-            column_types=types,
-            include_columns=list(types),
-            strings_can_be_null=True,
-            null_values=["", "NA", "NULL"],
-        )
-        reader = csv.open_csv(path, convert_options=convert)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read predictions {path}: {error}") from None
-
-    def guarded() -> Iterator[pa.RecordBatch]:
-        try:
-            yield from reader
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read predictions {path}: {error}") from None
-
-    return reader.schema, guarded()
+        yield from table_files.open(each, lambda _: types, "predictions")[1]

@@ -25,7 +25,9 @@ Opened = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 def open(  # noqa: A001
     path: str | os.PathLike[str], choose: Choose, what: str = "synapse table"
 ) -> Opened:
-    """Schema and batches of a Feather, Parquet or CSV file; its name tells which.
+    """Schema and batches of a Feather, Parquet, CSV or .csv.gz file.
+
+    Its name tells which.
 
     Args:
       choose: which columns; it may raise where those that it needs are not there.
@@ -37,13 +39,14 @@ def open(  # noqa: A001
     path = pathlib.Path(path)
     if not path.exists():
         raise UserError(f"{what} {path} does not exist")
-    if path.suffix not in _OPENERS:
+    ending = next((end for end in _OPENERS if path.name.endswith(end)), None)
+    if ending is None:
         raise UserError(
             f"cannot tell the format of {what} {path}; give an export v3 "
             f"folder or a file ending in {', '.join(_OPENERS)}"
         )
     try:
-        schema, batches = _OPENERS[path.suffix](path, choose)
+        schema, batches = _OPENERS[ending](path, choose)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {what} {path}: {error}") from None
     return schema, _guarded(path, batches, what)
@@ -80,6 +83,7 @@ def _open_parquet(path: pathlib.Path, choose: Choose) -> Opened:
 
 
 def _open_csv(path: pathlib.Path, choose: Choose) -> Opened:
+    # Arrow unpacks what is named .gz.
     blocks = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
     # Else a line break within quotes splits a row where a block of the file ends.
     parse = csv.ParseOptions(newlines_in_values=True)
@@ -95,4 +99,9 @@ def _open_csv(path: pathlib.Path, choose: Choose) -> Opened:
     return reader.schema, iter(reader)
 
 
-_OPENERS = {".feather": _open_feather, ".parquet": _open_parquet, ".csv": _open_csv}
+_OPENERS = {
+    ".feather": _open_feather,
+    ".parquet": _open_parquet,
+    ".csv": _open_csv,
+    ".csv.gz": _open_csv,
+}

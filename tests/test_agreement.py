@@ -43,9 +43,52 @@ def test_pieces_add_up(piece: int) -> None:
     positions = found.numbers()["positions"]
     assert positions == {
         "count": 80,
-        "apart": 0,
         "mean_difference_nm_zyx": [0.5, 0.5, 0.5],
+        "apart": {
+            "count": 0,
+            "mean_difference_nm_zyx": [0, 0, 0],
+            "mean_distance_nm_zyx": [0, 0, 0],
+        },
     }
+
+
+def placed(p: np.ndarray, z_nm: np.ndarray) -> pa.Table:
+    table = rows(p, 0)
+    return table.set_column(table.column_names.index("z_nm"), "z_nm", pa.array(z_nm))
+
+
+@pytest.mark.parametrize("piece", [7, 1000])
+def test_distances_do_not_cancel(piece: int) -> None:
+    """Of those apart alone: half a voxel of the others says nothing."""
+    p = np.tile([1.0, 0, 0], (100, 1))
+    z_nm = np.arange(100.0)
+    moved = z_nm + np.where(np.arange(100) % 2, 50, -50)
+    moved[:4] = z_nm[:4] + 0.5
+    left, right = placed(p, z_nm), placed(p, moved)
+    found = Agreement(CLASSES, CLASSES, CLASSES, (1, 1, 1), 7)
+    for at in range(0, 100, piece):
+        a, b = left.slice(at, piece), right.slice(at, piece)
+        found.add(a, b, a["neuron_id"])
+    positions = found.numbers()["positions"]
+    assert positions["mean_difference_nm_zyx"] == [0.02, 0, 0]
+    assert positions["apart"] == {
+        "count": 96,
+        "mean_difference_nm_zyx": [0, 0, 0],
+        "mean_distance_nm_zyx": [50, 0, 0],
+    }
+    assert found.scattered
+
+
+def test_one_shift_or_some_rows_elsewhere_are_not_scattered() -> None:
+    p = np.tile([1.0, 0, 0], (100, 1))
+    z_nm = np.arange(100.0)
+    sign = np.where(np.arange(100) % 2, 1, -1)
+    few = np.where(np.arange(100) < 90, sign * 50, 0)
+    for shift, expected in ((40, False), (few, False), (40 * sign, True)):
+        found = Agreement(CLASSES, CLASSES, CLASSES, (1, 1, 1), 7)
+        left = placed(p, z_nm)
+        found.add(left, placed(p, z_nm + shift), left["neuron_id"])
+        assert found.scattered == expected
 
 
 def test_what_does_not_vary_has_no_correlation() -> None:

@@ -2,6 +2,7 @@
 """Two tables whose agreement is counted again with NumPy, and mistakes."""
 
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -130,7 +131,8 @@ def test_numbers_are_those_of_numpy(
         alone = result[side]["only_here"]
         assert result[side]["rows"] == COUNT and alone["rows"] == 100
         assert [x["id"] for x in alone["examples"]] == examples
-    assert result["positions"]["count"] == 300 and not result["positions"]["apart"]
+    assert result["positions"]["count"] == 300
+    assert not result["positions"]["apart"]["count"]
     assert files.read_json(tmp_path / "out" / "comparison.json") == result
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "comparison.json",
@@ -220,13 +222,14 @@ def test_other_neurons_and_places_of_the_same_ids_are_told(
     write(case.a, moved)
     result = case.compare(tmp_path / "out")
     assert result["neurons"]["ids_differ"] == 300
-    assert result["positions"] == {
-        "count": 300,
-        "apart": 0,  # a voxel is 40 nm
-        "mean_difference_nm_zyx": [-40, 0, 0],
-    }
+    assert result["positions"]["mean_difference_nm_zyx"] == [-40, 0, 0]
+    assert result["positions"]["apart"]["count"] == 0  # a voxel is 40 nm
     result = case.compare(tmp_path / "out", tolerance_nm=39)
-    assert result["positions"]["apart"] == 300
+    assert result["positions"]["apart"] == {
+        "count": 300,
+        "mean_difference_nm_zyx": [-40, 0, 0],
+        "mean_distance_nm_zyx": [40, 0, 0],
+    }
     line = "300 lie elsewhere in B (on average -40, 0, 0 nm zyx away)"
     assert line in compare.summary(result)
 
@@ -245,7 +248,8 @@ def test_duplicates_are_left_out_and_told(tmp_path: pathlib.Path, case: Case) ->
 def message(folder: pathlib.Path, case: Case, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         case.compare(folder / "out", **options)
-    assert not (folder / "out" / "comparison.json").exists()
+    record = folder / "out" / "comparison.json"
+    assert not record.exists() or not files.read_json(record)["finished"]
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -259,6 +263,51 @@ def test_ids_of_another_set_are_joined_by_position(
     assert result["joined"]["grid_nm_zyx"] == list(VOXEL)
     text = message(tmp_path, case, by="id")
     assert "0 ids in common" in text and "ours.feather has 400, as 1000, 1001" in text
+
+
+def test_shuffled_ids_are_of_another_set(tmp_path: pathlib.Path, case: Case) -> None:
+    expected = case.compare(tmp_path / "out", by="position")
+    shuffled = np.random.default_rng(1).permutation(case.ids_b)
+    write(case.b, theirs(case.ids_b, case.q, id=shuffled))
+    result = case.compare(tmp_path / "out")
+    assert result["joined"] == expected["joined"]
+    assert result["synapses"] == expected["synapses"]
+    result = case.compare(tmp_path / "out", by="id")
+    assert result["joined"]["by"] == "id" and result["joined"]["rows"] == 300
+    text = compare.summary(result)
+    found = re.search(r"of these, (\d+) lie elsewhere in B \(typically (\d+)", text)
+    assert found and int(found[1]) > 290 and int(found[2]) > 4000  # of 16,000 nm
+    assert "nm zyx away, in no one direction): is it another" in text
+    # Positions that do not help either.
+    columns = theirs(case.ids_b, case.q, id=shuffled)
+    columns |= {axis: case.ids_b % 7 + 10**6 for axis in "xyz"}
+    columns["z"] = np.where(case.ids_b % 2, case.ids_b * 9 - 10_000, case.ids_b - 900)
+    write(case.b, columns | {"x": shuffled, "y": shuffled})
+    text = message(tmp_path, case)
+    assert "by id: 300 ids in common, but of their synapses " in text
+    assert "another set; --by=id compares these 300 all the same; by position" in text
+
+
+def test_a_folder_of_others_is_refused(tmp_path: pathlib.Path, case: Case) -> None:
+    output = tmp_path / "out"
+    case.compare(output)
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    assert files.read_json(output / "comparison.json")["files"] == list(compare.FILES)
+    (output / "neurons.feather.partial").write_text("of a run that was killed")
+    case.compare(output)
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+    a = published.open(case.a)
+    with pytest.raises(UserError, match=r"tables was .*theirs.* now .*--output"):
+        compare.compare(a, a, output)
+    (output / "comparison.json").unlink()
+    with pytest.raises(UserError, match="has a confusion.png, and no comparison.json"):
+        case.compare(output)
+    before.pop("comparison.json")
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+    case.b.rename(tmp_path / "neurons.feather")
+    case.b = tmp_path / "neurons.feather"
+    with pytest.raises(UserError, match="neurons.feather is what is read"):
+        case.compare(tmp_path)
 
 
 def test_voxels_for_nm_are_recognised(tmp_path: pathlib.Path, case: Case) -> None:
@@ -310,6 +359,9 @@ def test_what_cannot_be_compared_is_told(tmp_path: pathlib.Path, case: Case) -> 
     assert "none of the 300 synapses that both have is predicted in both" in text
     write(case.a, ours(case.ids_a[:0], case.p[:0]))
     assert message(tmp_path, case) == f"{case.a} has no rows"
+    with pytest.raises(UserError, match="z of 55960 nm has no number on a grid of 1e-"):
+        write(case.a, ours(case.ids_a, case.p))
+        case.compare(tmp_path / "out", by="position", tolerance_nm=1e-300)
     other = {"id": [1], "serotonin": [0.5], "octopamine": [0.5]}
     write(case.a, other)
     assert "no class in common: " in message(tmp_path, case)
@@ -324,7 +376,15 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_grid_too_fine(tmp_path: pathlib.Path, case: Case) -> None:
+    given = [str(case.a), str(case.b), f"--output={tmp_path}/out"]
+    done = command(*given, "--tolerance_nm=1e-300")
+    assert done.returncode == 2 and "--tolerance_nm" in done.stderr
+
+
 def test_the_command(tmp_path: pathlib.Path, case: Case) -> None:
+    """Also for names that matplotlib would read as mathematics, and fail on."""
+    case.a = case.a.rename(tmp_path / r"a$\frac{$.feather")
     done = command(
         str(case.a),
         str(case.b),

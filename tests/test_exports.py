@@ -102,6 +102,8 @@ def test_voxel_size_of_the_record(tmp_path: pathlib.Path) -> None:
     output, _ = export_to(tmp_path, "neuprint", table)
     row = read_csv(output / "Neuprint_Synapses.csv")[1]
     assert row["location:point{srid:9157}"] == "{x:6, y:1, z:2}"
+    row = json.loads((output / "export.json").read_text())["options"]
+    assert row["voxel_size_nm_zyx"] == [20, 8, 2]
     (tmp_path / "predictions.json").write_text(json.dumps(record | {"file": "other"}))
     with pytest.raises(UserError, match="needs --voxel_size_nm_zyx"):
         export_to(tmp_path, "neuprint", table)

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import prediction_tables
 import pyarrow as pa
+import pytest
 from prediction_tables import (
     CALLS,
     NEURON,
@@ -19,7 +20,9 @@ from prediction_tables import (
 )
 from pyarrow import feather
 
+from synister_jax import aggregate
 from synister_jax.export import Options
+from synister_jax.predictions import Predictions
 
 
 def test_flyem_bodies(tmp_path: pathlib.Path) -> None:
@@ -75,6 +78,69 @@ def test_flyem_bodies(tmp_path: pathlib.Path) -> None:
     assert float(rows[1]["acetylcholine"]) == 0.9
 
 
+def test_flyem_truth(tmp_path: pathlib.Path) -> None:
+    """By neuron: its type, its call, its known transmitter, truth and consensus."""
+    neurons: list[tuple[str | None, str, str | None, str | None, str | None]] = [
+        # Of one type, whose only known transmitter is the other neuron's as well.
+        ("T", "gaba", None, "dopamine", "dopamine"),
+        ("T", "gaba", "dopamine", "dopamine", "dopamine"),
+        # Two known ones in a type: each neuron has its own.
+        ("U", "gaba", "gaba", "gaba", "gaba"),
+        ("U", "gaba", "glutamate", "glutamate", "glutamate"),
+        # Several of one neuron are none.
+        ("V", "glutamate", "gaba+octopamine", None, "glutamate"),
+        (None, "glutamate", "gaba+octopamine", None, None),
+        # These three need an experiment.
+        ("W", "serotonin", None, None, "unclear"),
+        ("X", "octopamine", None, None, "unclear"),
+        ("Y", "dopamine", None, None, "unclear"),
+        ("Z", "serotonin", "serotonin", "serotonin", "serotonin"),
+    ]
+    of_row = np.repeat(np.arange(len(neurons)), 60)
+    types, calls, known, truth, consensus = zip(*neurons, strict=True)
+    table = prediction_tables.make(
+        [NEURON + int(n) for n in of_row],
+        [calls[n] for n in of_row],
+        cell_type=pa.array([types[n] for n in of_row]),
+        neurotransmitter=pa.array([known[n] for n in of_row]),
+    )
+    options = Options((40, 4, 4), confusion(tmp_path))
+    output, _ = export_to(tmp_path, "flyem", table, options)
+    made = feather.read_table(output / "body-neurotransmitters.feather")
+    assert made["ground_truth"].to_pylist() == list(truth)
+    assert made["consensus_nt"].to_pylist() == list(consensus)
+
+
+def test_the_truth_of_the_type_comes_first(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They differ only where a neuron's synapses name several types, or none."""
+    neuron = prediction_tables.make([NEURON] * 60, ["gaba"] * 60)
+    by = aggregate.by
+
+    def known(source: Predictions, what: str, *others: object) -> pa.Table:
+        found = by(source, what, *others)
+        name = {"neuron": "glutamate", "cell_type": "dopamine"}[what]
+        column = pa.array([name] * len(found))
+        place = found.column_names.index("neurotransmitter")
+        return found.set_column(place, "neurotransmitter", column)
+
+    monkeypatch.setattr(aggregate, "by", known)
+    typed = neuron.set_column(
+        neuron.column_names.index("cell_type"), "cell_type", pa.array(["T"] * 60)
+    )
+    options = Options((40, 4, 4), confusion(tmp_path))
+    for folder, table, expected in (
+        ("1", neuron, "glutamate"),
+        ("2", typed, "dopamine"),
+    ):
+        (tmp_path / folder).mkdir()
+        output, _ = export_to(tmp_path / folder, "flyem", table, options)
+        made = feather.read_table(output / "body-neurotransmitters.feather")
+        assert made["ground_truth"].to_pylist() == [expected]
+        assert made["consensus_nt"].to_pylist() == [expected]
+
+
 def test_codex(tmp_path: pathlib.Path) -> None:
     neurons = [NEURON] * 5 + [NEURON + 1] * 4 + [NEURON + 2]
     table = prediction_tables.make(neurons, [*CALLS[:-1], None])
@@ -92,8 +158,7 @@ def test_codex(tmp_path: pathlib.Path) -> None:
     assert float(second["da_avg"]) == np.mean(dopamine[5:9])
     assert first["nt_type_score"] == first["gaba_avg"]
     assert set(third.values()) == {str(NEURON + 2), ""}
-    export_to(tmp_path, "codex", table)
-    assert (output / "neurons.csv.gz").read_bytes() == content
+    assert content[:2] == b"\x1f\x8b" and content[4:8] == bytes(4)  # no time
 
 
 def test_codex_without_a_class(tmp_path: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ from prediction_tables import (
 )
 from pyarrow import feather, parquet
 
-from synister_jax import predictions
+from synister_jax import predictions, published
 from synister_jax.command import UserError
 from synister_jax.export import Options
 
@@ -97,9 +97,41 @@ def test_rows_without_a_point_are_kept_apart(tmp_path: pathlib.Path) -> None:
     assert sum(bodies["total_nt_predictions"].to_pylist()) == 8
 
     good = prediction_tables.make(NEURONS, CALLS)
-    output, notes = export_to(tmp_path, "flyem", good, options)
+    (tmp_path / "good").mkdir()
+    output, notes = export_to(tmp_path / "good", "flyem", good, options)
     assert notes == []
     assert not (output / "left-out.feather").exists()
+
+
+def test_voxels_are_rounded_half_to_even(tmp_path: pathlib.Path) -> None:
+    """Of odd sizes too; whatever the volume's offset is."""
+    z_nm = [19.0, 20.0, 60.0, 61.0, 100.0, 139.0]  # of 40: .475, .5, 1.5, 1.525, 2.5
+    y_nm = [3.0, 3.5, 4.0, 10.5, 24.5, 25.0]  # of 7: below, at and above .5
+    table = prediction_tables.make(
+        [NEURON] * 6, ["gaba"] * 6, z_nm=z_nm, y_nm=y_nm, x_nm=[0.0, 1, 2, 3, 4, 5]
+    )
+    options = Options((40, 7, 3), predict=3)
+    output, _ = export_to(tmp_path, "synister", table, options)
+    made = feather.read_table(output / "synapses.feather")
+    assert made["z"].to_pylist() == [0, 0, 2, 2, 2, 3]
+    assert made["y"].to_pylist() == [0, 0, 1, 2, 4, 4]
+    assert made["x"].to_pylist() == [0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "classes", [("gaba", "unknown"), ("gaba", "neither", "unknown")]
+)
+def test_unknown_and_neither_are_read_back(
+    tmp_path: pathlib.Path, classes: tuple[str, ...]
+) -> None:
+    table = prediction_tables.make([NEURON] * 3, ["gaba", *classes[-2:]], classes)
+    output, _ = export_to(tmp_path, "synister", table, Options((40, 4, 4), predict=8))
+    for name in ("predictions.csv", "synapses.feather"):
+        source = published.open(output / name, (40.0, 4.0, 4.0))
+        assert source.classes == classes
+        found = pa.concat_tables(source.tables())
+        for of in classes:
+            np.testing.assert_array_equal(found[of], probabilities(table, of))
 
 
 def test_shared_points_are_told(tmp_path: pathlib.Path) -> None:
@@ -156,11 +188,22 @@ def test_fafbseg_without_scores_or_some_classes(tmp_path: pathlib.Path) -> None:
     assert notes == ["there are no cleft scores: every synapse weighs 1"]
 
 
-def test_weights_below_zero_are_refused(tmp_path: pathlib.Path) -> None:
-    scores = pa.array([1.0] * 9 + [-0.5], pa.float32())
+@pytest.mark.parametrize("score", [-0.5, np.inf, -np.inf])
+def test_weights_that_are_none_are_refused(
+    tmp_path: pathlib.Path, score: float
+) -> None:
+    scores = pa.array([1.0] * 9 + [score], pa.float32())
     table = prediction_tables.make(NEURONS, CALLS, cleft_score=scores)
-    with pytest.raises(UserError, match="cleft_score is -0.5"):
+    with pytest.raises(UserError, match=f"cleft_score is {score} somewhere"):
         export_to(tmp_path, "fafbseg", table)
+
+
+def test_a_weight_of_nan_is_unknown(tmp_path: pathlib.Path) -> None:
+    scores = pa.array([1.0] * 9 + [np.nan], pa.float32())
+    table = prediction_tables.make([NEURON] * 10, CALLS, cleft_score=scores)
+    output, _ = export_to(tmp_path, "fafbseg", table)
+    made = feather.read_table(output / "synapses.feather")
+    assert made["cleft_score"].to_pylist() == [1] * 9 + [0]
 
 
 def test_cave(tmp_path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax import joining, published
+from synister_jax.command import UserError
 from synister_jax.joining import Side
 
 
@@ -78,6 +79,14 @@ def test_keys_go_on_from_batch_to_batch(
     for own, found in zip(ids, (a, b), strict=True):
         assert found.duplicates == 100 - len(set(own))
         assert found.alone == len(set(own)) - len(common)
+
+
+@pytest.mark.parametrize("grid", [1e-300, 2e-17])
+def test_a_grid_without_numbers_is_told(tmp_path: pathlib.Path, grid: float) -> None:
+    a, b = side(tmp_path, "a", [80, 240]), side(tmp_path, "b", [80])
+    message = "a.feather: z of 240 nm has no number on a grid .* larger --tolerance_nm"
+    with pytest.raises(UserError, match=message):
+        list(joining.pairs(a, b, "position", (grid, 1, 1), ["gaba"], tmp_path))
 
 
 def test_positions_meet_on_the_grid(tmp_path: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, feather, parquet
 
-from synister_jax import predictions, published, synapses
+from synister_jax import predictions, published, synapses, table_files
 from synister_jax.command import UserError
 
 FULL = ("gaba", "acetylcholine", "glutamate", "octopamine", "serotonin", "dopamine")
@@ -178,6 +178,32 @@ def test_our_own_table_also_as_a_folder(
         )
         columns = [found[c].to_numpy() for c in classes]
         np.testing.assert_array_equal(np.stack(columns, 1), p)
+
+
+def test_only_flyem_says_unknown_for_neither(tmp_path: pathlib.Path) -> None:
+    ids, p = {"id": [ID, 2, 3]}, values(3)
+    for names, classes in (
+        (["nt_gaba_prob", "nt_unknown_prob"], ("gaba", "neither")),
+        (
+            ["nt_gaba_prob", "nt_neither_prob", "nt_unknown_prob"],
+            ("gaba", "neither", "unknown"),
+        ),
+        (["nts_3.gaba", "nts_3.unknown"], ("gaba", "unknown")),
+        (["gaba", "unknown"], ("gaba", "unknown")),
+    ):
+        path = write(tmp_path / "t.feather", ids | dict(zip(names, p.T, strict=False)))
+        assert published.open(path).classes == classes
+
+
+def test_a_line_break_in_a_packed_csv(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_files, "_CSV_BLOCK_BYTES", 1024)
+    known = ["line\n" * (i % 90) for i in range(300)]
+    columns = {"id": range(300), "gaba": [0.5] * 300, "ach": [0.5] * 300}
+    path = write(tmp_path / "t.csv.gz", columns | {"neurotransmitter": known})
+    table = read(published.open(path))
+    assert table["id"].to_pylist() == list(range(300))
 
 
 def test_voxels_without_a_size_are_no_positions(tmp_path: pathlib.Path) -> None:

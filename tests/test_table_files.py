@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import gzip
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -160,6 +161,22 @@ def test_a_line_break_in_a_csv_label_may_lie_anywhere_in_a_block(
     found = pa.Table.from_batches(batches, schema)
     assert found["cell_type"].equals(table["cell_type"])
     assert found["synapse_id"].equals(table["synapse_id"])
+
+
+def test_a_packed_csv_is_read_as_a_csv(tmp_path: pathlib.Path) -> None:
+    table = labelled(500, lambda i: "line\n" * (i % 9) + f'"{i}",')
+    csv.write_csv(table, tmp_path / "t.csv")
+    packed = gzip.compress((tmp_path / "t.csv").read_bytes())
+    (tmp_path / "t.csv.gz").write_bytes(packed)
+    expected = synapses.load(tmp_path / "t.csv")
+    assert synapses.load(tmp_path / "t.csv.gz").equals(expected)
+    assert len(expected) == 500
+    (tmp_path / "t.csv.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match="cannot read synapse table .*t.csv.gz: "):
+        synapses.load(tmp_path / "t.csv.gz")
+    (tmp_path / "t.gz").write_bytes(packed)
+    with pytest.raises(UserError, match="cannot tell the format .*.csv, .csv.gz"):
+        table_files.open(tmp_path / "t.gz", choose_nothing)
 
 
 def test_a_csv_label_longer_than_a_block_is_read_or_named_as_the_reason(
