@@ -30,7 +30,7 @@ def test_command(tmp_path: pathlib.Path) -> None:
     assert len(feather.read_table(output / "synapses.feather")) == 2
     content = json.loads((output / "export.json").read_text())
     assert content["to"] == "fafbseg"
-    assert content["predictions"]["path"] == path
+    assert (content["predictions"], content["synapses"]) == (path, 2)
     assert content["about"]["step"] == 1000
     assert len(content["notes"]) == 1
 
