@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
+# Names of files, splits and classes are anyone's, also with a dollar sign.
+matplotlib.rcParams["text.parse_math"] = False
 
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 from matplotlib.axes import Axes  # noqa: E402
@@ -90,7 +92,7 @@ def curves(
         for name in names:
             points = [(x["step"], x[name]) for x in lines if name in x]
             is_train = name.startswith("train/")
-            style = {"linewidth": 1} if is_train else {"marker": "o"}
+            style = {"linewidth": 1.3} if is_train else {"marker": "o"}
             axes.plot(*zip(*points, strict=True), label=name, markersize=4, **style)
         axes.set_xlabel("step")
         axes.set_ylabel(ends)

@@ -169,7 +169,7 @@ class Neurons {
     const called = visible(this.values.called[row] ?? "not predicted");
     const tie = this.values.tie[row] ? " (tie)" : "";
     const verdict = this.verdict(row);
-    const mark = { right: " ✓", wrong: " ✗", "": "" }[verdict];
+    const mark = { right: "\u00a0✓", wrong: "\u00a0✗", "": "" }[verdict];
     const cell = element("td", { class: `text name ${verdict}` }, called + tie + mark);
     if (verdict) cell.title = verdict === "right" ? "as known" : "differs from what is known";
     return cell;

@@ -131,15 +131,18 @@ def main() -> None:
     flags.mark_flag_as_required("output")
 
     def report() -> None:
-        folder = files.make_folder(pathlib.Path(output.value).resolve().parent)
-        page = render(
-            None if workdir.value is None else pathlib.Path(workdir.value),
-            None if table.value is None else pathlib.Path(table.value),
-            rule.value,
-            None if confusion.value is None else confusions.load(confusion.value),
-            folder,
-            None if shards.value is None else pathlib.Path(shards.value),
-        )
+        if table.value is not None:
+            files.require_other(output.value, table.value)
+        matrix = None if confusion.value is None else confusions.load(confusion.value)
+        with files.scratch(output.value) as folder:
+            page = render(
+                None if workdir.value is None else pathlib.Path(workdir.value),
+                None if table.value is None else pathlib.Path(table.value),
+                rule.value,
+                matrix,
+                folder,
+                None if shards.value is None else pathlib.Path(shards.value),
+            )
         files.write_text(output.value, page)
         print(f"report: {pathlib.Path(output.value).resolve()}")
 

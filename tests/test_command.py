@@ -44,7 +44,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["-m", "synister_jax.report", "--output=o.html"], 1, "give --workdir"),
         ([*TRAIN[:2], f"--config={__file__}", "--workdir=HERE/w"], 2, "get_config"),
         (
-            ["-m", "synister_jax.aggregate", "--predictions=no.feather", "--output=o"],
+            [
+                "-m",
+                "synister_jax.aggregate",
+                "--predictions=no.feather",
+                "--output=o.feather",
+            ],
             1,
             "cannot read predictions no.feather",
         ),

@@ -19,6 +19,9 @@ def test_inline_svg_leaves_colours_to_the_page() -> None:
     assert colours == {"currentColor", "var(--line)", "var(--c0)"}
     assert ">train/loss</text>" in text  # text, not outlines
     assert "accuracy" not in text
+    # The curve of training is as strong as its colour, on dark paper too.
+    lines = [x for x in re.findall(r"<path[^>]*>", text) if "var(--c0)" in x]
+    assert lines and not [x for x in lines if "opacity" in x]
 
 
 def test_inline_svgs_of_one_page_share_no_ids() -> None:

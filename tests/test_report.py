@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from synister_jax import (
     report,
     report_neurons,
     report_predictions,
+    report_run,
     synapses,
 )
 from synister_jax.command import UserError
@@ -128,7 +130,7 @@ def test_page_of_a_run_and_its_predictions(page_text: str) -> None:
     assert all(b - a <= 1 for a, b in zip(headings, headings[1:], strict=False))
     text = " ".join(page.words)
     for said in (
-        "intervals bootstrapped over neurons",
+        "of neurons’ accuracy Wilson’s",
         "of 27 synapses right (95 %: ",
         "Accuracy against checkpoints",
         "Mean probabilities of synapses",
@@ -193,6 +195,194 @@ def test_rule_stands_beside_its_numbers(tmp_path: pathlib.Path) -> None:
     assert Page(text).data[0]["rule"] == "mean_probability"
 
 
+def _with_metrics(run: pathlib.Path, folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
+    """A copy of the run, and metrics.json of its best step on the test part."""
+    copy = shutil.copytree(run, folder / "run")
+    best = files.read_json(copy / "evaluation/test/summary.json")["best_step"]
+    path = copy / f"evaluation/test/step-{best}/metrics.json"
+    shutil.rmtree(copy / "evaluation/validation")
+    return path, files.read_json(path)
+
+
+def _text(page_text: str) -> str:
+    return " ".join(" ".join(Page(page_text).words).split())
+
+
+def test_intervals_that_say_nothing_are_not_shown(
+    tmp_path: pathlib.Path, run: pathlib.Path
+) -> None:
+    path, measured = _with_metrics(run, tmp_path)
+    measured["synapses"]["interval"] = {
+        "accuracy": [0.25, 0.75],
+        "mean_class_accuracy": None,
+        "macro_f1": None,
+    }
+    measured["neurons"]["interval"] = dict.fromkeys(measured["synapses"]["interval"])
+    files.write_json(path, measured)
+    text = _text(report.render(tmp_path / "run", None))
+    assert text.count("(95 %: 25.0 to 75.0 %)") == 1
+    assert text.count("(95 %: ") == 2  # the number's and the note's
+    assert "of neurons’ accuracy Wilson’s interval, of the others" in text
+    assert "None" not in text.partition("Configuration")[0]
+    measured["synapses"]["interval"]["accuracy"] = None
+    files.write_json(path, measured)
+    assert "(95 %: " not in _text(report.render(tmp_path / "run", None))
+
+
+def test_without_shards_there_are_no_crops(
+    tmp_path: pathlib.Path, run: pathlib.Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = files.read_json(copy / "config.json")
+    moved = pathlib.Path(config["shards"])
+    files.write_json(copy / "config.json", config | {"shards": str(tmp_path / "no")})
+    page = report.render(copy, None)
+    text = _text(page)
+    assert f"shards {tmp_path}/no are not there" in text
+    assert "Crops and calls" not in text
+    assert "of 27 synapses right" in text
+    assert Page(page).pictures == []
+    given = report.render(copy, None, shards=moved)
+    assert "Crops and calls" in given and Page(given).pictures
+    with pytest.raises(UserError, match="gone are not there"):
+        report.render(copy, None, shards=tmp_path / "gone")
+    with pytest.raises(UserError, match="--shards means nothing without --workdir"):
+        report.render(None, tmp_path / "p.feather", shards=moved)
+
+
+def _without(name: str) -> Callable[[pathlib.Path], None]:
+    def damage(path: pathlib.Path) -> None:
+        content = files.read_json(path)
+        del content[name]
+        files.write_json(path, content)
+
+    return damage
+
+
+def _cut(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("test/summary.json", _without("checkpoints")),
+        ("test/summary.json", lambda path: path.write_text("[]")),
+        ("test/summary.json", lambda path: path.write_text('{"best_step": 1}')),
+        ("validation/step-20/metrics.json", pathlib.Path.unlink),
+        ("validation/step-20/metrics.json", _cut),
+        ("validation/step-20/metrics.json", _without("synapses")),
+        ("validation/step-20/predictions.feather", pathlib.Path.unlink),
+        ("validation/step-20/predictions.feather", _cut),
+    ],
+)
+def test_damaged_evaluations_say_what_to_run_again(
+    tmp_path: pathlib.Path,
+    run: pathlib.Path,
+    name: str,
+    damage: Callable[[pathlib.Path], None],
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    damage(copy / "evaluation" / name)
+    part = name.partition("/")[0]
+    with pytest.raises(UserError) as raised:
+        report.render(copy, None)
+    said = str(raised.value)
+    assert str(copy / "evaluation" / name) in said
+    assert f"`python -m synister_jax.evaluate --workdir={copy} --part={part}" in said
+    assert "\n" not in said
+
+
+def test_a_damaged_calibration_says_what_to_run_again(
+    tmp_path: pathlib.Path, run: pathlib.Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    _without("curve")(copy / "calibration/step-20.json")
+    again = f"calibrate --workdir={copy} --steps=20`"
+    with pytest.raises(UserError, match=again):
+        report.render(copy, None)
+
+
+def test_contact_sheet_has_the_surest_and_the_least_sure_first(
+    tmp_path: pathlib.Path, run: pathlib.Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = copy / "evaluation/test/step-20/predictions.feather"
+    files.write_json(
+        path.parents[1] / "summary.json",
+        files.read_json(path.parents[1] / "summary.json") | {"best_step": 20},
+    )
+    table = predictions.load(path)
+    classes = predictions.classes(table)
+    truth = synapses.labels(table, classes)
+    rows = np.flatnonzero(truth == 0)
+    assert len(rows) >= 6
+    # (of the class, of the next): the smallest margins are not of the lowest tops.
+    pairs = [(0.9, 0.1), (0.48, 0.47), (0.4, 0.35), (0.5, 0.48), (0.6, 0.2), (0.3, 0.4)]
+    probability = predictions.probabilities(table).copy()
+    probability[rows] = [1, 0, 0]
+    for row, (first, second) in zip(rows, pairs, strict=False):
+        probability[row] = (first, second, 1 - first - second)
+    status = table["status"].to_pylist()
+    known = table.select([n for n in table.column_names if n in synapses.SCHEMA.names])
+    about = predictions.about(table)
+    built = predictions.build(known, probability, status, classes, about)
+    files.write_feather(path, built)
+    [part] = [p for p in report_run.content(copy)["parts"] if p["name"] == "test"]
+    (of_class, kinds), *_ = part["sheet"]
+    assert of_class.name == classes[0]
+    ids = table["synapse_id"].to_numpy()[rows]
+    shown = {kind: [tile["id"] for tile in tiles] for kind, tiles in kinds}
+    # Margins 0.01, 0.02, 0.05 (right ones) and 0.1 (the wrong one).
+    least_sure = ids[[1, 3, 2, 5]].tolist()
+    assert shown["least sure (smallest margin)"] == least_sure
+    assert shown["most confident of the right"] == [*ids[6:], ids[0]][:4]
+    assert shown["most confident of the wrong"] == [ids[5]]
+
+
+def test_share_of_sure_calls(tmp_path: pathlib.Path) -> None:
+    """Those at 0.9 too."""
+    top = [0.9, 0.95, 0.899, 0.5]
+    probability = np.array([[p, 1 - p, 0] for p in top], np.float32)
+    table = _predictions(4, 1)
+    known = table.select([n for n in table.column_names if n in synapses.SCHEMA.names])
+    built = predictions.build(known, probability, ["ok"] * 4, CLASSES, {})
+    text = _text(_render(tmp_path, built))
+    assert f"{CLASSES[0]}: 4 0 50.0 % ≥ 0.9 1" in text
+
+
+def test_ties_are_marked(tmp_path: pathlib.Path) -> None:
+    called = np.array([0, 1, 0, 1, 2, 2, 2, 1])  # neuron 0: 2:2, neuron 1: 3:1
+    probability = np.full((8, 3), 0.1, np.float32)
+    probability[np.arange(8), called] = 0.8
+    table = _predictions(8, 1)
+    known = table.select([n for n in table.column_names if n in synapses.SCHEMA.names])
+    place = known.schema.get_field_index("neuron_id")
+    neuron = pa.array(np.repeat([5, 6], 4), pa.int64())
+    known = known.set_column(place, "neuron_id", neuron)
+    built = predictions.build(known, probability, ["ok"] * 8, CLASSES, {})
+    page = _render(tmp_path, built)
+    [data] = Page(page).data
+    assert dict(zip(data["columns"]["id"], data["columns"]["tie"], strict=True)) == {
+        "5": 1,
+        "6": 0,
+    }
+    text = _text(page)
+    assert f"{CLASSES[0]} (tie)" in text
+    assert f"{CLASSES[2]} (tie)" not in text
+    assert "lead with the same number (tie)" in text
+
+
+def test_invisible_characters_in_names_are_spelled_out(tmp_path: pathlib.Path) -> None:
+    table = _predictions(3)
+    place = table.schema.get_field_index("hemilineage")
+    names = pa.array(["\u202eabag"] * len(table), table.schema.field(place).type)
+    page = _render(tmp_path, table.set_column(place, "hemilineage", names))
+    assert "\u202e" not in page
+    assert "‹U+202E›abag" in Page(page).words
+    assert Page(page).data[0]["words"]["hemilineage"] == ["\u202eabag"]  # for the CSV
+
+
 def test_neurons_that_are_not_in_the_page_are_counted(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,9 +401,16 @@ def test_predictions_without_neurons_and_hemilineages(tmp_path: pathlib.Path) ->
         place = table.schema.get_field_index(name)
         empty = pa.nulls(len(table), table.schema.field(name).type)
         table = table.set_column(place, name, empty)
-    page = Page(_render(tmp_path, table))
+    text = _render(tmp_path, table)
+    page = Page(text)
     assert page.data == []
     assert "Hemilineages" not in page.words
+    assert "No row names a neuron (column neuron_id)" in _text(text)
+
+
+def test_predictions_without_rows(tmp_path: pathlib.Path) -> None:
+    text = _text(_render(tmp_path, _predictions(4).slice(0, 0)))
+    assert "The table has no rows, so there is no table of neurons." in text
 
 
 def test_counts_do_not_depend_on_the_pieces() -> None:

@@ -127,6 +127,19 @@ def test_sorting(page: "sync_api.Page") -> None:
     assert _column(neurons, 1)[0] == str(FIRST_ID + NEURONS - 1)  # no digit lost
 
 
+@pytest.mark.parametrize("way", ["ascending", "descending"])
+def test_unknown_comes_last_either_way(page: "sync_api.Page", way: str) -> None:
+    neurons = _neurons(page)
+    header = neurons.locator("th", has_text="known")
+    header.locator("button").click()
+    if way == "descending":
+        header.locator("button").click()
+    assert header.get_attribute("aria-sort") == way
+    assert set(_column(neurons, 2)) == {"acetylcholine"}
+    last = "() => { const t = tables.at(-1); return t.values.known[t.rows.at(-1)]; }"
+    assert page.evaluate(last) is None
+
+
 def test_more_rows_come_as_they_are_wanted(page: "sync_api.Page") -> None:
     neurons = _neurons(page)
     neurons.locator(".more button").click()
@@ -188,6 +201,56 @@ def test_names_stay_text(page: "sync_api.Page") -> None:
     assert EVIL in _column(_neurons(page), 9)
 
 
+LONG = "\u202e" + "abag" * 100
+
+
+@pytest.fixture(scope="module")
+def long_names_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Twelve rows with a hemilineage of 401 characters, which turns itself round."""
+    folder = tmp_path_factory.mktemp("long")
+    table = _table().slice(0, 12)
+    for name in ("hemilineage", "cell_type"):
+        place = table.schema.get_field_index(name)
+        names = pa.array([LONG] * 12, table.schema.field(place).type)
+        table = table.set_column(place, name, names)
+    files.write_feather(folder / "p.feather", table)
+    page = folder / "report.html"
+    page.write_text(report.render(None, folder / "p.feather"))
+    return page
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_long_names_push_nothing_out(
+    browser: "sync_api.Browser", long_names_path: pathlib.Path, javascript: bool
+) -> None:
+    size = {"width": 1280, "height": 900}
+    with browser.new_context(viewport=size, java_script_enabled=javascript) as context:
+        page = context.new_page()
+        page.goto(long_names_path.as_uri())
+        cells = _neurons(page).locator("tbody tr:first-child td.name")
+        shown = cells.all_inner_texts()
+        assert shown[2:] == ["‹U+202E›" + LONG[1:]] * 2
+        rem = 16
+        for cell in [*cells.all(), page.locator(".wraps th.name").first]:
+            assert cell.bounding_box()["width"] <= 18 * rem + 1
+            assert cell.evaluate("x => getComputedStyle(x).unicodeBidi") == "isolate"
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 718, "height": 1000})  # A4 with its margins
+        wide = "document.documentElement.scrollWidth <= innerWidth"
+        assert page.evaluate(wide)
+
+
+def test_a_wide_table_hints_that_it_scrolls(page: "sync_api.Page") -> None:
+    hint = _neurons(page).locator(".hint")
+    assert not hint.is_visible()
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert hint.is_visible()
+    box = _neurons(page).locator(".scroll")
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+    page.emulate_media(media="print")
+    assert not hint.is_visible()
+
+
 def test_csv_of_the_filtered_rows(page: "sync_api.Page") -> None:
     neurons = _neurons(page)
     neurons.locator(".filter").fill(EVIL)
@@ -203,6 +266,25 @@ def test_csv_of_the_filtered_rows(page: "sync_api.Page") -> None:
     assert (first["called"], first["rule"]) == ("gaba", "majority")
     counts = [first[f"count_{name}"] for name in CLASSES]
     assert counts == ["90", "20", "10"]
+    assert {row["tie"] for row in rows} == {"0"}
+
+
+def test_a_tie_is_marked(page: "sync_api.Page") -> None:
+    made = page.evaluate(
+        """() => {
+            const neurons = tables.at(-1);
+            neurons.values.tie[0] = 1;
+            neurons.rows = [0, 1];
+            return [neurons.callCell(0), neurons.callCell(1), neurons.detail(0)]
+                .map((made) => made.textContent).concat(neurons.csv());
+        }"""
+    )
+    first, second, detail, text = made
+    assert first.startswith("gaba (tie)")
+    assert "tie" not in second
+    assert "several classes lead with the same number" in detail
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["tie"] for row in rows] == ["1", "0"]
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@A1", "\t=1", "\r=1"])
