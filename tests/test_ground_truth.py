@@ -536,11 +536,11 @@ def decimal(text: str | None) -> float | None:
     return float(text) if math.isfinite(float(text)) else None
 
 
-def test_a_thousand_damaged_files(tmp_path: pathlib.Path) -> None:
+def test_hundreds_of_damaged_files(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(19120623)
     path = tmp_path / "damaged.csv"
     outcomes = Counter()
-    for _ in range(1000):
+    for _ in range(300):
         content = damage(fafb_lines(rng), rng)
         path.write_bytes(content)
         expected = by_the_rules(content)
@@ -563,4 +563,4 @@ def test_a_thousand_damaged_files(tmp_path: pathlib.Path) -> None:
             continue
         assert not bad and strict.table.equals(lenient.table), content
         outcomes["right"] += 1
-    assert len(outcomes) == 3 and min(outcomes.values()) > 100, outcomes
+    assert len(outcomes) == 3 and min(outcomes.values()) > 30, outcomes

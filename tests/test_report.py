@@ -73,7 +73,11 @@ def run(
     tmp_path_factory: pytest.TempPathFactory, short_run: pathlib.Path
 ) -> pathlib.Path:
     """Two checkpoints evaluated on test, the last calibrated on validation."""
-    folder = shutil.copytree(short_run, tmp_path_factory.mktemp("reported") / "run")
+    folder = shutil.copytree(
+        short_run,
+        tmp_path_factory.mktemp("reported") / "run",
+        ignore=shutil.ignore_patterns("evaluation"),  # other tests' doing
+    )
     evaluate.evaluate(folder, "validation", [20])
     evaluate.evaluate(folder, "test", [10, 20])
     calibrate.fit(folder, 20, 0.5)
