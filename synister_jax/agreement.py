@@ -220,10 +220,7 @@ def of_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
             for name, x, y, z in zip(classes, in_a, in_b, both, strict=True)
         },
         "confusion": counts.tolist(),
-        "confusion_by_row": [
-            [_ratio(value, total) for value in row]
-            for row, total in zip(counts, in_a, strict=True)
-        ],
+        "confusion_by_row": metrics.fractions(counts, axis=1),
     }
 
 

@@ -189,8 +189,7 @@ def _write(path: pathlib.Path, picture: pathlib.Path, measured: dict[str, Any]) 
     rows, part, step = measured["rows"], measured["part"], measured["step"]
     title = f"{part}, step {step}: {rows:,} synapses"
     content = figures.png(charts.calibration(measured, title))
-    with files.replacing(picture) as partial:
-        partial.write_bytes(content)
+    files.write_bytes(picture, content)
     files.write_json(path, measured)
     before, after = measured["before"], measured["after"]
     line = (

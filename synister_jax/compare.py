@@ -243,8 +243,7 @@ def _count(
             yield from table.combine_chunks().to_batches()
 
     neurons = agreement.Neurons(classes)
-    work = files.make_folder(folder / "neurons.tmp")
-    try:
+    with files.scratch(folder / "neurons") as work:
         query = agreement.neurons_query(len(classes))
         # Closed at once where an error ends it.
         with contextlib.closing(
@@ -252,8 +251,6 @@ def _count(
         ) as batches:
             for batch in batches:
                 neurons.add(batch)
-    finally:
-        files.remove(work)
     return neurons
 
 
@@ -312,8 +309,7 @@ def _write(
     picture = figures.confusion(
         found.confusion, found.classes, title, (names[0], names[1])
     )
-    with files.replacing(output / "confusion.png") as partial:
-        partial.write_bytes(figures.png(picture))
+    files.write_bytes(output / "confusion.png", figures.png(picture))
     files.write_feather(output / "disagreements.feather", found.largest())
     files.write_feather(output / "neurons.feather", neurons.different())
 

@@ -6,7 +6,8 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +22,14 @@ class Confusion:
     """How often each class (row) was called each class (column).
 
     `counts` float64 [k, k] are numbers of synapses or neurons, or fractions of rows
-    where the source has no numbers.
+    where the source has no numbers. `measured` is all that metrics.json says, and
+    empty where the source is another.
     """
 
     name: str
     classes: tuple[str, ...]
     counts: np.ndarray
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def by_row(self) -> np.ndarray:
         """P(called | true), float64 [k, k]; NaN in the row of a class not seen."""
@@ -36,9 +39,14 @@ class Confusion:
         """P(true | called), float64 [k, k]; NaN in the column of one never called."""
         return normalised(self.counts, axis=0)
 
+    @property
+    def is_of_counts(self) -> bool:
+        """Whole numbers, and not fractions."""
+        return bool((self.counts == np.round(self.counts)).all())
+
     def require_rows(self) -> None:
         """Raises `UserError` where it is of fractions, and not of rows' fractions."""
-        if (self.counts == np.round(self.counts)).all():
+        if self.is_of_counts:
             return
         total = self.counts.sum(axis=1)
         # Each of k entries may be off by half of the last of two digits.
@@ -63,7 +71,8 @@ class Confusion:
                 f"{', '.join(classes)}; give the confusion of the same network"
             )
         order = [self.classes.index(name) for name in classes]
-        return Confusion(self.name, tuple(classes), self.counts[np.ix_(order, order)])
+        counts = self.counts[np.ix_(order, order)]
+        return dataclasses.replace(self, classes=tuple(classes), counts=counts)
 
 
 def normalised(counts: np.ndarray, axis: int) -> np.ndarray:
@@ -89,7 +98,12 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
     path = pathlib.Path(path)
     if path.is_dir():
         path = _only_step(path)
-    classes, rows = _read_csv(path) if path.suffix == ".csv" else _read(path, level)
+    measured: dict[str, Any] = {}
+    if path.suffix == ".csv":
+        classes, rows = _read_csv(path)
+    else:
+        measured = files.read_json(path)
+        classes, rows = _of(measured, path, level)
     try:
         counts = np.array(rows, np.float64)
     except (TypeError, ValueError):
@@ -101,7 +115,7 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
         raise UserError(
             f"{path}: a confusion matrix counts, from 0 up, and not nothing"
         )
-    return Confusion(str(path), tuple(classes), counts)
+    return Confusion(str(path), tuple(classes), counts, measured)
 
 
 def _only_step(folder: pathlib.Path) -> pathlib.Path:
@@ -115,8 +129,9 @@ def _only_step(folder: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
-def _read(path: pathlib.Path, level: str) -> tuple[list[str], list[list[float]]]:
-    content = files.read_json(path)
+def _of(
+    content: dict[str, Any], path: pathlib.Path, level: str
+) -> tuple[list[str], list[list[float]]]:
     try:
         classes, rows = list(content["classes"]), content[level]["confusion"]
         if content.get("part") not in (None, "test"):

@@ -192,8 +192,7 @@ def _write(
             f"{what}: {numbers['count']:,} {name}, accuracy "
             f"{_shown(numbers['accuracy'])}",
         )
-        with files.replacing(folder / f"confusion_{name}.png") as partial:
-            partial.write_bytes(figures.png(shown))
+        files.write_bytes(folder / f"confusion_{name}.png", figures.png(shown))
         lines.append(
             f"{numbers['count']:,} {name}, {_shown(numbers['accuracy'])} right"
             f"{_interval(numbers)} "
@@ -239,9 +238,8 @@ def _summarise(
     summary = {"part": part, "best_step": best["step"]}
     summary |= {"best_by": "synapse_mean_class_accuracy", "checkpoints": entries}
     if len(entries) > 1:
-        with files.replacing(folder / "accuracy.png") as partial:
-            shown = figures.checkpoints(entries, best["step"])
-            partial.write_bytes(figures.png(shown))
+        shown = figures.checkpoints(entries, best["step"])
+        files.write_bytes(folder / "accuracy.png", figures.png(shown))
     files.write_json(folder / "summary.json", summary)
     print(
         f"best of {len(entries)} on {part}: step {best['step']} (mean over classes "

@@ -11,7 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax import exports, position_ids, predictions, queries, synapses
+from synister_jax import (
+    exports,
+    position_ids,
+    predictions,
+    queries,
+    synapses,
+    tallies,
+)
 from synister_jax.command import UserError
 from synister_jax.exports import Convert
 from synister_jax.predictions import Predictions
@@ -154,12 +161,7 @@ def _weights(table: pa.Table) -> np.ndarray:
     """Cleft scores, float32 [n], 0 where unknown; 1 in a table without them."""
     if "cleft_score" not in table.column_names:
         return np.ones(len(table), np.float32)
-    weights = exports.score(table, "cleft_score")
-    if (wrong := (weights < 0) | np.isinf(weights)).any():
-        raise UserError(
-            f"cleft_score is {weights[wrong][0]} somewhere; weights are 0 or more"
-        )
-    return np.nan_to_num(weights)
+    return tallies.weights(table)
 
 
 def cave(source: Predictions, folder: pathlib.Path) -> list[str]:

@@ -59,8 +59,8 @@ def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     return accuracies(counts) | {
         "macro_f1": float(np.mean(f1)) if f1 else None,
         "per_class": per_class,
-        "confusion_by_row": _fractions(counts, axis=1),
-        "confusion_by_column": _fractions(counts, axis=0),
+        "confusion_by_row": fractions(counts, axis=1),
+        "confusion_by_column": fractions(counts, axis=0),
     }
 
 
@@ -74,9 +74,10 @@ def _of_class(right: int, support: int, called: int) -> dict[str, Any]:
     }
 
 
-def _fractions(counts: np.ndarray, axis: int) -> list[list[float | None]]:
-    fractions = confusions.normalised(counts, axis)
-    return np.where(np.isnan(fractions), None, fractions).tolist()
+def fractions(counts: np.ndarray, axis: int) -> list[list[float | None]]:
+    """`confusions.normalised` for JSON: None where it is undefined."""
+    found = confusions.normalised(counts, axis)
+    return np.where(np.isnan(found), None, found).tolist()
 
 
 class Writer:
@@ -105,8 +106,7 @@ class Writer:
         """As snapshots/<name>-<step>.png, and for TensorBoard; the figure is closed."""
         folder = files.make_folder(self._path.parent / "snapshots")
         content = figures.png(picture)
-        with files.replacing(folder / f"{name}-{step:08d}.png") as partial:
-            partial.write_bytes(content)
+        files.write_bytes(folder / f"{name}-{step:08d}.png", content)
         self._events.add_image(name, figures.pixels(content), step, dataformats="HWC")
         self._events.flush()
 

@@ -89,10 +89,8 @@ def least_synapses(confusion: Confusion) -> int:
 
     A tenth of them are smaller. 1, with a warning, where the source does not say.
     """
-    if pathlib.Path(confusion.name).suffix != ".csv":
-        measured = files.read_json(confusion.name)
-        if least := measured["neurons"].get("tenth_of_synapses"):
-            return least
+    if least := confusion.measured.get("neurons", {}).get("tenth_of_synapses"):
+        return least
     print(
         f"warning: {confusion.name} does not say how large its neurons are; neurons of "
         "few synapses, whose calls err more often, can pass for another transmitter: "
@@ -113,21 +111,20 @@ def model(confusion: Confusion, level: str, correlation: float | None) -> Model:
         counts nor rows that sum to 1, or of fewer than two classes.
     """
     counts, clusters = confusion.counts, None
-    if pathlib.Path(confusion.name).suffix != ".csv":
-        measured = files.read_json(confusion.name)
-        if correlation is None:
-            correlation = (measured.get("correlation") or {}).get(_CORRELATION[level])
-        of_clusters = measured.get(_CLUSTERS[level])
-        if of_clusters is not None:
-            clusters = np.sum(of_clusters["confusion"], axis=1)
-            order = [measured["classes"].index(name) for name in confusion.classes]
-            clusters = clusters[order]
+    measured = confusion.measured
+    if correlation is None:
+        correlation = (measured.get("correlation") or {}).get(_CORRELATION[level])
+    of_clusters = measured.get(_CLUSTERS[level])
+    if of_clusters is not None:
+        clusters = np.sum(of_clusters["confusion"], axis=1)
+        order = [measured["classes"].index(name) for name in confusion.classes]
+        clusters = clusters[order]
     if (counts.sum(axis=1) > 0).sum() < 2:
         raise UserError(
             f"{confusion.name} has labelled {level} of fewer than two classes; give "
             "the confusion of a part with more"
         )
-    fractions = bool((counts != np.round(counts)).any())
+    fractions = not confusion.is_of_counts
     confusion.require_rows()
     if correlation is None:
         if level == "synapses" or fractions:

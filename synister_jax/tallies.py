@@ -151,12 +151,7 @@ def _prepared(
     columns = {"called": called.astype(np.int8), "top": top}
     columns |= {f"p{i}": np.ascontiguousarray(v) for i, v in enumerate(values.T)}
     if "weight" in schema.names:
-        weight = pc.fill_null(table[WEIGHT], 0).to_numpy().astype(np.float32)
-        if (wrong := (weight < 0) | np.isinf(weight)).any():
-            raise UserError(
-                f"{WEIGHT} is {weight[wrong][0]} somewhere; weights are 0 or more"
-            )
-        columns["weight"] = np.where(np.isnan(weight) | (called < 0), 0, weight)
+        columns["weight"] = np.where(called < 0, 0, weights(table))
     arrays = [
         pa.array(columns[field.name], field.type)
         if field.name in columns
@@ -164,6 +159,20 @@ def _prepared(
         for field in schema
     ]
     return pa.record_batch(arrays, schema)
+
+
+def weights(table: pa.Table) -> np.ndarray:
+    """Cleft scores, float32 [n], 0 where unknown.
+
+    Raises:
+      UserError: one is negative or infinite.
+    """
+    found = pc.fill_null(table[WEIGHT], 0).to_numpy().astype(np.float32)
+    if (wrong := (found < 0) | np.isinf(found)).any():
+        raise UserError(
+            f"{WEIGHT} is {found[wrong][0]} somewhere; weights are 0 or more"
+        )
+    return np.nan_to_num(found)
 
 
 def _query(schema: pa.Schema, classes: int, by: str) -> str:

@@ -170,8 +170,7 @@ def _report(table: pa.Table, folder: pathlib.Path) -> None:
         "fractions", _FRACTIONS.value
     )
     figure = figures.balance(measured, fractions)
-    with files.replacing(folder / "balance.png") as partial:
-        partial.write_bytes(figures.png(figure))
+    files.write_bytes(folder / "balance.png", figures.png(figure))
     for column, shared in measured["in_several_parts"].items():
         print(
             f"{column}: {shared['values']:,} in several parts, with "

@@ -58,8 +58,7 @@ def main() -> None:
     )
     output = pathlib.Path(_OUTPUT.value)
     files.make_folder(output.parent)
-    with files.replacing(output) as partial:
-        partial.write_bytes(figures.png(figure, dpi=150))
+    files.write_bytes(output, figures.png(figure, dpi=150))
     print(f"{output}: {_VARIANTS.value} augmentations of {len(rows)} train crops")
 
 
