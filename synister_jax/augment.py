@@ -8,7 +8,6 @@ own, so a batch does not depend on how many devices or processes share it.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -119,8 +118,9 @@ class Settings:
 
     @property
     def resamples(self) -> bool:
-        """Whether voxels are interpolated at all; jitter alone only moves a window."""
-        return any((*self.elastic_sigma_zyx, *self.rotation)) or self.misaligns
+        """Whether voxels change places; jitter alone only moves a window."""
+        warps = any((*self.elastic_sigma_zyx, *self.rotation)) or self.misaligns
+        return warps or self.mirror or bool(self.transpose_axes)
 
     @property
     def misaligns(self) -> bool:
@@ -219,28 +219,30 @@ def apply(record: jax.Array, draws: Draws, settings: Settings) -> jax.Array:
     """uint8 record with margin → float32 crop in [-1, 1], as the draws say."""
     # The record has an even number of voxels more than the crop: both middles agree.
     if settings.resamples:
-        middle = jnp.asarray([(r - 1) / 2 for r in record.shape]) + draws.jitter
-        source = warp.source_vx_zyx(
+        field = warp.field(
             draws.control,
             draws.angle,
             draws.offset_yx,
+            (jnp.asarray(record.shape) - 1) / 2 + draws.jitter,
             settings.crop_shape_zyx,
             settings.elastic_subsample,
         )
-        source += middle[:, None, None, None]
+        # Mirrored and transposed before it is sampled: it is small, the crop is not.
+        field = field.mirrored(draws.mirror)
+        field = field.transposed(draws.permutation, settings.transpose_axes)
         whole_sections = settings.elastic_sigma_zyx[0] == 0
+        source = field.source_vx_zyx(whole_sections)
         crop = warp.resample(record, source, whole_sections)
     else:
         more = np.subtract(record.shape, settings.crop_shape_zyx)
         start = jnp.asarray(more // 2) + draws.jitter
         crop = jax.lax.dynamic_slice(record, start, settings.crop_shape_zyx)
-    crop = crop.astype(jnp.float32) / 255
-    for axis in range(3):
-        crop = jnp.where(draws.mirror[axis], jnp.flip(crop, axis), crop)
-    crop = _transpose(crop, draws.permutation, settings.transpose_axes)
+        crop = crop.astype(jnp.float32)
+    # Mean and result share the crop. Scaled to [0, 1] here already, XLA on a CPU would
+    # sample it twice, for each of them.
     axes = (1, 2) if settings.intensity_per_section else (0, 1, 2)
     mean = crop.mean(axis=axes, keepdims=True)
-    crop = mean + (crop - mean) * draws.scale + draws.shift
+    crop = (mean + (crop - mean) * draws.scale) / 255 + draws.shift
     return jnp.clip(crop, 0, 1) * 2 - 1
 
 
@@ -258,18 +260,6 @@ def _misalignment(
     total = jnp.where(slips[:, None], offset, total)
     limit = warp.MISALIGN_STEPS * jnp.asarray(settings.max_misalign_yx)
     return jnp.clip(total, -limit, limit).astype(jnp.float32)
-
-
-def _transpose(
-    crop: jax.Array, permutation: jax.Array, axes: Sequence[int]
-) -> jax.Array:
-    branches = []
-    for shuffled in itertools.permutations(axes):
-        order = [0, 1, 2]
-        for axis, new in zip(axes, shuffled, strict=True):
-            order[axis] = new
-        branches.append(lambda crop, order=tuple(order): crop.transpose(order))
-    return jax.lax.switch(permutation, branches, crop)
 
 
 def _between(u: jax.Array, interval: Sequence[float]) -> jax.Array:

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from synister_jax import augment, checkpoint, model, sharding
+from synister_jax import augment, checkpoint, convolution, model, sharding
 from synister_jax.command import UserError
 
 Variables = dict[str, Any]  # {"params", "batch_stats"}
@@ -76,6 +76,7 @@ def make_classify(
         classify,
         in_shardings=(None, sharding.batch(mesh)),
         out_shardings=sharding.replicated(mesh),
+        compiler_options=convolution.compiler_options(),
     )
 
 

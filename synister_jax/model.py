@@ -5,6 +5,8 @@ Both compute in `dtype`; parameters, batch statistics and the sums that these ar
 of stay float32, and so do the logits.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -23,6 +25,8 @@ _KERNEL_INIT = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _RESNET_KERNEL_INIT = initializers.variance_scaling(2, "fan_out", "normal")
 _RESNET_DENSE_INIT = initializers.normal(0.01)
 
+_EPSILON = 1e-5  # of batch norm, PyTorch's default
+
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -36,48 +40,105 @@ def _bias_init(fan_in: int) -> initializers.Initializer:
 
 
 class Conv3D(nn.Module):
-    """3×3×3 convolution with bias, stride 1, zero padding 1."""
+    """Parameters of a 3×3×3 convolution with bias, stride 1, zero padding 1."""
 
     features: int
-    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
         shape = (3, 3, 3, channels, self.features)
         kernel = self.param("kernel", _KERNEL_INIT, shape, jnp.float32)
         bias = self.param(
             "bias", _bias_init(27 * channels), (self.features,), jnp.float32
         )
-        return convolution.conv3d(x, kernel.astype(self.dtype)) + bias.astype(
-            self.dtype
-        )
+        return kernel, bias
 
 
-def _batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
-    """PyTorch's: momentum 0.1 there is 0.9 here."""
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        dtype=dtype,
-        name=name,
-    )
+class BatchNorm(nn.Module):
+    """PyTorch's, over all axes but the last: its momentum 0.1 is 0.9 here."""
+
+    features: int
+
+    def setup(self) -> None:
+        shape = (self.features,)
+        self.scale = self.param("scale", initializers.ones, shape, jnp.float32)
+        self.bias = self.param("bias", initializers.zeros, shape, jnp.float32)
+        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        self.var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+
+    def of_batch(self, x: jax.Array) -> jax.Array:
+        """x with the batch's own mean and variance; moves the averages towards them."""
+        axes = tuple(range(x.ndim - 1))
+        full = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = full.mean(axis=axes)
+        var = jnp.maximum(0, jnp.square(full).mean(axis=axes) - jnp.square(mean))
+        if not self.is_initializing():
+            for average, value in ((self.mean, mean), (self.var, var)):
+                average.value = 0.9 * average.value + 0.1 * value
+        factor = self.scale * jax.lax.rsqrt(var + _EPSILON)
+        return ((full - mean) * factor + self.bias).astype(x.dtype)
+
+    def of_average(self) -> tuple[jax.Array, jax.Array]:
+        """(factor, shift): with the averages the layer is x · factor + shift."""
+        factor = self.scale * jax.lax.rsqrt(self.var.value + _EPSILON)
+        return factor, self.bias - self.mean.value * factor
 
 
+def _folded(
+    kernel: jax.Array, bias: jax.Array | float, norm: BatchNorm, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias of a convolution and the batch norm after it as one."""
+    factor, shift = norm.of_average()
+    return (kernel * factor).astype(dtype), (bias * factor + shift).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     """Maximum over blocks of `factors` (z, y, x), which divide the sizes of x.
 
-    As a reduction over split axes: XLA's windowed maximum has a gradient that takes
-    six times longer on a CPU.
+    Equal maxima share the gradient, as in JAX. Without reductions: XLA's windowed
+    maximum has a gradient that takes six times longer on a CPU, and that of a maximum
+    over split axes stores what is compared.
     """
-    batch, *sizes, features = x.shape
+    return functools.reduce(jnp.maximum, _corners(_blocks(x, factors)))
+
+
+def _max_pool_forward(
+    x: jax.Array, factors: Sequence[int]
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    pooled = _max_pool(x, factors)
+    return pooled, (x, pooled)
+
+
+def _max_pool_backward(
+    factors: Sequence[int], saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array]:
+    x, pooled = saved
+    blocks = _blocks(x, factors)
+    count = sum((corner == pooled).astype(x.dtype) for corner in _corners(blocks))
+    axes = (2, 4, 6)
+    share = jnp.expand_dims(cotangent / count, axes)
+    is_largest = blocks == jnp.expand_dims(pooled, axes)
+    return (jnp.where(is_largest, share, 0).reshape(x.shape),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _blocks(x: jax.Array, factors: Sequence[int]) -> jax.Array:
+    """[b, z, y, x, c] → [b, z / fz, fz, y / fy, fy, x / fx, fx, c]."""
     split = [
         n
-        for pair in zip(sizes, factors, strict=True)
-        for n in (pair[0] // pair[1], pair[1])
+        for size, factor in zip(x.shape[1:-1], factors, strict=True)
+        for n in (size // factor, factor)
     ]
-    return x.reshape(batch, *split, features).max(axis=(2, 4, 6))
+    return x.reshape(len(x), *split, x.shape[-1])
+
+
+def _corners(blocks: jax.Array) -> list[jax.Array]:
+    """The same place of every block, for each place."""
+    places = itertools.product(*(range(blocks.shape[axis]) for axis in (2, 4, 6)))
+    return [blocks[:, :, i, :, j, :, k] for i, j, k in places]
 
 
 class VGG3D(nn.Module):
@@ -103,15 +164,12 @@ class VGG3D(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        levels = self._levels()
         x = x[..., None].astype(self.dtype)
-        features = self.features
-        for level, factors in enumerate(self.downsample_factors):
-            for i in range(self.convolutions[level]):
-                x = Conv3D(features, self.dtype, name=f"level{level}_conv{i}")(x)
-                x = _batch_norm(train, self.dtype, f"level{level}_norm{i}")(x)
-                x = nn.relu(x)
-            x = _max_pool(x, factors)
-            features *= self.feature_multipliers[level]
+        if train:
+            x = self._features_of_batch(levels, x)
+        else:
+            x = self._features(levels, x)
         # Channels first, so that the original's dense weights fit as they are.
         x = x.transpose(0, 4, 1, 2, 3).reshape(len(x), -1)
         x = self._gathered(x)
@@ -120,6 +178,50 @@ class VGG3D(nn.Module):
             x = nn.relu(self._gathered(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return self._dense(x, self.classes, "logits").astype(jnp.float32)
+
+    def _levels(self) -> list[list[tuple[jax.Array, jax.Array, BatchNorm]]]:
+        """Kernel, bias and batch norm of each convolution of each level."""
+        levels, channels, features = [], 1, self.features
+        for level, multiplier in enumerate(self.feature_multipliers):
+            layers = []
+            for i in range(self.convolutions[level]):
+                kernel, bias = Conv3D(features, name=f"level{level}_conv{i}")(channels)
+                norm = BatchNorm(features, name=f"level{level}_norm{i}")
+                layers.append((kernel, bias, norm))
+                channels = features
+            levels.append(layers)
+            features *= multiplier
+        return levels
+
+    def _features_of_batch(
+        self, levels: list[list[tuple[jax.Array, jax.Array, BatchNorm]]], x: jax.Array
+    ) -> jax.Array:
+        for layers, factors in zip(levels, self.downsample_factors, strict=True):
+            for kernel, bias, norm in layers:
+                x = convolution.conv3d(x, kernel.astype(self.dtype))
+                x = nn.relu(norm.of_batch(x + bias.astype(self.dtype)))
+            x = _max_pool(x, factors)
+        return x
+
+    def _features(
+        self, levels: list[list[tuple[jax.Array, jax.Array, BatchNorm]]], x: jax.Array
+    ) -> jax.Array:
+        """With batch norm folded into the convolutions."""
+        folded = [
+            [_folded(kernel, bias, norm, self.dtype) for kernel, bias, norm in layers]
+            for layers in levels
+        ]
+
+        def features(x: jax.Array) -> jax.Array:
+            for layers, factors in zip(folded, self.downsample_factors, strict=True):
+                for kernel, bias in layers:
+                    x = convolution.conv3d_relu(x, kernel, bias)
+                x = _max_pool(x, factors)
+            return x
+
+        if convolution.by_crop():
+            return jax.lax.map(lambda crop: features(crop[None])[0], x)
+        return features(x)
 
     def _gathered(self, x: jax.Array) -> jax.Array:
         if self.head_sharding is None:
@@ -153,13 +255,14 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = x[..., None].astype(self.dtype)
-        x = _PaddedConv3D(64, (3, 7, 7), (1, 2, 2), self.dtype, name="stem_conv")(x)
-        x = nn.relu(_batch_norm(train, self.dtype, "stem_norm")(x))
+        kernel = _Kernel(64, (3, 7, 7), name="stem_conv")(1)
+        norm = BatchNorm(64, name="stem_norm")
+        x = nn.relu(_normalised(x, kernel, norm, (1, 2, 2), train))
         for layer, features in enumerate((64, 128, 256, 512), start=1):
             for i in range(2):
                 stride = 2 if layer > 1 and i == 0 else 1
                 name = f"layer{layer}_block{i}"
-                x = _ResidualBlock(features, stride, self.dtype, name=name)(x, train)
+                x = _ResidualBlock(features, stride, name=name)(x, train)
         x = x.mean(axis=(1, 2, 3))
         if self.head_sharding is not None:
             x = jax.lax.with_sharding_constraint(x, self.head_sharding)
@@ -180,49 +283,49 @@ class _ResidualBlock(nn.Module):
 
     features: int
     stride: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         strides = (self.stride,) * 3
         shortcut = x
         if self.stride > 1:
-            shortcut = _PaddedConv3D(
-                self.features, (1, 1, 1), strides, self.dtype, name="shortcut_conv"
-            )(x)
-            shortcut = _batch_norm(train, self.dtype, "shortcut_norm")(shortcut)
+            kernel = _Kernel(self.features, (1, 1, 1), name="shortcut_conv")(
+                x.shape[-1]
+            )
+            norm = BatchNorm(self.features, name="shortcut_norm")
+            shortcut = _normalised(x, kernel, norm, strides, train)
         for i, each in enumerate((strides, (1, 1, 1))):
-            x = _PaddedConv3D(
-                self.features, (3, 3, 3), each, self.dtype, name=f"conv{i}"
-            )(x)
-            x = _batch_norm(train, self.dtype, f"norm{i}")(x)
+            kernel = _Kernel(self.features, (3, 3, 3), name=f"conv{i}")(x.shape[-1])
+            norm = BatchNorm(self.features, name=f"norm{i}")
+            x = _normalised(x, kernel, norm, each, train)
             x = nn.relu(x if i == 0 else x + shortcut)
         return x
 
 
-class _PaddedConv3D(nn.Module):
-    """Convolution without bias, zero padding of half the (odd) kernel on both sides."""
+class _Kernel(nn.Module):
+    """Parameters of a convolution without bias, zero padding of half its odd size."""
 
     features: int
-    kernel_shape_zyx: tuple[int, int, int]
-    strides_zyx: tuple[int, int, int]
-    dtype: jnp.dtype
+    shape_zyx: tuple[int, int, int]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.kernel_shape_zyx, x.shape[-1], self.features)
-        kernel = self.param("kernel", _RESNET_KERNEL_INIT, shape, jnp.float32)
-        kernel = kernel.astype(self.dtype)
-        if self.kernel_shape_zyx == (3, 3, 3) and self.strides_zyx == (1, 1, 1):
-            return convolution.conv3d(x, kernel)
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=self.strides_zyx,
-            # Not "SAME": with a stride that pads even sizes on the far side alone.
-            padding=[(size // 2, size // 2) for size in self.kernel_shape_zyx],
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        )
+    def __call__(self, channels: int) -> jax.Array:
+        shape = (*self.shape_zyx, channels, self.features)
+        return self.param("kernel", _RESNET_KERNEL_INIT, shape, jnp.float32)
+
+
+def _normalised(
+    x: jax.Array,
+    kernel: jax.Array,
+    norm: BatchNorm,
+    strides_zyx: tuple[int, int, int],
+    train: bool,
+) -> jax.Array:
+    """Batch norm of a convolution without bias."""
+    if train:
+        return norm.of_batch(convolution.conv3d(x, kernel.astype(x.dtype), strides_zyx))
+    kernel, bias = _folded(kernel, 0.0, norm, x.dtype)
+    return convolution.conv3d(x, kernel, strides_zyx) + bias
 
 
 def from_config(

@@ -7,8 +7,10 @@ the crop's middle, and of its section's misalignment, and interpolates linearly.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,66 +98,143 @@ def reach_zyx(
     )
 
 
-def source_vx_zyx(
+class Field(NamedTuple):
+    """Where the voxels of a crop come from, as small arrays along each of its axes.
+
+    A position is the sum of what the three axes add and of the displacements of all
+    control points, each times the product of its weights along the axes.
+    """
+
+    control: jax.Array  # [3, *points] voxels
+    weights: tuple[jax.Array, ...]  # along each axis, [size, points]
+    added: tuple[jax.Array, ...]  # along each axis, [size, 3] voxels
+
+    def mirrored(self, mirror: jax.Array) -> "Field":
+        """That of the crop mirrored along the axes that `mirror` ([3] bool) names."""
+
+        def turned(along: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            pairs = zip(mirror, along, strict=True)
+            return tuple(jnp.where(turn, rows[::-1], rows) for turn, rows in pairs)
+
+        return Field(self.control, turned(self.weights), turned(self.added))
+
+    def transposed(self, permutation: jax.Array, axes: Sequence[int]) -> "Field":
+        """That of the crop with `axes`, all of one size, in another of their orders.
+
+        Args:
+          permutation: number of the order among `itertools.permutations(axes)`.
+        """
+        # All orders need the same shapes: further control points, of no displacement.
+        points = self.control.shape[1:]
+        most = max((points[axis] for axis in axes), default=0)
+        more = [(0, most - n if axis in axes else 0) for axis, n in enumerate(points)]
+        control = jnp.pad(self.control, [(0, 0), *more])
+        weights = [
+            jnp.pad(w, [(0, 0), n]) for w, n in zip(self.weights, more, strict=True)
+        ]
+
+        def ordered(order: Sequence[int]) -> Field:
+            return Field(
+                control.transpose(0, *(1 + axis for axis in order)),
+                tuple(weights[axis] for axis in order),
+                tuple(self.added[axis] for axis in order),
+            )
+
+        branches = []
+        for shuffled in itertools.permutations(axes):
+            order = [0, 1, 2]
+            for axis, new in zip(axes, shuffled, strict=True):
+                order[axis] = new
+            branches.append(functools.partial(ordered, order))
+        return jax.lax.switch(permutation, branches)
+
+    def source_vx_zyx(self, whole_sections: bool) -> list[jax.Array]:
+        """Positions of all voxels along z, y and x, float32 arrays of the crop's shape.
+
+        Args:
+          whole_sections: no control point is displaced along z.
+        """
+        unbent = int(whole_sections)
+        elastic = jnp.einsum(
+            "dabc,za,yb,xc->dzyx",
+            self.control[unbent:],
+            *self.weights,
+            precision="highest",
+        )
+        source = []
+        for axis in range(3):
+            first, second, third = (rows[:, axis] for rows in self.added)
+            position = second[:, None] + third
+            if axis >= unbent:
+                position = position + elastic[axis - unbent]
+            # The largest number last, the middle's: float32 loses least.
+            source.append(position + first[:, None, None])
+        return source
+
+
+def field(
     control: jax.Array,
     angle: jax.Array,
     offset_yx: jax.Array,
+    middle_zyx: jax.Array,
     crop_shape_zyx: Sequence[int],
     subsample: int,
-) -> jax.Array:
-    """Where each voxel of the crop comes from, relative to the crop's middle.
+) -> Field:
+    """Elastic warp, rotation and misalignment of a crop about its middle.
 
     Args:
       control: displacements of control points, [3, *control_shape_zyx] voxels.
       angle: of the rotation in the section plane, radians.
       offset_yx: of each section, [z, 2] voxels.
-
-    Returns:
-      [3, *crop_shape_zyx] float32.
+      middle_zyx: where the crop's middle comes from, voxels.
     """
-    up = [
+    weights = tuple(
         jnp.asarray(upsampling(size, points, subsample))
         for size, points in zip(crop_shape_zyx, control.shape[1:], strict=True)
-    ]
-    elastic = jnp.einsum("dabc,za,yb,xc->dzyx", control, *up, precision="highest")
-    z, y, x = jnp.meshgrid(
-        *(jnp.arange(size) - (size - 1) / 2 for size in crop_shape_zyx),
-        indexing="ij",
     )
+    z, y, x = (jnp.arange(size)[:, None] - (size - 1) / 2 for size in crop_shape_zyx)
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
-    turned = jnp.stack([z, cosine * y + sine * x, cosine * x - sine * y])
-    misaligned = jnp.stack([jnp.zeros_like(offset_yx[:, 0]), *offset_yx.T])
-    return turned + elastic + misaligned[:, :, None, None]
+    added = (
+        jnp.concatenate([z, offset_yx], axis=1) + middle_zyx,
+        y * jnp.stack([jnp.zeros_like(angle), cosine, -sine]),
+        x * jnp.stack([jnp.zeros_like(angle), sine, cosine]),
+    )
+    return Field(control, weights, added)
 
 
-def resample(record: jax.Array, source: jax.Array, whole_sections: bool) -> jax.Array:
+def resample(
+    record: jax.Array, source: Sequence[jax.Array], whole_sections: bool
+) -> jax.Array:
     """Linear interpolation of uint8 [z, y, x] at `source` → float32 in 0…255.
 
     Args:
-      source: [3, ...] voxels, within the record (`reach_zyx` says how large it must
-        be; what lies outside would be the nearest border).
+      source: along each axis, voxels, within the record (`reach_zyx` says how large it
+        must be; what lies outside is the nearest border).
       whole_sections: the positions along z are whole numbers: then four voxels make
         one, else eight.
     """
-    shape = record.shape
     flat = record.ravel()
-    low = jnp.floor(source).astype(jnp.int32)
-    weight = source - low
-    steps = [
-        (
-            jnp.clip(low[d], 0, shape[d] - 1) * stride,
-            jnp.clip(low[d] + 1, 0, shape[d] - 1) * stride,
-        )
-        for d, stride in enumerate((shape[1] * shape[2], shape[2], 1))
-    ]
+    index, weight, steps = 0, [], []
+    for axis, size in enumerate(record.shape):
+        stride = math.prod(record.shape[axis + 1 :])
+        interpolated = size > 1 and not (axis == 0 and whole_sections)
+        position = jnp.clip(source[axis], 0, size - 1)
+        # The last voxel is the one before it with all weight on the next.
+        low = jnp.minimum(position.astype(jnp.int32), size - 1 - interpolated)
+        index += low * stride
+        weight.append(position - low)
+        steps.append(stride if interpolated else 0)
 
-    def along(axis: int, index: jax.Array | int) -> jax.Array:
+    def along(axis: int, index: jax.Array) -> jax.Array:
         if axis == 3:
-            return flat[index].astype(jnp.float32)
-        first, second = steps[axis]
-        before = along(axis + 1, index + first)
-        if axis == 0 and whole_sections:
+            voxel = flat.at[index].get(
+                mode="promise_in_bounds", wrap_negative_indices=False
+            )
+            return voxel.astype(jnp.float32)
+        before = along(axis + 1, index)
+        if not steps[axis]:
             return before
-        return before + weight[axis] * (along(axis + 1, index + second) - before)
+        after = along(axis + 1, index + steps[axis])
+        return before + weight[axis] * (after - before)
 
-    return along(0, 0)
+    return along(0, index)

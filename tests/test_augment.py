@@ -91,22 +91,51 @@ def test_jitter_reaches_the_margin_and_no_further() -> None:
     assert chosen.margin_vx_zyx == MARGIN
 
 
-def test_the_whole_chain_agrees_with_scipy() -> None:
+@pytest.mark.parametrize(
+    ("shape", "spacing", "sigma", "axes", "per_section"),
+    [
+        ((8, 40, 40), (4, 10, 10), (0.0, 2.0, 2.0), (1, 2), True),  # as published
+        ((8, 40, 40), (4, 8, 20), (0.0, 2.0, 2.0), (1, 2), True),  # unlike grids
+        ((16, 16, 16), (8, 4, 5), (1.0, 2.0, 2.0), (0, 1, 2), False),
+        ((16, 16, 16), (4, 4, 4), (0.0, 2.0, 2.0), (2, 0), True),  # sections stand up
+    ],
+)
+def test_the_whole_chain_agrees_with_scipy(
+    shape: tuple, spacing: tuple, sigma: tuple, axes: tuple, per_section: bool
+) -> None:
     """The same draws, through ndimage and NumPy, in the published order."""
-    chosen = full()
+    config = skeleton.get_config()
+    config.crop_shape_zyx = shape
+    config.augment.update(
+        elastic_spacing_zyx=spacing,
+        elastic_sigma_zyx=sigma,
+        transpose_axes=axes,
+        intensity_per_section=per_section,
+    )
+    chosen = full(config)
+    orders = []
+    for shuffled in itertools.permutations(axes):
+        orders.append([0, 1, 2])
+        for axis, new in zip(axes, shuffled, strict=True):
+            orders[-1][axis] = new
     record = records(1, record_shape(chosen))[0]
     chain = jax.jit(lambda r, d: augment.apply(r, d, chosen))
     for key in jax.random.split(jax.random.key(1), 6):
         drawn = augment.draw(key, chosen)
-        source = warp.source_vx_zyx(
-            drawn.control, drawn.angle, drawn.offset_yx, chosen.crop_shape_zyx, 8
-        )
         middle = (np.array(record.shape) - 1) / 2 + np.asarray(drawn.jitter)
-        positions = np.asarray(source) + middle[:, None, None, None]
+        field = warp.field(
+            drawn.control,
+            drawn.angle,
+            drawn.offset_yx,
+            middle,
+            chosen.crop_shape_zyx,
+            chosen.elastic_subsample,
+        )
+        positions = np.stack(field.source_vx_zyx(whole_sections=sigma[0] == 0))
         crop = ndimage.map_coordinates(record / 255.0, positions, order=1)
         crop = np.flip(crop, np.flatnonzero(drawn.mirror))
-        crop = crop.swapaxes(1, 2) if drawn.permutation == 1 else crop
-        mean = crop.mean(axis=(1, 2), keepdims=True)
+        crop = crop.transpose(orders[int(drawn.permutation)])
+        mean = crop.mean(axis=(1, 2) if per_section else None, keepdims=True)
         crop = mean + (crop - mean) * np.asarray(drawn.scale) + np.asarray(drawn.shift)
         expected = np.clip(crop, 0, 1) * 2 - 1
         np.testing.assert_allclose(chain(record, drawn), expected, atol=2e-3)
@@ -235,16 +264,16 @@ def test_no_voxel_comes_from_beyond_the_margin(
 
     @jax.jit
     def extent(drawn: augment.Draws) -> tuple[jax.Array, jax.Array]:
-        source = warp.source_vx_zyx(
+        field = warp.field(
             drawn.control,
             drawn.angle,
             drawn.offset_yx,
+            (jnp.asarray(shape) - 1) / 2 + drawn.jitter,
             chosen.crop_shape_zyx,
             chosen.elastic_subsample,
         )
-        middle = (jnp.asarray(shape) - 1) / 2 + drawn.jitter
-        source = source.reshape(3, -1) + middle[:, None]
-        return source.min(axis=1), source.max(axis=1)
+        source = jnp.stack(field.source_vx_zyx(whole_sections=False))
+        return source.min(axis=(1, 2, 3)), source.max(axis=(1, 2, 3))
 
     random = jax.random.split(jax.random.key(0), 100)
     ends = [extent(augment.draw(key, chosen)) for key in random]

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from configs import hemibrain, skeleton
-from synister_jax import convolution, inference, model
+from synister_jax import inference, model
 from synister_jax.command import UserError
 
 
@@ -58,27 +58,6 @@ def test_network_agrees_with_an_independent_one() -> None:
     expected = [reference_vgg(variables, crop, config) for crop in crops]
     np.testing.assert_allclose(logits, expected, rtol=2e-5)
     assert np.abs(logits[0] - logits[1]).max() > 1e-3  # the crop matters
-
-
-def test_lowerings_of_the_convolution_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 5, 6, 7, 3)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 3, 4)), jnp.float32)
-
-    def value_and_grad(x: jax.Array, kernel: jax.Array) -> tuple:
-        def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return (convolution.conv3d(x, kernel) ** 2).sum()
-
-        out = convolution.conv3d(x, kernel)
-        return out, *jax.grad(loss, argnums=(0, 1))(x, kernel)
-
-    on_cpu = value_and_grad(x, kernel)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    native = value_and_grad(x, kernel)
-    for a, b in zip(on_cpu, native, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-3)
-    expected = reference_convolution(np.asarray(x[0]), np.asarray(kernel))
-    np.testing.assert_allclose(on_cpu[0][0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_batch_norm_decays_as_published() -> None:

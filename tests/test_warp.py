@@ -66,14 +66,18 @@ def test_source_positions_agree_with_the_original_path(
     assert points == tuple(s // p for s, p in zip(shape, spacing, strict=True))
     control = rng.normal(size=(3, *points)) * np.array(sigma)[:, None, None, None]
     angle, offset = 0.7, rng.integers(-10, 11, (shape[0], 2)).astype(float)
-    ours = warp.source_vx_zyx(
-        jax.numpy.asarray(control), angle, jax.numpy.asarray(offset), shape, subsample
-    )
     middle = (np.array(shape) - 1) / 2
-    expected = reference_field(control, angle, offset, shape, subsample)
-    np.testing.assert_allclose(
-        np.asarray(ours) + middle[:, None, None, None], expected, atol=2e-4
+    field = warp.field(
+        jax.numpy.asarray(control),
+        angle,
+        jax.numpy.asarray(offset),
+        middle,
+        shape,
+        subsample,
     )
+    ours = field.source_vx_zyx(whole_sections=sigma[0] == 0)
+    expected = reference_field(control, angle, offset, shape, subsample)
+    np.testing.assert_allclose(np.stack(ours), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("whole_sections", [True, False])
@@ -85,6 +89,21 @@ def test_resampling_agrees_with_scipy(whole_sections: bool) -> None:
     if whole_sections:
         source[0] = np.array([0, 6, 3, 3, 1])[:, None, None]
     source[:, 2, 0, 0] = (3, 29, 30)  # the last voxel itself
+    ours = warp.resample(jax.numpy.asarray(record), source, whole_sections)
+    expected = ndimage.map_coordinates(
+        record.astype(float), source, order=1, mode="nearest"
+    )
+    np.testing.assert_allclose(ours, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("whole_sections", [True, False])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (1, 5, 6), (4, 1, 6), (1, 1, 1)])
+def test_what_lies_outside_is_the_nearest_border(
+    shape: tuple[int, ...], whole_sections: bool
+) -> None:
+    record = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    source = np.random.default_rng(1).uniform(-3, 9, (3, 200)).astype(np.float32)
+    source[0] = np.round(source[0]) if whole_sections else source[0]
     ours = warp.resample(jax.numpy.asarray(record), source, whole_sections)
     expected = ndimage.map_coordinates(
         record.astype(float), source, order=1, mode="nearest"
