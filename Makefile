@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make lint | make consumers. PYTHON chooses the interpreter of a new .venv.
+# make demo | make test | make lint | make consumers | make bench-env. PYTHON chooses the interpreter of a new .venv.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -8,11 +8,14 @@ BACKGROUND ?=
 DEMO ?= demo
 # mongodb://HOST/DATABASE: the demonstration's synapses go through that database.
 SYNAPSES ?=
+# Where the benchmarks make what they need, and a volume of real EM for them to read.
+BENCH_FOLDER ?= bench
+TEXTURE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint consumers clean
+.PHONY: demo test lint consumers bench-env bench clean
 
 # One environment for one interpreter: another PYTHON, or changed requirements, make
 # it anew.
@@ -60,6 +63,21 @@ $(CONSUMERS)/installed: constraints-consumers.txt
 
 consumers: $(CONSUMERS)/installed
 
+# The benchmarks' other sides are PyTorch and gunpowder.
+BENCH = .venv-bench
+
+$(BENCH)/installed: pyproject.toml constraints-bench.txt
+	rm -rf $(BENCH)
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-bench.txt --editable '.[bench]'
+	touch $@
+
+bench-env: $(BENCH)/installed
+
+# On a GPU: make bench JAX_PLATFORMS=cuda, with .[bench,cuda] in the environment.
+bench: $(BENCH)/installed
+	$(BENCH)/bin/python benchmarks/run_all.py --folder='$(BENCH_FOLDER)' $(if $(TEXTURE),--texture='$(TEXTURE)')
+
 test: $(TORCH)
 	$(BIN)/python -m pytest -n 2
 
@@ -68,4 +86,4 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) $(CONSUMERS) $(DEMO)
+	rm -rf $(VENV) $(CONSUMERS) $(BENCH) $(DEMO)

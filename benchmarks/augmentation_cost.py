@@ -59,7 +59,7 @@ def main() -> None:
     # One state for both: at full size it is 4 GB.
     init = jax.jit(
         lambda key: train.create_state(key, config, tx),
-        compiler_options={"xla_backend_optimization_level": 0},
+        compiler_options={"xla_backend_optimization_level": 1},
     )
     state = init(jax.random.key(0))
     times: dict[str, list[float]] = {"augmented": [], "plain": [], "alone": []}

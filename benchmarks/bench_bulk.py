@@ -14,7 +14,6 @@ is first too; medians. Prints one line of JSON. Runs on whatever devices JAX has
 """
 
 import collections
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -27,21 +26,17 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
-import pyarrow as pa
+import peaks
+import random_inputs
 from absl import flags
 from ml_collections import config_flags
-from scipy import ndimage
 
 from synister_jax import (
-    checkpoint,
     command,
     execution,
     files,
     inference,
-    model,
     parts,
     predict,
     sharding,
@@ -68,12 +63,13 @@ _SHAPE = flags.DEFINE_list(
 def main() -> None:
     config = _CONFIG.value
     folder = files.make_folder(_FOLDER.value)
-    path = _volume_path(folder, tuple(map(int, _SHAPE.value)), config)
+    path = random_inputs.volume_path(folder, list(map(int, _SHAPE.value)), config)
     volume = volumes.open(str(path), config.voxel_size_nm_zyx)
-    workdir = _workdir(folder, config)
+    workdir = random_inputs.workdir(folder, config)
     mesh = sharding.make_mesh()
     classifier = inference.Classifier([(workdir, None)], _BATCH_SIZE.value, mesh)
-    source = Source("random synapses", lambda: iter([_synapses(volume, config)]))
+    synapses = random_inputs.synapses(volume, config, _SYNAPSES.value)
+    source = Source("random synapses", lambda: iter([synapses]))
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     plan = predict.make_plan(classifier, source, volume, output, _UNIT_ROWS.value)
@@ -122,7 +118,7 @@ def main() -> None:
         "units": len(plan),
         "rounds": _ROUNDS.value,
         "crop_shape_zyx": list(config.crop_shape_zyx),
-        "parameters": _parameters(config),
+        "parameters": peaks.parameters(config),
         "compute_dtype": config.compute_dtype,
         "volume_shape_zyx": volume.shape_zyx,
         "chunk_shape_zyx": volume.chunk_shape_zyx,
@@ -159,56 +155,6 @@ def _predict(
         parts.path_of(plan, unit).unlink(missing_ok=True)
     volume = volumes.open(str(path), classifier.config.voxel_size_nm_zyx)
     return execution.execute(plan, range(len(plan)), classifier, volume)
-
-
-def _synapses(
-    volume: volumes.Volume, config: ml_collections.ConfigDict
-) -> pa.RecordBatch:
-    """Random ones whose crops lie inside."""
-    rng = np.random.default_rng(0)
-    most = np.subtract(volume.shape_zyx, config.crop_shape_zyx)
-    starts = rng.integers(0, most, (_SYNAPSES.value, 3), endpoint=True)
-    centres = starts + np.asarray(config.crop_shape_zyx) // 2
-    z, y, x = (centres * volume.voxel_size_nm_zyx + volume.offset_nm_zyx).T
-    ids = np.arange(len(starts))
-    names = ["synapse_id", "z_nm", "y_nm", "x_nm"]
-    return pa.RecordBatch.from_arrays(list(map(pa.array, (ids, z, y, x))), names)
-
-
-def _volume_path(
-    folder: pathlib.Path, shape: tuple[int, ...], config: ml_collections.ConfigDict
-) -> pathlib.Path:
-    """The volume of this shape, made where it is not there."""
-    path = folder / f"noise-{'x'.join(map(str, shape))}.n5"
-    if path.exists():
-        return path
-    values = np.random.default_rng(0).standard_normal(shape, np.float32)
-    smooth = ndimage.gaussian_filter(values, (1, 3, 3))
-    noise = np.clip(128 + 40 * smooth / smooth.std(), 0, 255).astype(np.uint8)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    volumes.write_n5(partial, noise, config.voxel_size_nm_zyx)
-    return partial.rename(path)
-
-
-def _workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
-    """A run of this configuration with random weights, made where it is not there."""
-    digest = hashlib.sha256(config.to_json_best_effort().encode()).hexdigest()
-    workdir = folder / f"run-{digest[:12]}"
-    if not checkpoint.steps(workdir):
-        crops = jnp.zeros((1, *config.crop_shape_zyx), jnp.float32)
-        network = model.from_config(config)
-        init = jax.jit(
-            lambda key: network.init(key, crops, train=False),
-            compiler_options={"xla_backend_optimization_level": 0},
-        )
-        checkpoint.save_imported(workdir, 0, init(jax.random.key(0)), config)
-    return workdir
-
-
-def _parameters(config: ml_collections.ConfigDict) -> int:
-    leaves = jax.tree.leaves(inference.abstract_variables(config)["params"])
-    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of planning, merging and aggregating, against the number of rows.
+"""Time and memory of planning, merging, aggregating and splitting synapse tables.
 
     python benchmarks/bench_table.py --folder=FOLDER --rows=10000,1000000,100000000 \
         [--plot=docs/bulk_memory.png]
@@ -11,7 +11,10 @@ made-up probabilities, merged, and aggregated into neurons under every rule that
 no cleft score. Each of these has a fresh process: its peak memory is that of the phase,
 libraries included. Every row of the merged answer is compared with the table and the
 probabilities, and every neuron's votes with a count in memory. No network and no voxels
-are involved.
+are involved. `split` has a table of its own, in memory, whatever the number of rows:
+`--split_synapses` of `--split_neurons` neurons, lognormal in size, with one of six
+transmitters each; it is the time of splits.make by neuron, of which no part may share
+one.
 100 million rows need up to 20 GB of disk, which are free again before the next number
 begins. Prints a line of JSON for each.
 """
@@ -47,7 +50,9 @@ from synister_jax import (
     predict,
     predictions,
     rules,
+    splits,
     synapse_batches,
+    synapses,
     volumes,
 )
 from synister_jax.planning import Plan
@@ -56,6 +61,12 @@ from synister_jax.synapse_batches import Source
 _FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
 _ROWS = flags.DEFINE_list("rows", ["10000", "1000000", "100000000"], "Of each table.")
 _CLASSES = flags.DEFINE_integer("classes", 6, "Of a prediction.", lower_bound=1)
+_SPLIT_SYNAPSES = flags.DEFINE_integer(
+    "split_synapses", 500_000, "In the table that is split.", lower_bound=1
+)
+_SPLIT_NEURONS = flags.DEFINE_integer(
+    "split_neurons", 5_000, "In the table that is split.", lower_bound=1
+)
 _PLOT = flags.DEFINE_string("plot", None, "Draw the peak memory here (PNG).")
 _KEEP = flags.DEFINE_bool("keep", False, "Leave the files where they are.")
 _PHASE = flags.DEFINE_string(
@@ -71,6 +82,7 @@ _BRAIN_ROWS = 244_000_000  # synapses of FAFB that were predicted
 _FIRST_NEURON, _NEURONS = 720_575_940_000_000_000, 200_000
 # Row r has the probabilities r modulo this, a prime: none twice in a batch, nearly.
 _PROBABILITIES = 65_521
+_CLASS_SHARES = (0.25, 0.45, 0.15, 0.05, 0.03, 0.07)  # of the neurons that are split
 
 
 def main() -> None:
@@ -106,6 +118,7 @@ def _measure(folder: pathlib.Path, rows: int) -> dict[str, Any]:
     merged = _apart("merge", rows)
     aggregated = _apart("aggregate", rows)
     _apart("check", rows)
+    split = _apart("split", rows)
     plan = _opened(folder)[0]
     report = {
         "benchmark": "table",
@@ -122,6 +135,7 @@ def _measure(folder: pathlib.Path, rows: int) -> dict[str, Any]:
             "rows_per_second": rows / seconds,
             "seconds_for_244_million_rows": seconds * _BRAIN_ROWS / rows,
         }
+    report["split"] = split
     report["bytes"] = {
         "table": _bytes(folder / "synapses.feather"),
         "plan": _bytes(plan.folder / "units.parquet"),
@@ -142,6 +156,8 @@ def _apart(phase: str, rows: int) -> Any:
     """What the phase returns, in a process of its own."""
     print(f"{rows:,} rows: {phase}", file=sys.stderr, flush=True)
     own = {"folder": _FOLDER.value, "classes": _CLASSES.value}
+    own |= {"split_synapses": _SPLIT_SYNAPSES.value}
+    own |= {"split_neurons": _SPLIT_NEURONS.value}
     given = own | {"rows": rows, "phase": phase}
     command_line = [sys.executable, __file__]
     command_line += [f"--{name}={value}" for name, value in given.items()]
@@ -270,6 +286,39 @@ def _aggregate(folder: pathlib.Path, rows: int) -> dict[str, float]:
     }
 
 
+def _split(folder: pathlib.Path, rows: int) -> dict[str, Any]:
+    neurons = _SPLIT_NEURONS.value
+    rng = np.random.default_rng(0)
+    weights = rng.lognormal(0, 1.2, neurons)
+    owners = rng.choice(neurons, _SPLIT_SYNAPSES.value, p=weights / weights.sum())
+    names = np.array(synapses.NEUROTRANSMITTERS[: len(_CLASS_SHARES)])
+    class_of_neuron = rng.choice(len(names), neurons, p=_CLASS_SHARES)
+    places = rng.uniform(0, 2e5, (3, len(owners)))
+    columns = dict(zip(synapses.POSITION, places, strict=True))
+    columns |= {
+        "synapse_id": rng.permutation(len(owners)),
+        "neuron_id": _FIRST_NEURON + owners,
+        "neurotransmitter": names[class_of_neuron[owners]],
+    }
+    table = synapses.conform(pa.table(columns), "a made-up table")
+    start = time.perf_counter()
+    split = splits.make(table, "neuron")
+    seconds = time.perf_counter() - start
+    parts = np.full(neurons, None, object)
+    parts[owners] = split.parts
+    assert (parts[owners] == split.parts).all(), "a neuron is in two parts"
+    return {
+        "seconds": seconds,
+        "peak_gb": _peak_gb(),
+        "synapses": len(owners),
+        "neurons": len(np.unique(owners)),
+        "classes": len(split.classes),
+        "objective": split.objective,
+        "bound": split.bound,
+        "stopped": split.stopped,
+    }
+
+
 def _check(folder: pathlib.Path, rows: int) -> None:
     """Id and probabilities of each row, or none where none are due; neurons' votes."""
     plan, _, _ = _opened(folder)
@@ -311,6 +360,7 @@ _PHASES = {
     "parts": _write_parts,
     "merge": _merge,
     "aggregate": _aggregate,
+    "split": _split,
     "check": _check,
 }
 

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the networks cost, and what the device could do at most.
+
+The work is that of the model: multiplications and additions of convolutions and dense
+layers, whatever a program really executes. Norms, ReLU, pooling and softmax are left
+out: below 2 % of the published network.
+"""
+
+import concurrent.futures
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from synister_jax import inference
+from synister_jax.command import UserError
+
+# TFLOP/s without sparsity of tensor cores: bfloat16, and TF32, in which float32 is
+# multiplied by default. From NVIDIA's data sheets of the products, whose figures with
+# sparsity are halved here. By the beginning of JAX's `device_kind`; first match counts.
+_TFLOPS = {
+    "NVIDIA H200": (989.4, 494.7),
+    "NVIDIA H100 PCIe": (756.0, 378.0),
+    "NVIDIA H100 NVL": (835.0, 417.5),
+    "NVIDIA H100": (989.4, 494.7),  # SXM
+    "NVIDIA A100": (312.0, 156.0),
+    "NVIDIA L40S": (362.0, 183.0),
+    "NVIDIA L4": (121.0, 60.0),
+    "NVIDIA A10": (125.0, 62.5),
+}
+_SIDE = 2048  # of the matrices
+_REPEATS = 5
+
+
+def flops_per_crop(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Of one crop forward; training takes three times as much, forward and backward.
+
+    Returns:
+      {"layers": [{"name", "flops", "bytes"}, …], "forward", "train"}. The bytes are the
+      least that a layer moves in `config.compute_dtype`: its input, its output, and
+      the share of one crop of a batch in its weights.
+
+    Raises:
+      UserError: the network is not VGG3D.
+    """
+    if config.model.get("network", "vgg3d") != "vgg3d":
+        raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
+    item = jnp.dtype(config.get("compute_dtype", "float32")).itemsize
+    layers = []
+
+    def add(name: str, positions: int, inputs: int, outputs: int, kernel: int) -> None:
+        weights = kernel * inputs * outputs
+        moved = positions * (inputs + outputs) + weights / config.batch_size
+        flops = 2 * weights * positions
+        layers.append({"name": name, "flops": flops, "bytes": moved * item})
+
+    settings = config.model
+    shape, channels, features = list(config.crop_shape_zyx), 1, settings.features
+    for level, factors in enumerate(settings.downsample_factors):
+        for i in range(settings.convolutions[level]):
+            name = f"level{level}_conv{i}"
+            add(name, math.prod(shape), channels, features, 27)
+            channels = features
+        shape = [size // factor for size, factor in zip(shape, factors, strict=True)]
+        features *= settings.feature_multipliers[level]
+    widths = (channels * math.prod(shape), *(settings.dense_features,) * 2)
+    for i in range(2):
+        add(f"dense{i}", 1, widths[i], widths[i + 1], 1)
+    add("logits", 1, widths[2], len(config.classes), 1)
+    forward = sum(layer["flops"] for layer in layers)
+    return {"layers": layers, "forward": forward, "train": 3 * forward}
+
+
+def parameters(config: ml_collections.ConfigDict) -> int:
+    leaves = jax.tree.leaves(inference.abstract_variables(config)["params"])
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+@functools.cache
+def peak_flops(dtype: str = "float32") -> tuple[float, str]:
+    """(FLOP/s of one device, where the number is from).
+
+    Known GPUs by their data sheet; else what a product of two 2048 × 2048 matrices
+    reaches here, JAX's or, where it is installed and faster, PyTorch's.
+    """
+    kind = jax.devices()[0].device_kind
+    for name, (bfloat16, tf32) in _TFLOPS.items():
+        if kind.startswith(name):
+            value = bfloat16 if dtype == "bfloat16" else tf32
+            unit = "bfloat16" if dtype == "bfloat16" else "TF32"
+            return value * 1e12, f"data sheet of {name}, dense {unit}"
+    found = {"jax": _jax_product(dtype)}
+    if jax.default_backend() == "cpu":
+        found |= _torch_product(dtype)
+    best = max(found, key=found.__getitem__)
+    return found[best], f"measured: {dtype} product of {_SIDE}² matrices, {best}"
+
+
+def memory_bandwidth() -> float:
+    """Bytes/s, read and written together, of a copy far larger than any cache."""
+    if jax.default_backend() != "cpu":
+        source = jnp.ones(1 << 28, jnp.float32)
+        copy = jax.jit(lambda x: x + 1)
+        return 2 * source.nbytes / _seconds(lambda: copy(source).block_until_ready())
+    threads = len(os.sched_getaffinity(0))
+    source = np.ones((threads, 1 << 26), np.float32)
+    target = np.zeros_like(source)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        # NumPy copies without holding the interpreter.
+        seconds = _seconds(lambda: list(pool.map(np.copyto, target, source)))
+    return 2 * source.nbytes / seconds
+
+
+def utilisation(rates: Mapping[str, float], flops: float, dtype: str) -> dict[str, Any]:
+    """Of each side with so many crops a second: GFLOP/s, and the share of the peak."""
+    peak, source = peak_flops(dtype)
+    peak *= jax.device_count()
+    return {
+        "gflop_per_crop": flops / 1e9,
+        "gflops": {name: rate * flops / 1e9 for name, rate in rates.items()},
+        "share_of_peak": {name: rate * flops / peak for name, rate in rates.items()},
+        "peak_gflops": peak / 1e9,
+        "peak_is": source,
+    }
+
+
+def _jax_product(dtype: str) -> float:
+    matrix = jnp.full((_SIDE, _SIDE), 0.5, dtype)
+    product = jax.jit(jnp.matmul)
+    seconds = _seconds(lambda: product(matrix, matrix).block_until_ready())
+    return 2 * _SIDE**3 / seconds
+
+
+def _torch_product(dtype: str) -> dict[str, float]:
+    try:
+        import torch
+    except ImportError:
+        return {}
+    matrix = torch.full((_SIDE, _SIDE), 0.5, dtype=getattr(torch, dtype))
+    return {"torch": 2 * _SIDE**3 / _seconds(lambda: matrix @ matrix)}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The shortest of some, after one to warm up: what the device can do."""
+    times = []
+    for _ in range(1 + _REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch sides: the published network as the original runs it, and tuned.
+
+Facts of the original are those of its train_pipeline.py and predict_pipeline.py. On a
+GPU, if this PyTorch can use it. Where `config.compute_dtype` is bfloat16 every side
+runs under autocast to it, the originals' too, which do not do so themselves: else
+arithmetic would be compared, not programs.
+"""
+
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+import random_inputs
+import torch
+import torch_networks
+
+from synister_jax import torch_weights
+from synister_jax.command import UserError
+
+Predict = Callable[[np.ndarray], np.ndarray]  # uint8 [n, z, y, x] → probabilities
+Step = Callable[[], float]  # one update → its loss
+
+PREDICT = ("as_written", "inference_mode", "tuned")
+TRAIN = ("as_written", "tuned")
+
+
+def set_up() -> torch.device:
+    """As many threads as there are CPUs, as JAX has; TF32 on a GPU, as JAX too."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_network(config: ml_collections.ConfigDict) -> torch_networks.Vgg3D:
+    """The network of a config; its weights are the same in every process."""
+    if config.model.get("network", "vgg3d") != "vgg3d":
+        raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
+    torch.manual_seed(0)  # `randomise` leaves the biases as they are
+    network = torch_networks.Vgg3D(
+        config.crop_shape_zyx,
+        len(config.classes),
+        config.model.features,
+        config.model.feature_multipliers,
+        config.model.downsample_factors,
+        config.model.convolutions,
+        config.model.dense_features,
+        config.model.dropout,
+    )
+    torch_networks.randomise(network)
+    # Logits of a size at which probabilities tell whether two networks agree.
+    with torch.no_grad():
+        crop = torch.rand(1, 1, *config.crop_shape_zyx) * 2 - 1
+        deviation = network.eval()(crop).std().item()
+        network.classifier[-1].weight /= 2 ** round(math.log2(deviation))
+    return network
+
+
+def workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
+    """A run of ours with the weights of `make_network`."""
+
+    def variables() -> Any:
+        state = make_network(config).state_dict()
+        arrays = {name: value.numpy() for name, value in state.items()}
+        return torch_weights.vgg3d(arrays, config)
+
+    return random_inputs.workdir(folder, config, "torch-run", variables)
+
+
+# --------------------------------------------------------------------------- prediction
+
+
+def predict(
+    name: str, config: ml_collections.ConfigDict, crops: np.ndarray
+) -> tuple[Predict, dict[str, Any]]:
+    """A side of PREDICT, and what is to be said of it.
+
+    as_written: the original scales with NumPy, puts the network into its mode for
+    evaluation, but keeps what a gradient would need. inference_mode: without that.
+    tuned: scales on the device; batch norms folded into the convolutions; channels
+    last; under torch.compile where that is faster.
+
+    Args:
+      crops: a batch, to compile for and to see what is faster.
+    """
+    device = set_up()
+    network = make_network(config).eval()
+    autocast = _autocast(config, device)
+    if name == "tuned":
+        return _tuned_predict(network, device, autocast, crops)
+    network.to(device)
+
+    def as_written(crops: np.ndarray) -> np.ndarray:
+        scaled = crops.astype(np.float32) / 255 * 2 - 1
+        with autocast():
+            logits = network(torch.as_tensor(scaled[:, None], device=device))
+            found = torch.softmax(logits.float(), dim=1)
+        return found.detach().cpu().numpy()
+
+    about = {"torch_device": str(device), "compiled": False}
+    if name == "inference_mode":
+        return torch.inference_mode()(as_written), about
+    return as_written, about
+
+
+def _tuned_predict(
+    network: torch_networks.Vgg3D,
+    device: torch.device,
+    autocast: Callable[[], Any],
+    crops: np.ndarray,
+) -> tuple[Predict, dict[str, Any]]:
+    network.features = _folded(network.features)
+    network.to(device, memory_format=torch.channels_last_3d)
+
+    def forward(crops: torch.Tensor) -> torch.Tensor:
+        scaled = (crops.float() / 255 * 2 - 1)[:, None]
+        scaled = scaled.contiguous(memory_format=torch.channels_last_3d)
+        return torch.softmax(network(scaled).float(), dim=1)
+
+    def with_program(program: Callable[[torch.Tensor], torch.Tensor]) -> Predict:
+        @torch.inference_mode()
+        def run(crops: np.ndarray) -> np.ndarray:
+            with autocast():
+                return program(torch.as_tensor(crops, device=device)).cpu().numpy()
+
+        return run
+
+    programs = {
+        "eager": with_program(forward),
+        # Weights as constants: they are laid out for the kernels once.
+        "compiled": with_program(torch.compile(forward, options={"freezing": True})),
+    }
+    best, about = _fastest(programs, lambda program: program(crops))
+    return programs[best], {"torch_device": str(device)} | about
+
+
+def _folded(features: torch.nn.Sequential) -> torch.nn.Sequential:
+    """Every convolution with the batch norm that follows it as one."""
+    layers: list[torch.nn.Module] = []
+    for layer in features:
+        if isinstance(layer, torch.nn.BatchNorm3d):
+            layers[-1] = torch.nn.utils.fuse_conv_bn_eval(layers[-1], layer)
+        else:
+            layers.append(layer)
+    return torch.nn.Sequential(*layers)
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def train(
+    name: str,
+    config: ml_collections.ConfigDict,
+    crops: np.ndarray,
+    labels: np.ndarray,
+) -> tuple[Step, list[float], dict[str, Any]]:
+    """A side of TRAIN, its first losses, and what is to be said of it.
+
+    as_written: the crops come from NumPy each step, Adam has its default form, and
+    the loss is read each step. tuned: the batch lies on the device, channels last;
+    Adam is one fused kernel; torch.compile where that is faster.
+
+    Args:
+      crops: float32 [batch, z, y, x], scaled.
+    """
+    device = set_up()
+    torch.manual_seed(0)  # of dropout
+    network = make_network(config).train().to(device)
+    autocast = _autocast(config, device)
+    cross_entropy = torch.nn.CrossEntropyLoss()
+    rate = config.learning_rate
+    if name == "as_written":
+        optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+
+        def as_written() -> float:
+            batch = torch.as_tensor(crops[:, None], device=device)
+            target = torch.as_tensor(labels, device=device)
+            optimizer.zero_grad()
+            with autocast():
+                loss = cross_entropy(network(batch), target)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        about = {"torch_device": str(device), "compiled": False}
+        return as_written, [as_written(), as_written()], about
+
+    network.to(memory_format=torch.channels_last_3d)
+    batch = torch.as_tensor(crops[:, None], device=device)
+    batch = batch.contiguous(memory_format=torch.channels_last_3d)
+    target = torch.as_tensor(labels, device=device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
+
+    def with_program(program: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+        def step() -> float:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast():
+                loss = cross_entropy(program(batch), target)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    steps = {
+        "eager": with_program(network),
+        "compiled": with_program(torch.compile(network)),
+    }
+    losses = [steps["eager"](), steps["eager"]()]
+    best, about = _fastest(steps, lambda step: step())
+    return steps[best], losses, {"torch_device": str(device)} | about
+
+
+# ------------------------------------------------------------------------- what is said
+
+
+def _autocast(
+    config: ml_collections.ConfigDict, device: torch.device
+) -> Callable[[], Any]:
+    enabled = config.get("compute_dtype", "float32") == "bfloat16"
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _fastest(
+    programs: Mapping[str, Callable], run: Callable[[Callable], Any]
+) -> tuple[str, dict[str, Any]]:
+    """Name of the faster of "eager" and "compiled" here, after two runs to warm up."""
+    seconds: dict[str, float] = {}
+    why = None
+    for name, program in programs.items():
+        times = []
+        try:
+            for _ in range(4):
+                start = time.perf_counter()
+                run(program)
+                times.append(time.perf_counter() - start)
+        # No C++ compiler, or one that fails; whatever it is, PyTorch runs without.
+        except Exception as error:
+            if name != "compiled":
+                raise
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        seconds[name] = statistics.fmean(times[2:])
+    print(f"tuned: {seconds} {why or ''}", file=sys.stderr, flush=True)
+    best = min(seconds, key=seconds.__getitem__)
+    about = {"compiled": best == "compiled", "seconds_of_a_batch": seconds}
+    return best, about | ({"not_compiled_because": why} if why else {})
