@@ -7,7 +7,6 @@ The two steps alternate in one process, on the same noise; medians. Prints one l
 JSON. Runs on whatever device JAX has.
 """
 
-import functools
 import json
 import statistics
 import sys
@@ -21,7 +20,15 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import augment, command, model, recipe, train
+from synister_jax import (
+    augment,
+    command,
+    convolution,
+    model,
+    recipe,
+    sharding,
+    train,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/skeleton.py", lock_config=True
@@ -42,26 +49,34 @@ def main() -> None:
         shift_probability=0.0,
         mirror=False,
         transpose_axes=(),
+        intensity_scale=(1.0, 1.0),
+        intensity_shift=(0.0, 0.0),
     )
     steps, batches = {}, {}
+    mesh = sharding.make_mesh()
     rng = np.random.default_rng(0)
     for name, chosen in (("augmented", config), ("plain", plain)):
         margin = augment.Settings.of(chosen).margin_vx_zyx
         shape = np.add(chosen.crop_shape_zyx, np.multiply(2, margin))
         crops = rng.integers(0, 256, (chosen.batch_size, *shape), dtype=np.uint8)
         labels = np.arange(chosen.batch_size, dtype=np.int32) % len(chosen.classes)
-        batches[name] = jax.device_put({"crop": crops, "label": labels})
-        step = functools.partial(train.train_step, chosen, network, tx)
-        steps[name] = jax.jit(step, donate_argnums=0)
+        batch = {"crop": crops, "label": labels}
+        batches[name] = jax.device_put(batch, sharding.batch(mesh))
     settings = augment.Settings.of(config)
-    alone = jax.jit(lambda r, k: augment.augment(r, k, settings))
+    alone = jax.jit(
+        lambda r, k: augment.augment(r, k, settings),
+        compiler_options=convolution.compiler_options(),
+    )
     keys = augment.batch_keys(0, 0, config.batch_size)
     # One state for both: at full size it is 4 GB.
     init = jax.jit(
         lambda key: train.create_state(key, config, tx),
         compiler_options={"xla_backend_optimization_level": 1},
     )
-    state = init(jax.random.key(0))
+    state = jax.device_put(init(jax.random.key(0)), sharding.replicated(mesh))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    for name, chosen in (("augmented", config), ("plain", plain)):
+        steps[name] = train.jit_step(chosen, network, tx, placed)
     times: dict[str, list[float]] = {"augmented": [], "plain": [], "alone": []}
     for repeat in range(-1, _REPEATS.value):  # the first is to compile
         for name in ("augmented", "plain"):

@@ -65,7 +65,7 @@ def main() -> None:
         entry = _run(benchmark, backend, folder, output)
         results[backend]["benchmarks"][benchmark.name] = entry
         files.write_json(path, results)
-        if entry["error"]:
+        if entry["error"].startswith("failed"):
             failed.append(benchmark.name)
             print(f"{benchmark.name}: {entry['error']}", flush=True)
         _write_page(results, output)
@@ -143,7 +143,8 @@ def _without_paths(text: str, folder: pathlib.Path) -> str:
     if _TEXTURE.value:
         text = text.replace(_TEXTURE.value, _TEXTURE_NAME.value)
     text = text.replace(str(folder), "FOLDER")
-    return text.replace(f"{_HERE.parent.resolve()}{os.sep}", "")
+    text = text.replace(f"{_HERE.parent.resolve()}{os.sep}", "")
+    return re.sub(r"/(tmp|home|root|Users)/[^\s\"']*", "PATH", text)
 
 
 def _machine() -> dict[str, Any]:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 3×3×3 convolution of the networks, and how each backend computes it.
-
-Stride 1, zero padding 1, [b, z, y, x, in] with [3, 3, 3, in, out], in three ways:
+"""The networks' 3D convolutions, and how each backend computes them.
 
 native    what XLA makes of a 3D convolution: cuDNN on a GPU, the matrix unit of a TPU.
 library   oneDNN's convolution, which lies in jaxlib's builds for x86 and which XLA
-          calls for a custom call of this name. On a CPU, float32: 8 to 40 times faster
+          calls for a custom call of this name. On a CPU, float32: 5 to 45 times faster
           than native, where XLA has a loop for three dimensions.
-sections  one 2D convolution whose input channels are those of three neighbouring
-          sections: the same sums, 3 to 8 times faster than native on a CPU. Where the
-          library is not to be had, for bfloat16, and on several CPU devices, over which
-          XLA splits no custom call.
+sections  for 3×3×3 and stride 1, one 2D convolution whose input channels are those of
+          three neighbouring sections: the same sums, 2 to 7 times faster than native on
+          a CPU. Where the library is not to be had, for bfloat16, and on several CPU
+          devices, over which XLA splits no custom call.
 
 docs/speed.md has the measurements.
 """
@@ -28,14 +26,18 @@ import numpy as np
 # The name of the custom call and its configuration are XLA's own affair: they are in
 # no documentation, and a configuration that oneDNN cannot read ends the process.
 # These versions have been tried; another one gets `sections`.
-_TRIED_JAXLIB = ("0.10", "0.11", "0.12")
+_TRIED_JAXLIB = ("0.10", "0.12")
 _TARGET = "__onednn$convolution"
+_BIAS_RELU = ("BIAS", "RELU")
 
 
 def conv3d(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int] = (1, 1, 1)
 ) -> jax.Array:
-    """[b, z, y, x, in], [kz, ky, kx, in, out] → [b, z', y', x', out]."""
+    """[b, z, y, x, in], [kz, ky, kx, in, out] → [b, z', y', x', out].
+
+    Zero padding of half the kernel, whose sizes are odd, on both sides.
+    """
     lowering = _lowering(x.dtype)
     if lowering == "library":
         return _by_library(x, kernel, strides)
@@ -46,17 +48,18 @@ def conv3d(
 
 def conv3d_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """max(0, convolution + bias), stride 1; the library's has no gradient."""
-    if _lowering(x.dtype) == "library":
-        return _library_call(x, kernel, (1, 1, 1), bias, fused=("BIAS", "RELU"))
+    if calls_library(x.dtype):
+        return _library_call(x, kernel, (1, 1, 1), bias, fused=_BIAS_RELU)
     return jax.nn.relu(conv3d(x, kernel) + bias)
 
 
-def by_crop() -> bool:
-    """Whether the activations of one crop at a time are faster than those of a batch.
+def calls_library(dtype: jnp.dtype) -> bool:
+    """Whether networks that compute in `dtype` call the library here.
 
-    On a CPU: they stay in its cache.
+    Then XLA cannot keep their programs, and inference is faster one crop at a time,
+    whose activations stay in the CPU's cache.
     """
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return _lowering(dtype) == "library"
 
 
 def compiler_options() -> dict[str, str]:
@@ -64,7 +67,7 @@ def compiler_options() -> dict[str, str]:
 
     Not matrix products, as it does by default: the dense head takes 2.2 times longer
     by YNNPACK than by Eigen (batches of 8 and 32). Sums over batches, for batch norm,
-    take 11 times longer without it.
+    take 12 times longer without it.
     """
     if jax.default_backend() != "cpu" or not _is_tried():
         return {}
@@ -99,14 +102,20 @@ def has_library() -> bool:
     with jax.ensure_compile_time_eval():
         x = jnp.asarray(rng.normal(size=(1, 3, 4, 5, 2)), jnp.float32)
         kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 2, 3)), jnp.float32)
+        bias = jnp.asarray(rng.normal(size=3), jnp.float32)
+        expected = jax.nn.relu(_native(x, kernel, plain) + bias)
         try:
-            found = jax.jit(lambda *given: _library_call(*given, plain))(x, kernel)
+            found = jax.jit(
+                lambda x, kernel, bias: _library_call(
+                    x, kernel, plain, bias, fused=_BIAS_RELU
+                )
+            )(x, kernel, bias)
+            is_right = bool(jnp.allclose(found, expected, rtol=1e-4, atol=1e-4))
         except jax.errors.JaxRuntimeError:  # another kind of CPU, or no such target
             return False
-        is_right = bool(jnp.allclose(found, _native(x, kernel, plain), 1e-4, 1e-4))
     # XLA cannot store a program that calls the library. JAX, asked to keep compiled
     # programs, would say so of each; compiling one again takes a few seconds.
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
+    warnings.filterwarnings("ignore", "Error writing persistent .*std::bad_alloc")
     return is_right
 
 
@@ -177,6 +186,7 @@ def _library_call(
     call = jax.ffi.ffi_call(
         _TARGET,
         jax.ShapeDtypeStruct((len(x), *sizes, kernel.shape[-1]), x.dtype),
+        vmap_method="sequential",
         custom_call_api_version=2,
         legacy_backend_config=json.dumps({"onednn_conv_config": config}),
     )

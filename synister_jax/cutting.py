@@ -22,9 +22,10 @@ from synister_jax.shards import Shards
 MISSING_CLASS = "no_class"
 # The columns that decide the crops; all others can change without cutting again.
 _DECIDE_CROPS = ("synapse_id", *synapses.POSITION, "neurotransmitter")
-# group_size 1: Grain reads records one by one. EM is noise to a compressor: zstd:1
-# halves it about as well as slower levels do.
-_WRITER_OPTIONS = "group_size:1,zstd:1"
+# group_size 1: Grain reads records one by one. EM is noise to a compressor: zstd, of
+# whatever level, saves 3 to 11 % and halves how fast crops are written and read
+# (benchmarks/bench_codec.py).
+_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 def write(

@@ -112,6 +112,12 @@ class _Member:
             abstract_variables(config), sharding.replicated(mesh)
         )
         variables = checkpoint.load_variables(workdir, chosen, abstract, config)
+        # Not left to the probabilities: oneDNN's ReLU makes 0 of NaN.
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
+            raise UserError(
+                f"{workdir}, step {chosen}: parameters are NaN or infinite; choose "
+                "another step"
+            )
         return cls(workdir, chosen, classify, variables)
 
 
@@ -126,7 +132,8 @@ class Classifier:
       temperature: of one checkpoint and one view, see `make_classify`.
 
     Raises:
-      UserError: no run, no such checkpoint, or one of another architecture; runs that
+      UserError: no run, no such checkpoint, one of another architecture, or one whose
+        parameters are not finite; runs that
         differ in classes, crop or voxel size; views that the crops do not have; a
         temperature for several checkpoints or views.
     """

@@ -5,8 +5,6 @@ Both compute in `dtype`; parameters, batch statistics and the sums that these ar
 of stay float32, and so do the logits.
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -92,53 +90,19 @@ def _folded(
     return (kernel * factor).astype(dtype), (bias * factor + shift).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     """Maximum over blocks of `factors` (z, y, x), which divide the sizes of x.
 
-    Equal maxima share the gradient, as in JAX. Without reductions: XLA's windowed
-    maximum has a gradient that takes six times longer on a CPU, and that of a maximum
-    over split axes stores what is compared.
+    As a reduction over split axes: XLA's windowed maximum has a gradient that takes
+    six times longer on a CPU.
     """
-    return functools.reduce(jnp.maximum, _corners(_blocks(x, factors)))
-
-
-def _max_pool_forward(
-    x: jax.Array, factors: Sequence[int]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    pooled = _max_pool(x, factors)
-    return pooled, (x, pooled)
-
-
-def _max_pool_backward(
-    factors: Sequence[int], saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array]:
-    x, pooled = saved
-    blocks = _blocks(x, factors)
-    count = sum((corner == pooled).astype(x.dtype) for corner in _corners(blocks))
-    axes = (2, 4, 6)
-    share = jnp.expand_dims(cotangent / count, axes)
-    is_largest = blocks == jnp.expand_dims(pooled, axes)
-    return (jnp.where(is_largest, share, 0).reshape(x.shape),)
-
-
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-def _blocks(x: jax.Array, factors: Sequence[int]) -> jax.Array:
-    """[b, z, y, x, c] → [b, z / fz, fz, y / fy, fy, x / fx, fx, c]."""
+    batch, *sizes, features = x.shape
     split = [
         n
-        for size, factor in zip(x.shape[1:-1], factors, strict=True)
-        for n in (size // factor, factor)
+        for pair in zip(sizes, factors, strict=True)
+        for n in (pair[0] // pair[1], pair[1])
     ]
-    return x.reshape(len(x), *split, x.shape[-1])
-
-
-def _corners(blocks: jax.Array) -> list[jax.Array]:
-    """The same place of every block, for each place."""
-    places = itertools.product(*(range(blocks.shape[axis]) for axis in (2, 4, 6)))
-    return [blocks[:, :, i, :, j, :, k] for i, j, k in places]
+    return x.reshape(batch, *split, features).max(axis=(2, 4, 6))
 
 
 class VGG3D(nn.Module):
@@ -219,7 +183,7 @@ class VGG3D(nn.Module):
                 x = _max_pool(x, factors)
             return x
 
-        if convolution.by_crop():
+        if convolution.calls_library(self.dtype):
             return jax.lax.map(lambda crop: features(crop[None])[0], x)
         return features(x)
 
@@ -328,6 +292,16 @@ def _normalised(
     return convolution.conv3d(x, kernel, strides_zyx) + bias
 
 
+def compute_dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
+    """Raises `UserError` for one that the networks do not compute in."""
+    dtype = config.get("compute_dtype", "float32")
+    if dtype not in _DTYPES:
+        raise UserError(
+            f"config.compute_dtype is {dtype!r}; choose float32 or bfloat16"
+        )
+    return _DTYPES[dtype]
+
+
 def from_config(
     config: ml_collections.ConfigDict,
     head_sharding: jax.sharding.NamedSharding | None = None,
@@ -343,14 +317,9 @@ def from_config(
     """
     settings = config.model
     network = settings.get("network", "vgg3d")
-    dtype = config.get("compute_dtype", "float32")
-    if dtype not in _DTYPES:
-        raise UserError(
-            f"config.compute_dtype is {dtype!r}; choose float32 or bfloat16"
-        )
     common = {
         "classes": len(config.classes),
-        "dtype": _DTYPES[dtype],
+        "dtype": compute_dtype(config),
         "head_sharding": head_sharding,
     }
     if network == "resnet18":

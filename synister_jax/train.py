@@ -359,13 +359,15 @@ def main() -> None:
 
     def run() -> None:
         folder = files.make_folder(workdir.value).resolve()
-        if jax.config.jax_compilation_cache_dir is None:
-            # A run that was stopped starts again without compiling.
-            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         if coordinator.value is not None:
             sharding.join_processes(coordinator.value, processes.value, index.value)
         elif processes.value is not None or index.value is not None:
             raise UserError("--processes and --process_index need --coordinator")
+        dtype = model.compute_dtype(config.value)
+        cache = jax.config.jax_compilation_cache_dir
+        if cache is None and not convolution.calls_library(dtype):
+            # A run that was stopped starts again without compiling.
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         if jax.process_index() > 0:
             train(config.value, folder)
             return

@@ -54,7 +54,7 @@ def layers_of(name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "conv3d", note)
-        patch.setattr(convolution, "by_crop", lambda: False)
+        patch.setattr(convolution, "calls_library", lambda dtype: False)
         jax.eval_shape(
             functools.partial(network.init, train=False), jax.random.key(0), crops
         )
@@ -98,7 +98,7 @@ def test_library_is_the_native_one_for_every_layer(
     kernel: tuple[int, ...], strides: tuple[int, int, int]
 ) -> None:
     function = functools.partial(convolution._by_library, strides=strides)
-    assert_equal_to_native(function, (2, 4, 6, 10), kernel)
+    assert_equal_to_native(function, (2, 5, 7, 10), kernel)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 7, 5), (2, 5, 1, 6)])
@@ -139,7 +139,6 @@ def test_network_is_the_same_by_each_lowering(monkeypatch: pytest.MonkeyPatch) -
 
     def outcome(lowering: str) -> dict:
         monkeypatch.setattr(convolution, "_lowering", lambda dtype: lowering)
-        monkeypatch.setattr(convolution, "by_crop", lambda: lowering == "library")
         logits = jax.jit(lambda v: network.apply(v, crops, train=False))(variables)
         grads, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
         for name in grads:  # nothing but rounding: batch norm takes the mean away
@@ -181,12 +180,14 @@ def test_who_gets_the_library(
     on_one_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert convolution._lowering(jnp.float32) == "library"
+    assert convolution.calls_library(jnp.float32)
     assert convolution._lowering(jnp.bfloat16) == "sections"
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     assert convolution._lowering(jnp.float32) == "sections"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert convolution._lowering(jnp.float32) == "native"
     assert convolution.compiler_options() == {}
+    assert not convolution.calls_library(jnp.float32)
 
 
 @pytest.mark.parametrize(

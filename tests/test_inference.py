@@ -208,6 +208,14 @@ def test_mistakes(tmp_path: pathlib.Path, short_run: pathlib.Path) -> None:
         classifier([(short_run, 20), (short_run, 21)])
     with pytest.raises(UserError, match="batch size 6 is not divisible by 4 devices"):
         classifier([(short_run, 20)], batch_size=6, devices=4)
+    config = checkpoint.load_config(short_run)
+    variables = jax.tree.map(
+        lambda a: np.full(a.shape, np.nan, a.dtype),
+        inference.abstract_variables(config),
+    )
+    checkpoint.save_imported(tmp_path / "ruined", 20, variables, config)
+    with pytest.raises(UserError, match="ruined, step 20: parameters are NaN or inf"):
+        classifier([(tmp_path / "ruined", None)])
 
 
 def test_a_temperature_divides_the_logits(
