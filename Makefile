@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make lint | make consumers | make bench-env. PYTHON chooses the interpreter of a new .venv.
+# make demo | make test | make lint | make consumers | make bench-env | make bench. PYTHON chooses the interpreter of a new .venv.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -65,17 +65,19 @@ consumers: $(CONSUMERS)/installed
 
 # The benchmarks' other sides are PyTorch and gunpowder.
 BENCH = .venv-bench
+BENCH_STAMP = $(STAMP:$(VENV)/%=$(BENCH)/%)
 
-$(BENCH)/installed: pyproject.toml constraints-bench.txt
+$(BENCH_STAMP): pyproject.toml constraints-bench.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synister_jax needs Python 3.11 or newer; try make PYTHON=python3.11")'
 	rm -rf $(BENCH)
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-bench.txt --editable '.[bench]'
 	touch $@
 
-bench-env: $(BENCH)/installed
+bench-env: $(BENCH_STAMP)
 
 # On a GPU: make bench JAX_PLATFORMS=cuda, with .[bench,cuda] in the environment.
-bench: $(BENCH)/installed
+bench: $(BENCH_STAMP)
 	$(BENCH)/bin/python benchmarks/run_all.py --folder='$(BENCH_FOLDER)' $(if $(TEXTURE),--texture='$(TEXTURE)')
 
 test: $(TORCH)
@@ -86,4 +88,4 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) $(CONSUMERS) $(BENCH) $(DEMO)
+	rm -rf $(VENV) $(CONSUMERS) $(BENCH) $(BENCH_FOLDER) $(DEMO)

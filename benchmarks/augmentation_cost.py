@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
+import random_inputs
+import side_by_side
 from absl import flags
 from ml_collections import config_flags
 
@@ -40,18 +41,7 @@ def main() -> None:
     config = _CONFIG.value
     tx = recipe.make_optimizer(config)
     network = model.from_config(config)
-    plain = config.copy_and_resolve_references()
-    plain.augment.update(
-        jitter_zyx=(0, 0, 0),
-        elastic_sigma_zyx=(0.0, 0.0, 0.0),
-        rotation=(0.0, 0.0),
-        slip_probability=0.0,
-        shift_probability=0.0,
-        mirror=False,
-        transpose_axes=(),
-        intensity_scale=(1.0, 1.0),
-        intensity_shift=(0.0, 0.0),
-    )
+    plain = random_inputs.unaugmented(config)
     steps, batches = {}, {}
     mesh = sharding.make_mesh()
     rng = np.random.default_rng(0)
@@ -69,11 +59,7 @@ def main() -> None:
     )
     keys = augment.batch_keys(0, 0, config.batch_size)
     # One state for both: at full size it is 4 GB.
-    init = jax.jit(
-        lambda key: train.create_state(key, config, tx),
-        compiler_options={"xla_backend_optimization_level": 1},
-    )
-    state = jax.device_put(init(jax.random.key(0)), sharding.replicated(mesh))
+    state = random_inputs.training_state(config, tx, sharding.replicated(mesh))
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     for name, chosen in (("augmented", config), ("plain", plain)):
         steps[name] = train.jit_step(chosen, network, tx, placed)
@@ -94,12 +80,9 @@ def main() -> None:
         "augmentation_of_step": medians["alone"] / medians["augmented"],
         "augmented_over_plain": medians["augmented"] / medians["plain"],
         "repeats": _REPEATS.value,
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
     }
-    print(json.dumps(report))
+    packages = ("synister_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    print(json.dumps(report | side_by_side.about(*packages)))
 
 
 def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

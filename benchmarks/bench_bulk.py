@@ -10,25 +10,24 @@ run. The prediction executes a plan with nothing in the volume's cache: it reads
 decodes chunks, computes, and writes parts. The network alone gets as many batches, one
 that lies on the device already again and again; like the prediction it fetches each
 result while the next batch is computed. The two alternate in one process, as to which
-is first too; medians. Prints one line of JSON. Runs on whatever devices JAX has.
+is first too; medians, the ratio of pairs. Prints one line of JSON. Runs on whatever
+devices JAX has.
 """
 
 import collections
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import shutil
 import statistics
-import sys
 import time
 
 import jax
 import numpy as np
 import peaks
 import random_inputs
+import side_by_side
 from absl import flags
 from ml_collections import config_flags
 
@@ -81,32 +80,22 @@ def main() -> None:
     on_device = classifier.put(voxels)
 
     load_before = os.getloadavg()
-    seconds: dict[str, list[float]] = {"bare": [], "predict": []}
-    all_times = []
-    for index in range(-1, _ROUNDS.value):  # the first is to compile
-        for name in ("bare", "predict") if index % 2 == 0 else ("predict", "bare"):
-            if name == "bare":
-                elapsed = _bare(classifier, on_device, batches)
-            else:
-                times = _predict(plan, classifier, path)
-                elapsed = times.wall
-                if index >= 0:
-                    all_times.append(times)
-            if index >= 0:
-                seconds[name].append(elapsed)
-            print(f"{index} {name} {elapsed:.2f} s", file=sys.stderr, flush=True)
-    rates = {
-        name: [plan.predicted_rows / s for s in values]
-        for name, values in seconds.items()
-    }
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    paired = [p / b for p, b in zip(rates["predict"], rates["bare"], strict=True)]
+    all_times: list[execution.Times] = []
+
+    def bare() -> float:
+        return plan.predicted_rows / _bare(classifier, on_device, batches)
+
+    def whole() -> float:
+        all_times.append(_predict(plan, classifier, path))
+        return plan.predicted_rows / all_times[-1].wall
+
+    sides = {"bare": bare, "predict": whole}
+    rates = side_by_side.alternate(sides, _ROUNDS.value)
+    del all_times[0]  # compiles
     report = {
         "benchmark": "bulk",
-        "crops_per_second": medians,
-        "ratio": medians["predict"] / medians["bare"],
-        "ratio_median_of_pairs": statistics.median(paired),
-        "rounds_crops_per_second": rates,
+        "unit": "crops/s",
+        **side_by_side.summary(rates, "predict"),
         "device_busy": statistics.median(t.compute / t.wall for t in all_times),
         "seconds_of_a_prediction": {
             stage: statistics.median(getattr(times, stage) for times in all_times)
@@ -116,22 +105,15 @@ def main() -> None:
         "batch_size": classifier.batch_size,
         "batches": batches,
         "units": len(plan),
-        "rounds": _ROUNDS.value,
         "crop_shape_zyx": list(config.crop_shape_zyx),
         "parameters": peaks.parameters(config),
         "compute_dtype": config.compute_dtype,
         "volume_shape_zyx": volume.shape_zyx,
         "chunk_shape_zyx": volume.chunk_shape_zyx,
         "load_average_before": load_before,
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
     }
-    for package in ("synister_jax", "jax", "jaxlib", "tensorstore", "numpy"):
-        report[package] = importlib.metadata.version(package)
-    print(json.dumps(report))
+    packages = ("synister_jax", "jax", "jaxlib", "tensorstore", "numpy")
+    print(json.dumps(report | side_by_side.about(*packages)))
 
 
 def _bare(classifier: inference.Classifier, batch: jax.Array, batches: int) -> float:

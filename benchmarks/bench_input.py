@@ -47,7 +47,7 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-import pyarrow as pa
+import random_inputs
 import side_by_side
 import textures
 from absl import flags
@@ -151,12 +151,15 @@ def _compare(config: ml_collections.ConfigDict) -> None:
 def _summary(rates: dict[str, list[float]]) -> dict[str, Any]:
     """Medians, rounds, and what each side of ours is to gunpowder."""
     found = {name: side_by_side.summary(rates, name) for name in _SIDES[:2]}
-    ratio = {name: found[name]["ratio"].get("gunpowder") for name in found}
     medians = found["ours_host"]
     return {
         "rates": medians["rates"],
-        "ratio_to_gunpowder": ratio,
         "rounds": medians["rounds"],
+    } | {
+        f"{what}_to_gunpowder": {
+            name: of[what].get("gunpowder") for name, of in found.items()
+        }
+        for what in ("ratio", "ratio_range")
     }
 
 
@@ -348,9 +351,7 @@ def _make(folder: pathlib.Path, config: ml_collections.ConfigDict) -> shards.Sha
     """Volume, synapses and shards, where they are not there."""
     shape, voxel_size = list(map(int, _SHAPE.value)), config.voxel_size_nm_zyx
     margin = augment.Settings.of(config).margin_vx_zyx
-    record = shards.record_shape_zyx(config.crop_shape_zyx, margin)
-    if np.less(shape, record).any():
-        raise command.UserError(f"--volume_shape_zyx is smaller than {record}")
+    record = random_inputs.record_shape_zyx(config)
     # To zarr an N5 data set is one of a container.
     container = files.make_folder(folder / "volumes.n5")
     files.write_json(container / "attributes.json", {"n5": "2.0.0"})
@@ -361,27 +362,12 @@ def _make(folder: pathlib.Path, config: ml_collections.ConfigDict) -> shards.Sha
     volume = volumes.open(str(path), voxel_size)
     return cutting.write(
         (folder / f"shards-{digest}").resolve(),
-        _table(volume, config, record),
+        random_inputs.training_synapses(volume, config, _SYNAPSES.value),
         volume,
         crop_shape_zyx=config.crop_shape_zyx,
         margin_vx_zyx=margin,
         classes=config.classes,
     )
-
-
-def _table(
-    volume: volumes.Volume, config: ml_collections.ConfigDict, record: tuple[int, ...]
-) -> pa.Table:
-    """Synapses with records inside the volume, all in the train part."""
-    most = np.subtract(volume.shape_zyx, record)
-    count = _SYNAPSES.value
-    starts = np.random.default_rng(0).integers(0, most, (count, 3), endpoint=True)
-    centres_nm = (starts + np.asarray(record) // 2) * volume.voxel_size_nm_zyx
-    columns = dict(zip(synapses.POSITION, centres_nm.T, strict=True))
-    columns |= {"synapse_id": np.arange(count), "neuron_id": np.arange(count)}
-    columns["neurotransmitter"] = np.resize(config.classes, count)
-    columns[f"split_{config.split}"] = np.full(count, "train")
-    return synapses.conform(pa.table(columns), "random synapses")
 
 
 if __name__ == "__main__":

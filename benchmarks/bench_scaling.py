@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import random_inputs
 import side_by_side
 from absl import flags
 from ml_collections import config_flags
@@ -38,7 +39,6 @@ from ml_collections import config_flags
 from synister_jax import (
     augment,
     command,
-    convolution,
     files,
     inference,
     model,
@@ -190,12 +190,9 @@ class _Network:
         self._classify = inference.make_classify(config, self._mesh)
         self._margin = augment.Settings.of(config).margin_vx_zyx
         self._crop = tuple(config.crop_shape_zyx)
-        init = jax.jit(
-            lambda key: train.create_state(key, config, self._optimizer),
-            out_shardings=sharding.replicated(self._mesh),
-            compiler_options={"xla_backend_optimization_level": 1},
+        self._state = random_inputs.training_state(
+            config, self._optimizer, sharding.replicated(self._mesh)
         )
-        self._state = init(jax.random.key(0))
 
     def classifying(self, batch_size: int) -> Callable[[], float]:
         crops = self._random((batch_size, *self._crop))
@@ -211,13 +208,8 @@ class _Network:
 
     def training(self, config: ml_collections.ConfigDict) -> Callable[[], float]:
         network = model.from_config(config, sharding.head_input(self._mesh))
-        replicated = sharding.replicated(self._mesh)
-        step_fn = jax.jit(
-            functools.partial(train.train_step, config, network, self._optimizer),
-            donate_argnums=0,
-            out_shardings=(replicated, replicated),
-            compiler_options=convolution.compiler_options(),
-        )
+        placed = jax.tree.map(lambda leaf: leaf.sharding, self._state)
+        step_fn = train.jit_step(config, network, self._optimizer, placed)
         shape = np.add(self._crop, np.multiply(2, self._margin))
         labels = np.arange(config.batch_size, dtype=np.int32) % len(config.classes)
         batch = {

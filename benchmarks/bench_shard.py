@@ -37,9 +37,8 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-import pyarrow as pa
+import random_inputs
 import side_by_side
-import tensorstore as ts
 import textures
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -94,7 +93,7 @@ def main() -> None:
         "stream": stream,
         "rounds": _ROUNDS.value,
         "crop_shape_zyx": list(config.crop_shape_zyx),
-        "record_shape_zyx": _record_shape_zyx(config),
+        "record_shape_zyx": random_inputs.record_shape_zyx(config),
         "volume_shape_zyx": shape,
         "texture": _TEXTURE.value or "noise",
         "texture_shape_zyx": texture.shape,
@@ -110,8 +109,8 @@ def _cut(
     folder: pathlib.Path, path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> dict[str, Any]:
     volume = volumes.open(str(path), config.voxel_size_nm_zyx)
-    table = _table(volume, config)
-    shape = _record_shape_zyx(config)
+    table = random_inputs.training_synapses(volume, config, _CROPS.value)
+    shape = random_inputs.record_shape_zyx(config)
     starts = crops.starts_vx_zyx(
         synapses.positions_nm_zyx(table), config.crop_shape_zyx, volume
     ) - np.asarray(augment.Settings.of(config).margin_vx_zyx)
@@ -122,7 +121,7 @@ def _cut(
 
     def chunk_order() -> float:
         shutil.rmtree(folder / "shards", ignore_errors=True)
-        start, chunks = time.perf_counter(), _chunks_read()
+        start, chunks = time.perf_counter(), textures.chunks_read()
         cutting.write(
             folder / "shards",
             table,
@@ -132,14 +131,14 @@ def _cut(
             classes=config.classes,
         )
         seconds = time.perf_counter() - start
-        decoded["chunk_order"].append((_chunks_read() - chunks) / needed)
+        decoded["chunk_order"].append((textures.chunks_read() - chunks) / needed)
         return len(table) / seconds
 
     def loop() -> float:
         first = next(samples) * _SAMPLE.value
         rows = np.arange(first, first + _SAMPLE.value) % len(table)
         last.clear()
-        start, chunks = time.perf_counter(), _chunks_read()
+        start, chunks = time.perf_counter(), textures.chunks_read()
         opened = volumes.open(str(path), config.voxel_size_nm_zyx, cache_bytes=0)
         target = folder / "loop.array_record"
         # The same options: what differs is how the voxels are read.
@@ -153,7 +152,7 @@ def _cut(
             os.fsync(file.fileno())
         seconds = time.perf_counter() - start
         # Of the loop only a sample is cut: what it would decode for all.
-        of_all = (_chunks_read() - chunks) / len(rows) * len(table)
+        of_all = (textures.chunks_read() - chunks) / len(rows) * len(table)
         decoded["loop"].append(of_all / needed)
         return len(rows) / seconds
 
@@ -186,13 +185,6 @@ def _compare(cut: shards.Shards, others: dict[int, np.ndarray]) -> int:
             compared += 1
     assert compared == len(others), (compared, len(others))
     return compared
-
-
-def _chunks_read() -> int:
-    """Chunks that were in no cache of TensorStore, since the process began."""
-    name = "/tensorstore/cache/miss_count"
-    metrics = ts.experimental_collect_matching_metrics(name)
-    return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
 # ------------------------------------------------------------------------------- stream
@@ -236,31 +228,6 @@ def _stream(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str
         "batch_size": examples.batch_size,
         "batches": _BATCHES.value,
     }
-
-
-# ------------------------------------------------------------------------- what is made
-
-
-def _record_shape_zyx(config: ml_collections.ConfigDict) -> list[int]:
-    margin = augment.Settings.of(config).margin_vx_zyx
-    return [int(n) for n in shards.record_shape_zyx(config.crop_shape_zyx, margin)]
-
-
-def _table(volume: volumes.Volume, config: ml_collections.ConfigDict) -> pa.Table:
-    """Synapses with records inside the volume, all in the train part."""
-    rng = np.random.default_rng(0)
-    record = _record_shape_zyx(config)
-    most = np.subtract(volume.shape_zyx, record)
-    if min(most) < 0:
-        raise command.UserError("--volume_shape_zyx is smaller than a record")
-    starts = rng.integers(0, most, (_CROPS.value, 3), endpoint=True)
-    centres_nm = (starts + np.asarray(record) // 2) * volume.voxel_size_nm_zyx
-    numbers = np.arange(_CROPS.value)
-    columns = dict(zip(synapses.POSITION, centres_nm.T, strict=True))
-    columns |= {"synapse_id": numbers, "neuron_id": numbers}
-    columns["neurotransmitter"] = np.resize(config.classes, _CROPS.value)
-    columns[f"split_{config.split}"] = np.full(_CROPS.value, "train")
-    return synapses.conform(pa.table(columns), "random synapses")
 
 
 if __name__ == "__main__":

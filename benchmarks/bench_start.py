@@ -6,10 +6,14 @@
 
 Each start is a new process of `python -m synister_jax.predict` on one batch of random
 synapses in a small volume; it is timed until the part file with their probabilities is
-there, and until its end, when they are merged. `cache`: with JAX's compilation cache
-(JAX_COMPILATION_CACHE_DIR) filled by a start before, as it is by default: of programs
-that took a second or more; `cache_of_all`: of every program; `no_cache`: switched off.
-They alternate; medians. All files lie in the system's cache, Python's as bytecode.
+there, and until its end, when they are merged. predict sets no compile cache; here the
+environment does (JAX_COMPILATION_CACHE_DIR), and a start before has filled it. `cache`:
+as JAX does it by default, of programs that took a second or more to compile;
+`cache_of_all`: of every program; `no_cache`: switched off. On a CPU a program that
+calls the library of convolutions cannot be stored (synister_jax/convolution.py), so the
+network is compiled at each start, whatever the cache; `programs_in_cache` says how many
+there are. The three alternate; medians. All files lie in the system's cache, Python's
+as bytecode.
 
 Of one more start each the stages, which start_stages.py notes: Python
 and imports, the run's weights restored, the work planned, the first batch started,
@@ -67,14 +71,13 @@ def main() -> None:
     }
     first: dict[str, list[float]] = {name: [] for name in environments}
     whole: dict[str, list[float]] = {name: [] for name in environments}
-    names = list(environments)
-    for index in range(-1, _ROUNDS.value):  # the first fills the cache
-        for name in names if index % 2 else reversed(names):
-            seconds = _start(folder / "output", arguments, environments[name])
-            print(f"{index} {name} {seconds}", file=sys.stderr, flush=True)
-            if index >= 0:
-                first[name].append(seconds[0])
-                whole[name].append(seconds[1])
+    # The round before the first fills the cache.
+    for index, name in side_by_side.in_turns(list(environments), _ROUNDS.value):
+        seconds = _start(folder / "output", arguments, environments[name])
+        print(f"{index} {name} {seconds}", file=sys.stderr, flush=True)
+        if index >= 0:
+            first[name].append(seconds[0])
+            whole[name].append(seconds[1])
     stages = {
         name: _stages(folder / "output", arguments, environment)
         for name, environment in environments.items()

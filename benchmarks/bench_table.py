@@ -20,11 +20,8 @@ begins. Prints a line of JSON for each.
 """
 
 import contextlib
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import re
 import shutil
 import subprocess
@@ -36,6 +33,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import side_by_side
 import tensorstore as ts
 from absl import flags
 
@@ -142,14 +140,8 @@ def _measure(folder: pathlib.Path, rows: int) -> dict[str, Any]:
         "parts": _bytes(plan.folder / "parts"),
         "predictions": _bytes(plan.folder / "predictions.feather"),
     }
-    report |= {
-        "cpus": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
-    for package in ("synister_jax", "duckdb", "numpy", "pyarrow"):
-        report[package] = importlib.metadata.version(package)
-    return report
+    packages = ("synister_jax", "duckdb", "numpy", "pyarrow")
+    return report | side_by_side.about(*packages)
 
 
 def _apart(phase: str, rows: int) -> Any:

@@ -56,7 +56,8 @@ _OTHERS = ("as_written", "tuned")
 
 
 def main() -> None:
-    config = _plain(_CONFIG.value)
+    config = random_inputs.unaugmented(_CONFIG.value)
+    config.log_every_steps = 1  # the loss of every step by itself
     if _SIDE.value is not None:
         _be(_SIDE.value, config)
         return
@@ -108,24 +109,6 @@ def _compare(
     return measured | {"sides": about}
 
 
-def _plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Without augmentation, and with the loss of every step by itself."""
-    plain = config.copy_and_resolve_references()
-    plain.log_every_steps = 1
-    plain.augment.update(
-        jitter_zyx=(0, 0, 0),
-        elastic_sigma_zyx=(0.0, 0.0, 0.0),
-        rotation=(0.0, 0.0),
-        slip_probability=0.0,
-        shift_probability=0.0,
-        mirror=False,
-        transpose_axes=(),
-        intensity_scale=(1.0, 1.0),
-        intensity_shift=(0.0, 0.0),
-    )
-    return plain
-
-
 def _be(side: str, config: ml_collections.ConfigDict) -> None:
     folder = files.make_folder(_FOLDER.value)
     shape = (config.batch_size, *config.crop_shape_zyx)
@@ -170,14 +153,10 @@ def _ours(
     from synister_jax import checkpoint, inference, model, recipe, sharding, train
 
     tx = recipe.make_optimizer(config)
-    init = jax.jit(
-        lambda key: train.create_state(key, config, tx),
-        compiler_options={"xla_backend_optimization_level": 1},  # it runs once
-    )
     mesh = sharding.make_mesh()
     where = sharding.replicated(mesh)
     abstract = sharding.abstract(inference.abstract_variables(config), where)
-    state = jax.device_put(init(jax.random.key(0)), where)
+    state = random_inputs.training_state(config, tx, where)
     state = state.replace(params={}, batch_stats={})
     state = state.replace(**checkpoint.load_variables(workdir, 0, abstract, config))
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)

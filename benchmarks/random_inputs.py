@@ -1,38 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random volumes, synapses and networks to time predictions with.
+"""Random volumes, synapses and networks to time training and predictions with.
 
 What is made stays in the benchmark's folder and is found there by the next run.
 """
 
 import hashlib
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pyarrow as pa
-from scipy import ndimage
+import textures
 
-from synister_jax import checkpoint, inference, model, volumes
+from synister_jax import (
+    augment,
+    checkpoint,
+    inference,
+    model,
+    shards,
+    train,
+    volumes,
+)
+from synister_jax import synapses as synapse_tables
+from synister_jax.command import UserError
 
 
 def volume_path(
     folder: pathlib.Path, shape: Sequence[int], config: ml_collections.ConfigDict
 ) -> pathlib.Path:
     """An N5 volume (gzip, chunks of 16×128×128) of smooth noise."""
-    path = folder / f"noise-{'x'.join(map(str, shape))}.n5"
-    if path.exists():
-        return path
-    values = np.random.default_rng(0).standard_normal(shape, np.float32)
-    smooth = ndimage.gaussian_filter(values, (1, 3, 3))
-    noise = np.clip(128 + 40 * smooth / smooth.std(), 0, 255).astype(np.uint8)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    volumes.write_n5(partial, noise, config.voxel_size_nm_zyx)
-    return partial.rename(path)
+    noise = textures.load(None, shape, (1, 1, 1))
+    return textures.tiled(folder, noise, tuple(shape), tuple(config.voxel_size_nm_zyx))
 
 
 def synapses(
@@ -47,6 +49,60 @@ def synapses(
     ids = np.arange(len(starts))
     names = ["synapse_id", "z_nm", "y_nm", "x_nm"]
     return pa.RecordBatch.from_arrays(list(map(pa.array, (ids, z, y, x))), names)
+
+
+def training_synapses(
+    volume: volumes.Volume, config: ml_collections.ConfigDict, count: int
+) -> pa.Table:
+    """Uniformly random ones whose records lie inside, all in the train part."""
+    record = record_shape_zyx(config)
+    most = np.subtract(volume.shape_zyx, record)
+    if min(most) < 0:
+        raise UserError(f"--volume_shape_zyx is smaller than a record, {record}")
+    starts = np.random.default_rng(0).integers(0, most, (count, 3), endpoint=True)
+    centres_nm = (starts + np.asarray(record) // 2) * volume.voxel_size_nm_zyx
+    columns = dict(zip(synapse_tables.POSITION, centres_nm.T, strict=True))
+    columns |= {"synapse_id": np.arange(count), "neuron_id": np.arange(count)}
+    columns["neurotransmitter"] = np.resize(config.classes, count)
+    columns[f"split_{config.split}"] = np.full(count, "train")
+    return synapse_tables.conform(pa.table(columns), "random synapses")
+
+
+def record_shape_zyx(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Of a shard's records: a crop and the margin for its augmentation."""
+    margin = augment.Settings.of(config).margin_vx_zyx
+    return tuple(map(int, shards.record_shape_zyx(config.crop_shape_zyx, margin)))
+
+
+def unaugmented(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The configuration with every augmentation off."""
+    plain = config.copy_and_resolve_references()
+    plain.augment.update(
+        jitter_zyx=(0, 0, 0),
+        elastic_sigma_zyx=(0.0, 0.0, 0.0),
+        rotation=(0.0, 0.0),
+        slip_probability=0.0,
+        shift_probability=0.0,
+        mirror=False,
+        transpose_axes=(),
+        intensity_scale=(1.0, 1.0),
+        intensity_shift=(0.0, 0.0),
+    )
+    return plain
+
+
+def training_state(
+    config: ml_collections.ConfigDict,
+    tx: optax.GradientTransformation,
+    where: jax.sharding.Sharding,
+) -> train.TrainState:
+    """The state that training starts with."""
+    init = jax.jit(
+        lambda key: train.create_state(key, config, tx),
+        out_shardings=where,
+        compiler_options={"xla_backend_optimization_level": 1},  # it runs once
+    )
+    return init(jax.random.key(0))
 
 
 def workdir(

@@ -56,7 +56,7 @@ _TARGETS = (
             f"allocator_kept.{_TO_GUNPOWDER}{side}",
         )
         for what, wanted, side in (
-            ("shards to device, without augmentation", 20, "ours_host"),
+            ("unaugmented records of shards to the device", 20, "ours_host"),
             ("with the augmentation computed here", 5, "ours_with_augmentation"),
         )
     ),
@@ -117,8 +117,9 @@ def page(results: Results, sections: Sections) -> str:
         "",
         "Written by `benchmarks/run_all.py` (`make bench`) from `results.json`, where "
         "all numbers are. Ratios above 1: ours is faster. Sides alternate in one run; "
-        'medians. The allocator "kept" is glibc\'s, told to keep freed memory, for '
-        f"all sides. {_MISSING}: not measured.",
+        "medians, of ratios those of single rounds, in parentheses the smallest and "
+        'the largest. The allocator "kept" is glibc\'s, told to keep freed memory, for '
+        f"all sides. {_MISSING}: not measured, or not known.",
         "",
         *_machines(results),
         *_targets(results),
@@ -131,21 +132,38 @@ def page(results: Results, sections: Sections) -> str:
 
 
 def _machines(results: Results) -> Iterator[str]:
-    yield "## Machine"
+    yield "## Machines"
     yield ""
     for backend, entries in results.items():
-        machine = entries["machine"]
-        packages = [
-            f"{name} {value}"
-            for name, value in list(machine.items())
-            if isinstance(value, str) and value[:1].isdigit() and name != "date"
-        ]
-        yield (
-            f"- **{backend}**: {machine['cpu']}, {machine['cpus']} cores, "
-            f"{machine['memory_gb']} GB; {machine['devices']} × {machine['device']}; "
-            f"{machine['date']}; {', '.join(packages)}"
-        )
+        for name, machine in _names(backend, entries).items():
+            yield f"- **{machine}**: {name}"
     yield ""
+
+
+def _names(backend: str, entries: Mapping[str, Any]) -> dict[str, str]:
+    """What sections call a backend's machines: {what one is: name}."""
+    found = [_machine(entry) for entry in entries["benchmarks"].values()]
+    distinct = [machine for machine in dict.fromkeys(found) if machine != _MISSING]
+    return {
+        machine: backend if place == 1 else f"{backend} {place}"
+        for place, machine in enumerate(distinct, start=1)
+    }
+
+
+def _machine(entry: Mapping[str, Any]) -> str:
+    """Hardware and versions of one run."""
+    machine = entry.get("machine")
+    if machine is None:
+        return _MISSING
+    packages = [
+        f"{name} {value}"
+        for name, value in machine.items()
+        if isinstance(value, str) and value[:1].isdigit() and name != "date"
+    ]
+    return (
+        f"{machine['cpu']}, {machine['cpus']} cores, {machine['memory_gb']} GB; "
+        f"{machine['devices']} × {machine['device']}; {', '.join(packages)}"
+    )
 
 
 def _targets(results: Results) -> Iterator[str]:
@@ -163,18 +181,20 @@ def _targets(results: Results) -> Iterator[str]:
         row = [target.what, f"{sign} {number(target.wanted)}{unit}"]
         for entries in results.values():
             for at in (target.at, target.at_kept):
-                value = _lookup(_first(entries, target.name), at) if at else None
-                row.append(_judged(value, target, unit, entries))
+                row.append(_judged(at, target, unit, entries))
         rows.append(row)
     yield from _table(head, rows)
 
 
-def _judged(value: Any, target: _Target, unit: str, entries: Mapping[str, Any]) -> str:
+def _judged(at: str, target: _Target, unit: str, entries: Mapping[str, Any]) -> str:
+    report = _first(entries, target.name)
+    value = _lookup(report, at) if at else None
     if value is None:
         return _MISSING
     small = entries["benchmarks"][target.name]["quick"]
     mark = "" if target.is_met(value) else " (short)"
-    return f"{number(value)}{unit}{' (small sizes)' if small else mark}"
+    said = f"{number(value)}{unit}{_range(report, at)}"
+    return said + (" (small sizes)" if small else mark)
 
 
 def _section(
@@ -191,6 +211,10 @@ def _section(
             yield f"Not run on {backend}."
             yield ""
             continue
+        machine = _names(backend, entries).get(_machine(entry), _MISSING)
+        date, revision = (entry.get(key) or _MISSING for key in ("date", "revision"))
+        yield f"On {backend}: {date}, revision {revision}, machine {machine}."
+        yield ""
         if entry["error"]:
             yield f"On {backend}: {entry['error'].replace('|', '/')}"
             yield ""
@@ -205,7 +229,7 @@ def _section(
         return
     head = ["", *(title for title, _ in columns)]
     shown = [
-        [label, *(number(_lookup(report, at)) for _, report in columns)]
+        [label, *(f"{number(_lookup(r, at))}{_range(r, at)}" for _, r in columns)]
         for label, at in section.numbers
     ]
     yield from _table(head, shown)
@@ -269,8 +293,7 @@ def _gpu(results: Results) -> Iterator[str]:
             for name, entry in results[backend]["benchmarks"].items()
             if entry["reports"] and not entry["error"]
         ]
-        device = results[backend]["machine"]["device"]
-        yield f"Run on {backend} ({device}): {', '.join(done) or 'nothing'}."
+        yield f"Run on {backend}: {', '.join(done) or 'nothing'}."
     yield ""
 
 
@@ -287,6 +310,14 @@ def _lookup(report: Any, at: str) -> Any:
             return None
         report = report.get(key)
     return report
+
+
+def _range(report: Any, at: str) -> str:
+    """Smallest and largest of what is a median of ratios; else nothing."""
+    if "ratio" not in at:
+        return ""
+    ends = _lookup(report, at.replace("ratio", "ratio_range", 1))
+    return f" ({number(ends[0])} to {number(ends[1])})" if ends else ""
 
 
 def _flat(point: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

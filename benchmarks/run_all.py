@@ -6,8 +6,9 @@
 
 Which scripts, and with what arguments, is in catalogue.py. Each is a process of its
 own, whose progress is in FOLDER/NAME.log. What it printed is in results.json as soon as
-it is done, under the backend that JAX has here: kill this at any moment, and run what
-is missing with `--only`. Those that were not run keep the lines that they had.
+it is done, under the backend that JAX has here, with the machine and the revision that
+it ran on: kill this at any moment, and run what is missing with `--only`. Those that
+were not run keep what they had.
 `--quick` takes sizes of seconds to see that all scripts work; what it measures says
 nothing, and goes to FOLDER instead of here.
 """
@@ -57,12 +58,13 @@ def main() -> None:
     machine = _machine()
     backend = machine["backend"]
     results = files.read_json(path) if path.exists() else {}
-    results.setdefault(backend, {"benchmarks": {}})["machine"] = machine
+    results.setdefault(backend, {"benchmarks": {}})
     failed = []
     for benchmark in BENCHMARKS:
         if _ONLY.value and benchmark.name not in _ONLY.value:
             continue
-        entry = _run(benchmark, backend, folder, output)
+        ran_on = {"machine": machine, "revision": _revision()}
+        entry = _run(benchmark, backend, folder, output) | ran_on
         results[backend]["benchmarks"][benchmark.name] = entry
         files.write_json(path, results)
         if entry["error"].startswith("failed"):
@@ -81,16 +83,21 @@ def _write_page(results: dict[str, Any], output: pathlib.Path) -> None:
             name = results_page.picture_of(roofline.FILE, backend)
             files.write_bytes(output / name, picture)
     sections = {
-        benchmark.name: (benchmark.section, _shown(benchmark))
+        benchmark.name: (benchmark.section, _shown(benchmark, results))
         for benchmark in BENCHMARKS
     }
     files.write_text(output / "RESULTS.md", results_page.page(results, sections))
 
 
-def _shown(benchmark: Benchmark) -> str:
+def _shown(benchmark: Benchmark, results: dict[str, Any]) -> str:
     """How to rerun it."""
+    read = {
+        report.get("texture", "noise")
+        for entries in results.values()
+        for report in entries["benchmarks"].get(benchmark.name, {}).get("reports", [])
+    }
     arguments = ["--folder=FOLDER"] * benchmark.has_folder
-    arguments += ["--texture=URI"] * benchmark.reads_texture
+    arguments += ["--texture=URI"] * bool(read - {"noise"})
     arguments += [a.replace("{picture}", "FILE.png") for a in benchmark.full]
     return " ".join(["python", f"benchmarks/{benchmark.script}", *arguments])
 
@@ -147,6 +154,30 @@ def _without_paths(text: str, folder: pathlib.Path) -> str:
     return re.sub(r"/(tmp|home|root|Users)/[^\s\"']*", "PATH", text)
 
 
+def _revision() -> str | None:
+    """Of what is measured and what measures, + where files differ; None outside git."""
+    # What this script writes itself is no difference.
+    written = [f":!benchmarks/{name}" for name in ("results.json", "*.md", "*.png")]
+    paths = ["synister_jax", "configs", "benchmarks", *written]
+    try:
+        revision = _git("rev-parse", "--short", "HEAD").strip()
+        differs = bool(_git("status", "--porcelain", "--", *paths))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + "+" * differs
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=_HERE.parent,
+        text=True,
+        check=True,
+    ).stdout
+
+
 def _machine() -> dict[str, Any]:
     """This machine, its backend and versions; JAX starts in a process of its own."""
     code = (
@@ -163,7 +194,6 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": model[1] if model else about["machine"],
         "memory_gb": round(pages * page_bytes / 1e9, 1),
-        "date": datetime.date.today().isoformat(),
         **about,
     }
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two ways to do one thing, timed in turns; what the benchmarks share.
 
-A machine's speed drifts, so the sides alternate, in an order that turns round by round,
-and what is compared are rates of one round. A side that needs an environment of its own
-(an allocator's, another interpreter's) is a `Child`: a process that is idle until it is
-its turn. The module itself needs nothing that is not in Python.
+A machine's speed drifts, so the sides alternate, in an order that rotates round by
+round, and what is compared are rates of one round. A side that needs an environment of
+its own (an allocator's, another interpreter's) is a `Child`: a process that is idle
+until it is its turn. The module itself needs nothing that is not in Python.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # By default glibc gives a large block back to the kernel when it is freed, and each
@@ -43,29 +43,45 @@ def alternate(
     Args:
       sides: by name, what does one round and returns its rate (items a second).
     """
-    names = list(sides)
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(-1, rounds):
-        for name in names if index % 2 else reversed(names):
-            rate = sides[name]()
-            note = f"{index} {name} {rate:.4g}/s" + " (warm-up)" * (index < 0)
-            print(note, file=sys.stderr, flush=True)
-            if index >= 0:
-                rates[name].append(rate)
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for index, name in in_turns(list(sides), rounds):
+        rate = sides[name]()
+        note = f"{index} {name} {rate:.4g}/s" + " (warm-up)" * (index < 0)
+        print(note, file=sys.stderr, flush=True)
+        if index >= 0:
+            rates[name].append(rate)
     return rates
 
 
+def in_turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, name) of all rounds, and before them of one to warm up, -1.
+
+    The side that begins a round ends the next one, so each comes in every place and,
+    of three or more, none runs twice in a row. Of two, each begins every other round:
+    they would keep their places else.
+    """
+    for index in range(-1, rounds):
+        turn = index % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            yield index, name
+
+
 def summary(rates: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
-    """Medians, all rounds, and `ours` over each other side: the median of the pairs."""
-    ratios = {
-        other: statistics.median(
-            a / b for a, b in zip(rates[ours], values, strict=True)
-        )
+    """Medians, all rounds, and `ours` over each other side.
+
+    Of the ratios in one round the median, and the smallest and the largest.
+    """
+    paired = {
+        other: [a / b for a, b in zip(rates[ours], values, strict=True)]
         for other, values in rates.items()
         if other != ours
     }
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    return {"rates": medians, "rounds": dict(rates), "ratio": ratios}
+    return {
+        "rates": {name: statistics.median(values) for name, values in rates.items()},
+        "rounds": dict(rates),
+        "ratio": {other: statistics.median(found) for other, found in paired.items()},
+        "ratio_range": {o: [min(found), max(found)] for o, found in paired.items()},
+    }
 
 
 def about(*packages: str) -> dict[str, Any]:

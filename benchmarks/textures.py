@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A texture, from a volume or of blobs, and volumes tiled of it."""
+"""A texture, from a volume or of blobs; volumes tiled of it; what is read of them."""
 
 import hashlib
 import pathlib
@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Sequence
 
 import numpy as np
+import tensorstore as ts
 from scipy import ndimage
 
 from synister_jax import volumes
 from synister_jax.command import UserError
+
+_CHUNK_ZYX = (16, 128, 128)
 
 
 def load(
@@ -43,13 +46,28 @@ def tiled(
     voxel_size_nm_zyx: Sequence[float],
 ) -> pathlib.Path:
     """An N5 volume (gzip, chunks of 16×128×128), made where it is not there."""
-    made_of = texture.tobytes() + repr((shape_zyx, voxel_size_nm_zyx)).encode()
-    path = folder / f"{hashlib.sha256(made_of).hexdigest()[:12]}.n5"
+    made_of = hashlib.sha256(np.ascontiguousarray(texture))
+    made_of.update(repr((shape_zyx, voxel_size_nm_zyx)).encode())
+    path = folder / f"{made_of.hexdigest()[:12]}.n5"
     if path.exists():
         return path
-    tiles = -(-np.asarray(shape_zyx) // texture.shape)
-    voxels = np.tile(texture, tiles)[volumes.box_of((0, 0, 0), shape_zyx)]
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    volumes.write_n5(partial, voxels, voxel_size_nm_zyx)
+    # Zeros that take no memory and that TensorStore does not store; then the slabs.
+    zeros = np.broadcast_to(np.uint8(0), shape_zyx)
+    volumes.write_n5(partial, zeros, voxel_size_nm_zyx, chunk_shape_zyx=_CHUNK_ZYX)
+    kvstore = {"driver": "file", "path": f"{partial}/"}
+    store = ts.open({"driver": "n5", "kvstore": kvstore}).result().T
+    rows, columns = (np.arange(shape_zyx[a]) % texture.shape[a] for a in (1, 2))
+    for z in range(0, shape_zyx[0], _CHUNK_ZYX[0]):
+        sections = np.arange(z, min(z + _CHUNK_ZYX[0], shape_zyx[0]))
+        slab = texture[np.ix_(sections % texture.shape[0], rows, columns)]
+        store[z : z + len(slab)].write(slab).result()
     return partial.rename(path)
+
+
+def chunks_read() -> int:
+    """Chunks that were in no cache of TensorStore, since the process began."""
+    name = "/tensorstore/cache/miss_count"
+    metrics = ts.experimental_collect_matching_metrics(name)
+    return sum(value["value"] for metric in metrics for value in metric["values"])
