@@ -128,16 +128,7 @@ def of_torch(
 ) -> dict:
     """The same numbers of the plain loop's network after its last step."""
     torch.manual_seed(config.seed)
-    network = torch_networks.Vgg3D(
-        config.crop_shape_zyx,
-        len(config.classes),
-        config.model.features,
-        config.model.feature_multipliers,
-        config.model.downsample_factors,
-        config.model.convolutions,
-        config.model.dense_features,
-        config.model.dropout,
-    )
+    network = torch_networks.Vgg3D.of(config)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     schedule = None
     if config.schedule == "cosine":

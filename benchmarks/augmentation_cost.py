@@ -46,8 +46,7 @@ def main() -> None:
     mesh = sharding.make_mesh()
     rng = np.random.default_rng(0)
     for name, chosen in (("augmented", config), ("plain", plain)):
-        margin = augment.Settings.of(chosen).margin_vx_zyx
-        shape = np.add(chosen.crop_shape_zyx, np.multiply(2, margin))
+        shape = random_inputs.record_shape_zyx(chosen)
         crops = rng.integers(0, 256, (chosen.batch_size, *shape), dtype=np.uint8)
         labels = np.arange(chosen.batch_size, dtype=np.int32) % len(chosen.classes)
         batch = {"crop": crops, "label": labels}

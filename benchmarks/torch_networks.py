@@ -7,6 +7,7 @@ Names of parameters are those of the originals' checkpoints.
 import math
 from collections.abc import Sequence
 
+import ml_collections
 import torch
 from torch import nn
 
@@ -50,6 +51,20 @@ class Vgg3D(nn.Module):
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(dense_features, classes),
+        )
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "Vgg3D":
+        settings = config.model
+        return cls(
+            config.crop_shape_zyx,
+            len(config.classes),
+            settings.features,
+            settings.feature_multipliers,
+            settings.downsample_factors,
+            settings.convolutions,
+            settings.dense_features,
+            settings.dropout,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

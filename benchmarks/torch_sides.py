@@ -47,16 +47,7 @@ def make_network(config: ml_collections.ConfigDict) -> torch_networks.Vgg3D:
     if config.model.get("network", "vgg3d") != "vgg3d":
         raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
     torch.manual_seed(0)  # `randomise` leaves the biases as they are
-    network = torch_networks.Vgg3D(
-        config.crop_shape_zyx,
-        len(config.classes),
-        config.model.features,
-        config.model.feature_multipliers,
-        config.model.downsample_factors,
-        config.model.convolutions,
-        config.model.dense_features,
-        config.model.dropout,
-    )
+    network = torch_networks.Vgg3D.of(config)
     torch_networks.randomise(network)
     # Logits of a size at which probabilities tell whether two networks agree.
     with torch.no_grad():

@@ -82,6 +82,10 @@ class BatchNorm(nn.Module):
         return factor, self.bias - self.mean.value * factor
 
 
+# Kernel, bias and batch norm of each convolution of each level.
+_Levels = list[list[tuple[jax.Array, jax.Array, BatchNorm]]]
+
+
 def _folded(
     kernel: jax.Array, bias: jax.Array | float, norm: BatchNorm, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
@@ -143,8 +147,7 @@ class VGG3D(nn.Module):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return self._dense(x, self.classes, "logits").astype(jnp.float32)
 
-    def _levels(self) -> list[list[tuple[jax.Array, jax.Array, BatchNorm]]]:
-        """Kernel, bias and batch norm of each convolution of each level."""
+    def _levels(self) -> _Levels:
         levels, channels, features = [], 1, self.features
         for level, multiplier in enumerate(self.feature_multipliers):
             layers = []
@@ -157,9 +160,7 @@ class VGG3D(nn.Module):
             features *= multiplier
         return levels
 
-    def _features_of_batch(
-        self, levels: list[list[tuple[jax.Array, jax.Array, BatchNorm]]], x: jax.Array
-    ) -> jax.Array:
+    def _features_of_batch(self, levels: _Levels, x: jax.Array) -> jax.Array:
         for layers, factors in zip(levels, self.downsample_factors, strict=True):
             for kernel, bias, norm in layers:
                 x = convolution.conv3d(x, kernel.astype(self.dtype))
@@ -167,9 +168,7 @@ class VGG3D(nn.Module):
             x = _max_pool(x, factors)
         return x
 
-    def _features(
-        self, levels: list[list[tuple[jax.Array, jax.Array, BatchNorm]]], x: jax.Array
-    ) -> jax.Array:
+    def _features(self, levels: _Levels, x: jax.Array) -> jax.Array:
         """With batch norm folded into the convolutions."""
         folded = [
             [_folded(kernel, bias, norm, self.dtype) for kernel, bias, norm in layers]
