@@ -3,7 +3,7 @@
 
     python benchmarks/bench_end_to_end.py --folder=FOLDER \
         [--config=configs/skeleton.py] [--synapses=32] [--batch_size=8] [--rounds=5] \
-        [--allocator=default --allocator=kept]
+        [--allocator=default --allocator=huge]
 
 The volume (N5, gzip, chunks of 16×128×128, smooth noise) has the synapses uniformly
 random in it. `ours` is a whole prediction with the network loaded: plan, execution with
@@ -14,7 +14,7 @@ the probabilities to a list. It is spared what the original does besides: a quer
 update of MongoDB for every synapse; and it reads through TensorStore, where the
 original has daisy and zarr, which are not faster. Both have the same weights and must
 find the same probabilities; each is a process of its own, idle when it is not its turn.
-With the allocator "kept" glibc keeps the memory that any side frees (side_by_side.py).
+With the allocator "huge" glibc asks for pages of 2 MB (side_by_side.py).
 The volume lies in the system's cache. Prints one line of JSON.
 """
 

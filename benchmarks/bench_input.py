@@ -128,7 +128,7 @@ def _compare(config: ml_collections.ConfigDict) -> None:
     report = {
         "benchmark": "input",
         **_summary(timed["default"]),
-        "allocator_kept": _summary(timed["kept"]),
+        "allocator_huge": _summary(timed["huge"]),
         "gunpowder_was": "not run: not installed" if missing else "run",
         "batches": batches,
         "seconds_of_a_turn": _SECONDS.value,

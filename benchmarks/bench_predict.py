@@ -2,7 +2,7 @@
 """Crops a second of the network alone: ours, and PyTorch's as written and tuned.
 
     python benchmarks/bench_predict.py --folder=FOLDER [--config=configs/skeleton.py] \
-        [--rounds=5] [--batches=2] [--allocator=default --allocator=kept]
+        [--rounds=5] [--batches=2] [--allocator=default --allocator=huge]
 
 Every side has the same weights and gets the same batch of random uint8 crops from
 NumPy, one batch after the other, and gives probabilities in NumPy. `ours` is the
@@ -10,8 +10,8 @@ Classifier that synister_jax.predict runs. What PyTorch's sides do is in torch_s
 `as_written` as the original's prediction loop, `inference_mode` the same without
 recording for gradients, `tuned` the best that we know. Each side is a process of its
 own, idle when it is not its turn, with as many threads as there are CPUs. With the
-allocator "kept" glibc keeps the memory that any side frees (side_by_side.py). The
-sides' probabilities must agree. Prints one line of JSON.
+allocator "huge" glibc asks for pages of 2 MB (side_by_side.py). The sides'
+probabilities must agree. Prints one line of JSON.
 """
 
 import contextlib

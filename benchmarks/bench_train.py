@@ -2,7 +2,7 @@
 """Crops a second of a training step: ours, and PyTorch's as written and tuned.
 
     python benchmarks/bench_train.py --folder=FOLDER [--config=configs/skeleton.py] \
-        [--rounds=5] [--steps=1] [--allocator=default --allocator=kept]
+        [--rounds=5] [--steps=1] [--allocator=default --allocator=huge]
 
 A step is forward with dropout and batch statistics, backward, and Adam's update of all
 parameters, on one batch of random crops again and again. Nothing is augmented: ours is
@@ -13,10 +13,10 @@ start from the same weights; the first losses are in the report, and must agree 
 `--config.model.dropout=0`.
 
 Each side is a process of its own, idle when it is not its turn. With the allocator
-"kept" glibc keeps the memory that any side frees (side_by_side.py). At full size a side
-then has up to 13 GB: ours alternates with one other at a time, and who ends its turn
-gives back what it does not hold; so a turn begins with a step that is not timed, whose
-page faults are in the report. Prints one line of JSON.
+"huge" glibc asks for pages of 2 MB (side_by_side.py). At full size a side has up to
+13 GB: ours alternates with one other at a time, and who ends its turn gives back what
+it does not hold; so a turn begins with a step that is not timed. Prints one line of
+JSON.
 """
 
 import json

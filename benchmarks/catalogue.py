@@ -34,11 +34,14 @@ class Benchmark:
 _VOLUME_READ = ("volume read", "texture")
 
 
+# By allocator, as results_page.page says what it is.
+_OF = {"default": "", "huge": ", huge pages"}
+
+
 def _allocators(sides: tuple[str, ...], unit: str) -> tuple[tuple[str, str], ...]:
     """Rates and ratios of sides that run together, with both allocators."""
     numbers = []
-    for allocator in ("default", "kept"):
-        of = f", allocator {allocator}"
+    for allocator, of in _OF.items():
         at = f"allocators.{allocator}"
         numbers += [(f"{s}, {unit}{of}", f"{at}.rates.{s}") for s in ("ours", *sides)]
         numbers += [(f"ours over {s}{of}", f"{at}.ratio.{s}") for s in sides]
@@ -48,8 +51,7 @@ def _allocators(sides: tuple[str, ...], unit: str) -> tuple[tuple[str, str], ...
 def _training() -> tuple[tuple[str, str], ...]:
     """Ours and one other in each pair."""
     numbers = []
-    for allocator in ("default", "kept"):
-        of = f", allocator {allocator}"
+    for allocator, of in _OF.items():
         for side in ("as_written", "tuned"):
             at = f"allocators.{allocator}.{side}"
             numbers += [
@@ -67,7 +69,7 @@ _INPUT_SIDES = {
     "ours_with_augmentation": "ours, augmented",
     "gunpowder": "gunpowder, augmented crops of the volume",
 }
-_INPUT_ALLOCATORS = (("", ""), ("allocator_kept.", ", allocator kept"))
+_INPUT_ALLOCATORS = (("", ""), ("allocator_huge.", ", huge pages"))
 
 BENCHMARKS = (
     Benchmark(

@@ -20,15 +20,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-# By default glibc gives a large block back to the kernel when it is freed, and each
-# new one costs page faults and zeroing. "kept": blocks of every size come from the one
-# heap that grows (other arenas map what exceeds 64 MiB) and is never trimmed.
+# By default glibc gives a large block back to the kernel when it is freed, and each new
+# one costs a fault for every 4 KB. "huge": glibc asks the kernel for pages of 2 MB
+# (glibc 2.35 or later; the kernel's transparent_hugepage at "madvise" or "always").
 ALLOCATORS = {
     "default": {},
-    "kept": {
-        "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
-        f"glibc.malloc.trim_threshold={1 << 40}"
-    },
+    "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
 }
 
 # Processes share a GPU here: none may take its memory in advance.

@@ -240,8 +240,7 @@ def _kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
     def cotangent_at(index: jax.Array, dz: int) -> jax.Array:
         z = index % depth + dz
         there = jax.lax.dynamic_index_in_dim(cotangent, index + dz, keepdims=False)
-        inside = (z >= 0) & (z < depth)
-        return jax.lax.cond(inside, lambda: there, lambda: jnp.zeros_like(there))
+        return jnp.where((z >= 0) & (z < depth), there, 0)
 
     def add_section(
         sums: list[jax.Array], index: jax.Array
