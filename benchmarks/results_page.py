@@ -119,7 +119,7 @@ def page(results: Results, sections: Sections) -> str:
         "all numbers are. Ratios above 1: ours is faster. Sides alternate in one run; "
         "medians, of ratios those of single rounds, in parentheses the smallest and "
         "the largest. Huge pages: all sides with "
-        f"`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. {_MISSING}: not measured, or not known.",
+        f"`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. {_MISSING}: not measured or known.",
         "",
         *_machines(results),
         *_targets(results),
