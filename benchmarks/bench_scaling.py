@@ -77,15 +77,17 @@ def main() -> None:
     if _CURVE.value:
         print(json.dumps(_curve(_CURVE.value, config)))
         return
-    report: dict[str, Any] = {"benchmark": "scaling"}
+    curves = {}
     for name in ("batch_size", "crop_size"):
         # The last --curve counts; the child's JSON is its stdout.
         child = side_by_side.own_command(f"--curve={name}")
         done = subprocess.run(child, stdout=subprocess.PIPE, check=True)
-        report[name] = json.loads(done.stdout)
-    report["devices"] = _devices()
-    report["rows"] = _rows(files.make_folder(_FOLDER.value))
-    report |= {
+        curves[name] = json.loads(done.stdout)
+    curves["devices"] = _devices()
+    curves["rows"] = _rows(files.make_folder(_FOLDER.value))
+    report = {
+        "benchmark": "scaling",
+        "curves": curves,
         "unit": "crops/s",
         "config": flags.FLAGS["config"].config_filename,
         "crop_shape_zyx": list(config.crop_shape_zyx),
@@ -97,7 +99,7 @@ def main() -> None:
     packages = ("synister_jax", "jax", "jaxlib", "numpy", "duckdb")
     report |= side_by_side.about(*packages)
     if _PLOT.value:
-        _plot(report, pathlib.Path(_PLOT.value))
+        _plot(curves, pathlib.Path(_PLOT.value))
     print(json.dumps(report))
 
 
@@ -257,12 +259,12 @@ def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
     return points
 
 
-def _plot(report: dict[str, Any], path: pathlib.Path) -> None:
+def _plot(curves: dict[str, Any], path: pathlib.Path) -> None:
     from synister_jax import figures  # matplotlib only for who asks for it
 
     figure, grid = figures.plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
     for axes, name in zip(grid, _CURVES, strict=False):
-        points = report[name]
+        points = curves[name]
         places = [point[name] for point in points]
         for kind, marker in zip(_KINDS, "os", strict=True):
             rates = [point[kind] for point in points]
@@ -274,8 +276,8 @@ def _plot(report: dict[str, Any], path: pathlib.Path) -> None:
     grid[1].set_yscale("log")
     grid[1].set_xlabel("crop size in y and x, voxels")
     for phase, marker in zip(("plan", "merge", "aggregate"), "os^", strict=True):
-        places = [point["rows"] for point in report["rows"]]
-        seconds = [point[phase]["seconds"] for point in report["rows"]]
+        places = [point["rows"] for point in curves["rows"]]
+        seconds = [point[phase]["seconds"] for point in curves["rows"]]
         grid[3].plot(places, seconds, marker=marker, label=phase)
     grid[3].set_xscale("log")
     grid[3].set_yscale("log")
