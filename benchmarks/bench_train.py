@@ -14,9 +14,7 @@ start from the same weights; the first losses are in the report, and must agree 
 
 Each side is a process of its own, idle when it is not its turn. With the allocator
 "huge" glibc asks for pages of 2 MB (side_by_side.py). At full size a side has up to
-13 GB: ours alternates with one other at a time, and who ends its turn gives back what
-it does not hold; so a turn begins with a step that is not timed. Prints one line of
-JSON.
+13 GB in a step: ours alternates with one other at a time. Prints one line of JSON.
 """
 
 import json
@@ -128,16 +126,12 @@ def _be(side: str, config: ml_collections.ConfigDict) -> None:
         step, losses, about = torch_sides.train(side, config, scaled, labels)
 
     def one_round() -> float:
-        step()
         start = time.perf_counter()
         for _ in range(_STEPS.value):
             step()
-        seconds = time.perf_counter() - start
-        side_by_side.give_back()
-        return _STEPS.value * len(crops) / seconds
+        return _STEPS.value * len(crops) / (time.perf_counter() - start)
 
     about["first_losses"] = losses
-    side_by_side.give_back()
     side_by_side.serve({"round": one_round, "about": lambda: about})
 
 

@@ -8,7 +8,6 @@ until it is its turn. The module itself needs nothing that is not in Python.
 """
 
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import os
@@ -187,12 +186,6 @@ def serve(functions: Mapping[str, Callable[[], Any]]) -> None:
         print(json.dumps("ready"), file=out, flush=True)
         for line in sys.stdin:
             print(json.dumps(answers[line.strip()]()), file=out, flush=True)
-
-
-def give_back() -> None:
-    """Returns to the kernel what is freed but kept, whatever the allocator."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _usage() -> dict[str, float]:
