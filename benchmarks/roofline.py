@@ -61,10 +61,12 @@ def draw(layers: Mapping[str, Any], others: Mapping[tuple[str, str], float]) -> 
     rates = [point["gflops"] for point in points]
     label = "layer, inference"
     axes.plot(intensities, rates, "o", color="#009e73", markersize=5, label=label)
-    for point in points:
+    for index, point in enumerate(points):
         name = point["name"].replace("level", "").replace("_conv", ".")
         place = (point["flop_per_byte"], point["gflops"])
-        axes.annotate(name, place, (4, 4), textcoords="offset points", size=7)
+        # Neighbours lie close together: above and below in turn.
+        offset = (4, -10 if index % 2 else 4)
+        axes.annotate(name, place, offset, textcoords="offset points", size=7)
     for (what, side), gflops in others.items():
         axes.plot(
             layers["flop_per_byte"],
