@@ -88,17 +88,9 @@ def torch_vgg(
     config: ml_collections.ConfigDict, dropout: float = 0.5, seed: int = 0
 ) -> torch_networks.Vgg3D:
     torch.manual_seed(seed)
-    settings = config.model
-    return torch_networks.Vgg3D(
-        config.crop_shape_zyx,
-        len(config.classes),
-        settings.features,
-        settings.feature_multipliers,
-        settings.downsample_factors,
-        settings.convolutions,
-        settings.dense_features,
-        dropout,
-    )
+    config = config.copy_and_resolve_references()
+    config.model.dropout = dropout
+    return torch_networks.Vgg3D.of(config)
 
 
 def arrays(network: torch.nn.Module) -> dict[str, np.ndarray]:
