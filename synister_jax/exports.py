@@ -101,13 +101,15 @@ def any_value(source: Predictions, column: str) -> bool:
     return any(table[column].null_count < len(table) for table in tables)
 
 
-def write(path: pathlib.Path, source: Predictions, convert: Convert) -> int:
+def write(
+    path: pathlib.Path, source: Predictions, convert: Convert, silent: bool = False
+) -> int:
     """Writes all rows, streamed through `convert`; returns how many it gave.
 
     The name says how: .feather, .parquet, .csv or .csv.gz. Whole or not at all.
     """
     rows = 0
-    progress = Progress(path.name, source.rows, "rows")
+    progress = Progress(path.name, source.rows, "rows", silent=silent)
     schema = _described(convert(source.schema.empty_table()), source).schema
     with _sink(path, schema) as sink:
         for table in source.tables():

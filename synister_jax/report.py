@@ -13,6 +13,7 @@ import hashlib
 import importlib.resources
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -62,17 +63,7 @@ def render(
         raise UserError("give --workdir, --predictions or both")
     if workdir is None and shards is not None:
         raise UserError("--shards means nothing without --workdir; leave it out")
-    script = _text("report.js")
-    digest = hashlib.sha256(script.encode()).digest()
-    content: dict[str, Any] = {
-        "version": synister_jax.__version__,
-        "style": _text("report.css"),
-        "script": script,
-        # The page's own script and no other: names in tables come from anywhere.
-        "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
-        "run": None,
-        "predictions": None,
-    }
+    content: dict[str, Any] = {"run": None, "predictions": None}
     if workdir is not None:
         content["run"] = report_run.content(workdir, shards)
     if predictions_path is not None:
@@ -80,6 +71,20 @@ def render(
         content["predictions"] = report_predictions.content(
             source, rule, confusion, folder
         )
+    return page("report.html.j2", content)
+
+
+def page(template: str, content: Mapping[str, Any]) -> str:
+    """`content` in a template of the package, with the report's style and script."""
+    script = _text("report.js")
+    digest = hashlib.sha256(script.encode()).digest()
+    common = {
+        "version": synister_jax.__version__,
+        "style": _text("report.css"),
+        "script": script,
+        # The page's own script and no other: names in tables come from anywhere.
+        "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
+    }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("synister_jax", "."),
         autoescape=True,
@@ -93,7 +98,7 @@ def render(
     environment.filters["whole"] = lambda value: f"{value:,}"
     environment.filters["share"] = _share
     environment.filters["decimal"] = lambda x: "–" if x is None else f"{x:.3f}"
-    return environment.get_template("report.html.j2").render(content)
+    return environment.get_template(template).render(common, **content)
 
 
 def _visible(value: Any) -> Any:

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers a request: what was asked, its synapses, a network → a folder of results.
+
+The command `request` and the web service make the same folder, byte for byte:
+
+`sites/` as the source gave them, in groups of neurons · `synapses.feather` the same in
+the volume's frame, one row for each row of the answer · `predictions.feather` and
+`.json` (predict.py) · `predictions.csv` · `report.html` · `answer.json`, written last.
+
+What is finished stays, so a request that was stopped goes on where it was.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import feather
+
+import synister_jax
+from synister_jax import (
+    checkpoint,
+    crops,
+    execution,
+    exports,
+    files,
+    inference,
+    jobs,
+    parts,
+    planning,
+    predict,
+    predictions,
+    request_page,
+    sources,
+    synapse_batches,
+    synapses,
+    temperatures,
+    volumes,
+)
+from synister_jax.command import Progress, UserError
+from synister_jax.requested import Asked
+
+# (stage, done, total): called often; may raise to stop the work.
+Tell = Callable[[str, int, int], None]
+
+# Small enough to stop, and to lose, within a minute on two CPU cores; on an
+# accelerator a fraction of a second.
+UNIT_ROWS = 512
+_GROUP = 100  # neurons whose sites are one file
+_POSITIONS = 1_000  # that are brought into the volume's frame before it is told
+_KEY = b"synister_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A checkpoint and the volume it looks at, both open."""
+
+    workdir: pathlib.Path
+    step: int
+    classifier: inference.Classifier
+    volume: volumes.Volume
+    abstain_below: float | None
+
+    @classmethod
+    def open(
+        cls,
+        workdir: pathlib.Path,
+        step: int,
+        volume: str,
+        batch_size: int,
+        calibrated: bool = False,
+    ) -> "Network":
+        """Raises `UserError` where run, step, volume or calibration is not there."""
+        members = ((str(workdir), step),)
+        fitted = temperatures.load(members, 1) if calibrated else None
+        temperature = fitted["temperature"] if fitted else None
+        job = jobs.Job(members, batch_size, 1, volume, None, "", False, temperature)
+        classifier, opened = job.open()
+        if fitted:
+            [member] = classifier.members
+            temperatures.require_parameters(fitted, member["parameters_sha256"])
+        below = fitted["abstain_below"] if fitted else None
+        return cls(workdir, step, classifier, opened, below)
+
+
+def choose_step(workdir: pathlib.Path, text: str) -> int:
+    """`best` (the latest where none was validated) or a number → the step.
+
+    Raises:
+      UserError: there is no such run or checkpoint.
+    """
+    checkpoint.load_config(workdir)  # whether it is a run at all
+    if text == "best":
+        return checkpoint.best_or_latest_step(workdir)
+    if not text.isdecimal():
+        raise UserError(f"step {text!r}: give a number or `best`")
+    return checkpoint.choose_step(workdir, int(text))
+
+
+def answer(
+    asked: Asked,
+    network: Network,
+    source: str,
+    settings: Any,
+    folder: pathlib.Path,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Fills `folder`; returns what its answer.json says.
+
+    Args:
+      source: of `sources.SOURCES`, with its `settings`.
+
+    Raises:
+      UserError: the source or the volume does not answer; the folder is of another
+        request. What is finished stays.
+    """
+    files.make_folder(folder)
+    request = {
+        "kind": asked.kind,
+        "source": source,
+        "asked_sha256": files.sha256_of_columns(asked.table, asked.table.column_names),
+    }
+    files.keep_plan(folder / "request.json", request)
+    unknown, without = _find_synapses(asked, network, source, settings, folder, tell)
+    record, doubt = _predict(network, folder, tell)
+    table = predictions.open(folder / "predictions.feather")
+    exports.write(folder / "predictions.csv", table, _original_columns, silent=True)
+    about = {
+        "kind": asked.kind,
+        "source": source,
+        "source_title": sources.SOURCES[source].title,
+        "asked": len(asked.table),
+        "unknown_neurons": [str(neuron) for neuron in unknown],
+        "neurons_without_synapses": [str(neuron) for neuron in without],
+        "rows": record["rows"],
+        "status": record["status"],
+        "classes": list(network.classifier.classes),
+        "model": {"workdir": network.workdir.name, "step": network.step},
+        "volume": network.volume.uri,
+        "temperature": record.get("temperature"),
+        "warnings": [doubt] if doubt else [],
+        "written_by": f"synister_jax {synister_jax.__version__}",
+    }
+    files.write_text(folder / "report.html", request_page.render(folder, about))
+    files.write_json(folder / "answer.json", about)
+    return about
+
+
+def at_once(network: Network, positions_nm_zyx: np.ndarray) -> tuple[np.ndarray, list]:
+    """(probabilities [n, classes] float32, NaN where there are none; [n] statuses).
+
+    For a few positions, [n, 3] in nm in the volume's frame, without a folder.
+    """
+    volume, classifier = network.volume, network.classifier
+    shape = tuple(classifier.config.crop_shape_zyx)
+    columns = dict(zip(synapses.POSITION, positions_nm_zyx.T, strict=True))
+    starts, status = planning.locate(pa.table(columns), shape, volume)
+    places = np.flatnonzero(planning.has_crop(status))
+    found = list(crops.read(volume, starts[places], shape))
+    whole = np.array([not crop.unreadable for crop in found], bool)
+    status[places[~whole]] = crops.MISSING_DATA
+    probabilities = np.full((len(status), len(classifier.classes)), np.nan, np.float32)
+    if found:
+        records = np.stack([crop.voxels for crop in found])
+        probabilities[places[whole]] = classifier(records)[whole]
+    return probabilities, list(status)
+
+
+def _find_synapses(
+    asked: Asked,
+    network: Network,
+    source: str,
+    settings: Any,
+    folder: pathlib.Path,
+    tell: Tell,
+) -> tuple[list[int], list[int]]:
+    """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
+    if asked.kind == "positions":
+        names = {"position_id": "synapse_id"}
+        columns = [names.get(name, name) for name in asked.table.column_names]
+        pieces, unknown, without = [asked.table.rename_columns(columns)], [], []
+    else:
+        neurons = asked.table["neuron_id"].to_pylist()
+        groups = _groups(neurons, source, settings, folder, tell)
+        pieces, unknown, without = [], [], []
+        for table in groups:
+            about = json.loads(table.schema.metadata[_KEY])
+            unknown += about["unknown"]
+            without += about["without"]
+            pieces.append(table.replace_schema_metadata(None))
+    path = folder / "synapses.feather"
+    if not path.exists():
+        _place(pa.concat_tables(pieces), network, source, settings, path, tell)
+    return unknown, without
+
+
+def _groups(
+    neurons: Sequence[int],
+    source: str,
+    settings: Any,
+    folder: pathlib.Path,
+    tell: Tell,
+) -> Iterator[pa.Table]:
+    """The sites of all neurons in the order asked, some neurons a table."""
+    files.make_folder(folder / "sites")
+    for first in range(0, len(neurons), _GROUP):
+        path = folder / "sites" / f"sites-{first // _GROUP:06d}.feather"
+        if not path.exists():
+            group = neurons[first : first + _GROUP]
+
+            tell("asking for synapses", first, len(neurons))
+            found = []
+            for answered in sources.presynaptic_sites(source, group, settings):
+                found.append(answered)
+                tell("asking for synapses", first + len(found), len(neurons))
+            about = {
+                "unknown": [f.neuron_id for f in found if not f.known],
+                "without": [f.neuron_id for f in found if f.known and not len(f.sites)],
+            }
+            # The source's own order may change from one answer to the next.
+            order = [("synapse_id", "ascending")]
+            sites = [sources.SITES.empty_table(), *(f.sites for f in found)]
+            table = pa.concat_tables([s.sort_by(order) for s in sites])
+            table = table.replace_schema_metadata({_KEY: json.dumps(about)})
+            files.write_feather(path, table)
+        yield feather.read_table(path, memory_map=False)
+
+
+def _place(
+    sites: pa.Table,
+    network: Network,
+    source: str,
+    settings: Any,
+    path: pathlib.Path,
+    tell: Tell,
+) -> None:
+    """Writes the sites in nm in the volume's frame."""
+    pieces = [np.zeros((0, 3))]
+    for first in range(0, len(sites), _POSITIONS):
+        tell("placing in the volume", first, len(sites))
+        piece = sites.slice(first, _POSITIONS)
+        coordinates = {name: piece[name].to_numpy() for name in "xyz"}
+        shape = network.volume.shape_zyx
+        pieces.append(sources.to_volume_nm_zyx(source, coordinates, shape, settings))
+    columns = {"synapse_id": sites["synapse_id"]}
+    positions = np.concatenate(pieces)
+    columns |= dict(zip(synapses.POSITION, map(pa.array, positions.T), strict=True))
+    if "neuron_id" in sites.column_names:
+        columns["neuron_id"] = sites["neuron_id"]
+    table = synapses.conform(pa.table(columns), "the request", answer_all=True)
+    synapses.write(table, path)
+
+
+class _Counted(Progress):
+    """Tells of every batch."""
+
+    def __init__(self, done: int, total: int, tell: Tell) -> None:
+        super().__init__("predict", total, "synapses", done, silent=True)
+        self._tell = tell
+        self.add(0)
+
+    def add(self, count: int = 1) -> None:
+        super().add(count)
+        self._tell("predicting", self._done, self._total or 0)
+
+
+def _predict(
+    network: Network, folder: pathlib.Path, tell: Tell
+) -> tuple[dict[str, Any], str | None]:
+    """(what predictions.json says, what seems wrong with the positions)."""
+    source = synapse_batches.open(folder / "synapses.feather")
+    # A relative name, so that the same request in another folder has the same bytes.
+    source = dataclasses.replace(source, name="the request")
+    plan = predict.make_plan(
+        network.classifier, source, network.volume, folder, UNIT_ROWS
+    )
+    left = parts.unfinished(plan, range(len(plan)), retry_missing=False)
+    total = plan.predicted_rows
+    progress = _Counted(total - sum(left.values()), total, tell)
+    execution.execute(plan, list(left), network.classifier, network.volume, progress)
+    below = network.abstain_below
+    record = predict.finish(
+        plan, network.classifier, source, network.volume, abstain_below=below
+    )
+    return record, plan.about["doubt"]
+
+
+def _original_columns(table: pa.Table) -> pa.Table:
+    """As the original's request wrote them (synistereq), and the status.
+
+    x, y, z are nm in the volume's frame; blank where there is nothing.
+    """
+    z, y, x = (exports.blank(table[name].to_numpy()) for name in synapses.POSITION)
+    columns = {"position_id": table["synapse_id"]}
+    columns["skid"] = pc.fill_null(table["neuron_id"], -1)
+    columns |= {"x": x, "y": y, "z": z}
+    for name in predictions.classes(table):
+        columns[name] = exports.blank(exports.probability(table, name))
+    return pa.table(columns | {"status": table["status"]})
