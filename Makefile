@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make lint | make consumers | make bench-env | make bench. PYTHON chooses the interpreter of a new .venv.
+# make demo | make serve | make test | make lint | make consumers | make bench-env | make bench. PYTHON chooses the interpreter of a new .venv.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint consumers bench-env bench clean
+.PHONY: demo serve test lint consumers bench-env bench clean
 
 # One environment for one interpreter: another PYTHON, or changed requirements, make
 # it anew.
@@ -51,6 +51,23 @@ demo: $(STAMP)
 	$(BIN)/python -m synister_jax.one_transmitter --predictions='$(DEMO)/predictions/predictions.feather' --by=neuron --confusion='$(DEMO)/run/evaluation/test' --output='$(DEMO)/one_transmitter.feather'
 	$(BIN)/python -m synister_jax.export --predictions='$(DEMO)/predictions/predictions.feather' --to=flyem --split=skeleton --confusion='$(DEMO)/run/evaluation/test' --output='$(DEMO)/flyem'
 	$(BIN)/python -m synister_jax.report --workdir='$(DEMO)/run' --predictions='$(DEMO)/predictions/predictions.feather' --output='$(DEMO)/report.html'
+
+# The web page, with the demonstration's network, volume and neurons.
+define SERVED
+[demo]
+title = "Demonstration"
+workdir = "../run"
+volume = "../data/volume.n5/volumes/raw/s0"
+calibrated = true
+synapses = "../synapses.feather"
+endef
+export SERVED
+
+serve: $(STAMP)
+	test -f '$(DEMO)/report.html' || $(MAKE) demo
+	mkdir -p '$(DEMO)/models'
+	printf '%s\n' "$$SERVED" > '$(DEMO)/models/models.toml'
+	$(BIN)/python -m synister_jax.serve --models='$(DEMO)/models' --open
 
 # fafbseg-py reads our export in the tests; it has 137 requirements of its own.
 CONSUMERS = .venv-consumers

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command, as people type it."""
 
+import os
 import pathlib
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import service_servers
 from pyarrow import csv
 
 from synister_jax import predictions, synapses
@@ -56,6 +59,45 @@ def test_neuron_ids_in_transmitters_out(
     assert f"{first}: {most}, {max(counts)} of {len(called)} synapses" in done.stdout
     assert "unknown neurons (1): 5" in done.stdout
     assert all((tmp_path / "answer" / name).exists() for name in ANSWER)
+
+
+def test_catmaid_is_asked_and_one_section_lies_between(
+    command: list[str], synapse_table: pa.Table, tmp_path: pathlib.Path
+) -> None:
+    """Two skeletons share a connector, a third has none, a fourth is none."""
+    rows = synapse_table.select(["synapse_id", *synapses.POSITION]).to_pylist()[:6]
+    links = [
+        (16 + i // 3, row["synapse_id"], row["x_nm"], row["y_nm"], row["z_nm"] + 40)
+        for i, row in enumerate(rows)
+    ]
+    links.append((17, *links[0][1:]))
+    server = service_servers.Catmaid(links, empty=[18], token="secret")
+    environment = os.environ | {"CATMAID_URL": server.url}
+    asked = [*command, "--source=fafb-catmaid", "--neurons=18 17 16 19"]
+    try:
+        refused = subprocess.run(asked, capture_output=True, text=True, env=environment)
+        environment["CATMAID_TOKEN"] = "secret"
+        done = subprocess.run(asked, capture_output=True, text=True, env=environment)
+    finally:
+        server.close()
+    assert refused.returncode == 1 and "CATMAID_TOKEN" in refused.stderr
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stdout + done.stderr
+    assert "unknown neurons (1): 19" in done.stdout
+    assert "neurons without synapses (1): 18" in done.stdout
+    table = predictions.load(tmp_path / "answer" / "predictions.feather")
+    expected = sorted(link for link in links if link[0] == 17)
+    expected += sorted(link for link in links if link[0] == 16)
+    found = table.select(["neuron_id", "synapse_id", "x_nm", "y_nm", "z_nm"])
+    assert [tuple(row.values()) for row in found.to_pylist()] == [
+        (*link[:4], link[4] - 40) for link in expected
+    ]
+    assert set(table["status"].to_pylist()) == {"ok"}
+    shared = predictions.probabilities(table)[
+        table["synapse_id"].to_numpy() == links[0][1]
+    ]
+    assert len(shared) == 2
+    np.testing.assert_array_equal(shared[0], shared[1])
 
 
 @pytest.mark.slow

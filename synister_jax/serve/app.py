@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web service as an ASGI application: the page, the API, and how it says no."""
+
+import importlib.resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+
+import synister_jax
+from synister_jax.serve import (
+    answers_api,
+    jobs_api,
+    points,
+    sessions_api,
+    shapes,
+    views_api,
+)
+from synister_jax.serve.guard import Guard
+from synister_jax.serve.service import COOKIE, CSRF_HEADER, Service
+
+_PAGE = {
+    "/": ("page.html", "text/html"),
+    "/static/page.css": ("page.css", "text/css"),
+    "/static/page.js": ("page.js", "text/javascript"),
+}
+_SECURITY = {
+    "token": {"type": "http", "scheme": "bearer"},
+    "password": {
+        "type": "http",
+        "scheme": "basic",
+        "description": "any user name, the token as password",
+    },
+    "session": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": COOKIE,
+        "description": f"other methods than GET need the header {CSRF_HEADER} too",
+    },
+}
+
+
+def make(service: Service) -> FastAPI:
+    """The application around a service."""
+    app = FastAPI(
+        title="synister_jax",
+        version=synister_jax.__version__,
+        description="Neurotransmitters of synapses, on demand.",
+        # Its pages ask other hosts for their scripts.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        # Requests, with what is in them, are nobody else's business.
+        telemetry=dict.fromkeys(
+            ("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False
+        ),
+    )
+    app.state.service = service
+    options = service.options
+    app.add_middleware(Guard, host=options.host, public_url=options.public_url)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(jobs_api.Unfit, _unfit)
+    for module in (sessions_api, jobs_api, answers_api, points, views_api):
+        app.include_router(module.router)
+    for path, (name, media_type) in _PAGE.items():
+        _serve(app, path, name, media_type)
+
+    @app.get("/health", responses=shapes.errors(), summary="Whether it is there.")
+    def health() -> shapes.Health:
+        return shapes.Health(status="ok", workers=service.workers())
+
+    app.openapi = lambda: _openapi(app)
+    return app
+
+
+def _serve(app: FastAPI, path: str, name: str, media_type: str) -> None:
+    content = importlib.resources.files("synister_jax.serve").joinpath(name)
+    text = content.read_text(encoding="utf-8")
+
+    @app.get(path, include_in_schema=False, name=name)
+    def page() -> Response:
+        return Response(text, media_type=media_type)
+
+
+def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """One line; never what was sent, which may be a token."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "query")
+    detail = f"{place}: {first['msg']}"
+    return JSONResponse({"detail": detail}, 422)
+
+
+def _unfit(request: Request, error: jobs_api.Unfit) -> JSONResponse:
+    content = {"detail": str(error), "check": error.check.model_dump()}
+    return JSONResponse(content, 422)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """With who may ask: each route that can answer 401 takes any of `_SECURITY`."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+        )
+        schema["components"]["securitySchemes"] = _SECURITY
+        for path, methods in schema["paths"].items():
+            for method, operation in methods.items():
+                signs_in = (path, method) == ("/api/session", "post")
+                if "401" in operation["responses"] and not signs_in:
+                    operation["security"] = [{name: []} for name in _SECURITY]
+        app.openapi_schema = schema
+    return app.openapi_schema

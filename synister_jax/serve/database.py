@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service's SQLite file: its tables, and how threads and processes share it.
+
+A process that is killed loses nothing that was committed; a power cut may lose the
+commits of the last moments, and leaves the file whole (`synchronous=NORMAL`).
+"""
+
+import contextlib
+import os
+import pathlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+_BUSY_SECONDS = 20
+_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE tokens (
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE,
+  created REAL NOT NULL, revoked REAL);
+CREATE UNIQUE INDEX tokens_by_name ON tokens (name) WHERE revoked IS NULL;
+CREATE TABLE sessions (
+  hash TEXT PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES tokens (id),
+  csrf TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE jobs (
+  number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE,
+  token_id INTEGER NOT NULL REFERENCES tokens (id),
+  model TEXT NOT NULL, source TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+  state TEXT NOT NULL DEFAULT 'queued', stage TEXT NOT NULL DEFAULT '',
+  done INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0,
+  rows INTEGER NOT NULL, message TEXT, created REAL NOT NULL, started REAL,
+  finished REAL, worker TEXT, attempts INTEGER NOT NULL DEFAULT 0,
+  view_key TEXT NOT NULL UNIQUE, request_key TEXT, bytes INTEGER NOT NULL, step INTEGER,
+  since REAL, since_done INTEGER NOT NULL DEFAULT 0);
+CREATE UNIQUE INDEX jobs_by_request ON jobs (token_id, request_key)
+  WHERE state IN ('queued', 'running', 'done');
+CREATE INDEX jobs_by_state ON jobs (state, number);
+CREATE INDEX jobs_by_token ON jobs (token_id, state);
+CREATE TABLE points (
+  id INTEGER PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES tokens (id),
+  model TEXT NOT NULL, source TEXT NOT NULL, x REAL NOT NULL, y REAL NOT NULL,
+  z REAL NOT NULL, step INTEGER, state TEXT NOT NULL, worker TEXT, result TEXT,
+  asked REAL NOT NULL, UNIQUE (token_id, model, source, x, y, z));
+CREATE INDEX points_by_state ON points (state, asked);
+CREATE TABLE models (
+  name TEXT PRIMARY KEY, step INTEGER, classes TEXT NOT NULL, ready INTEGER NOT NULL,
+  problem TEXT, parameters TEXT) WITHOUT ROWID;
+CREATE TABLE workers (name TEXT PRIMARY KEY, beat REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+class Database:
+    """The file, made where it is not there; a connection for each thread."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self._thread = threading.local()
+        self._all: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        # Before anything is in it: hashes of tokens and what people asked are there.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with self.transaction() as connection:
+            [[version]] = connection.execute("PRAGMA user_version").fetchall()
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def close(self) -> None:
+        """Closes the connections of all threads; the store is of no use afterwards."""
+        with self._lock:
+            for connection in self._all:
+                connection.close()
+            self._all.clear()
+
+    def run(self, statement: str, *values: Any) -> list[sqlite3.Row]:
+        """All rows of one statement, which is a transaction of its own."""
+        # All of them at once: a statement that is not read to its end keeps its lock.
+        return self._connection().execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Several statements as one; nobody else writes meanwhile."""
+        connection = self._connection()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+    def _connection(self) -> sqlite3.Connection:
+        connection = getattr(self._thread, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(
+                self.path,
+                timeout=_BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,  # `close` is called by another thread
+            )
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            self._thread.connection = connection
+            with self._lock:
+                self._all.append(connection)
+        return connection

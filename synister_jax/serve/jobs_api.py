@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checking what is asked, and jobs: submitting, watching, cancelling, deleting."""
+
+import bisect
+import datetime
+import functools
+import secrets
+import shutil
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from synister_jax import files
+from synister_jax.serve import annotations, shapes, tokens, uploads
+from synister_jax.serve.records import Job, LimitReached
+from synister_jax.serve.service import Served, Service, User
+
+router = APIRouter(prefix="/api")
+
+_LONGEST_NAME = 200
+
+
+@router.post(
+    "/checks",
+    responses=shapes.errors(401, 403, 404, 408, 413, 415, 422, 429),
+    openapi_extra=uploads.BODY,
+    summary="What would be asked, and what is wrong with it.",
+)
+async def check(
+    served: Served,
+    user: User,
+    request: Request,
+    model: shapes.ModelName,
+    source: shapes.SourceName | None = None,
+    kind: shapes.Kind | None = None,
+) -> shapes.Check:
+    chosen = served.model(model)
+    named = served.source(chosen, source)
+    found = await uploads.checked(request, served, user, chosen, named, kind)
+    pace = await run_in_threadpool(served.store.seconds_a_row, chosen.name)
+    return uploads.shape(found, pace)
+
+
+@router.post(
+    "/jobs",
+    status_code=201,
+    responses=shapes.errors(401, 403, 404, 408, 413, 415, 429, 503)
+    | {
+        200: {"model": shapes.Job, "description": "your own job of the same request"},
+        422: {"model": shapes.Refused, "description": "a parameter or rows are wrong"},
+    },
+    openapi_extra=uploads.BODY,
+    summary="Asks for predictions.",
+)
+async def submit(
+    served: Served,
+    user: User,
+    request: Request,
+    response: Response,
+    model: shapes.ModelName,
+    source: shapes.SourceName | None = None,
+    kind: shapes.Kind | None = None,
+    name: Annotated[str, Query(max_length=_LONGEST_NAME)] = "",
+    fresh: Annotated[bool, Query(description="whatever is finished already")] = False,
+) -> shapes.Job:
+    chosen = served.model(model)
+    named = served.source(chosen, source)
+    report = await run_in_threadpool(served.report, chosen)
+    found = await uploads.checked(request, served, user, chosen, named, kind)
+    asked = found.asked
+    if asked is None:
+        raise Unfit(uploads.shape(found, None))
+
+    def put() -> tuple[Job, bool]:
+        key = uploads.request_key(asked, chosen, named, report)
+        job_id = secrets.token_hex(8)
+        folder = served.job_folder(job_id)
+        folder.mkdir(mode=0o700)
+        is_new = False
+        try:
+            files.write_feather(folder / "asked.feather", asked.table)
+            job, is_new = served.store.submit(
+                *(job_id, user.token_id, chosen.name, named, asked.kind, _shown(name)),
+                rows=len(asked.table),
+                size=asked.table.nbytes,
+                step=report.step,
+                request_key=key,
+                most_jobs=served.options.most_jobs,
+                most_bytes=served.options.most_bytes,
+                fresh=fresh,
+            )
+            return job, is_new
+        finally:
+            if not is_new:
+                shutil.rmtree(folder)
+
+    try:
+        job, is_new = await run_in_threadpool(put)
+    except LimitReached as error:
+        raise HTTPException(429, str(error), {"Retry-After": "60"}) from None
+    if not is_new:
+        response.status_code = 200
+    return await run_in_threadpool(_told, served, job, request)
+
+
+class Unfit(Exception):
+    """Rows that cannot be asked: 422 with what is wrong with them."""
+
+    def __init__(self, check: shapes.Check) -> None:
+        self.check = check
+        more = check.error_count - 1
+        first = check.errors[0]
+        where = f"line {first.line}: " if first.line else ""
+        others = f" (and {more:,} more)" if more else ""
+        super().__init__(f"{where}{first.message}{others}")
+
+
+@router.get("/jobs", responses=shapes.errors(401, 429), summary="Yours, newest first.")
+def jobs(served: Served, user: User) -> shapes.Jobs:
+    """Without `answer` and the link to Neuroglancer: ask for the job to see them."""
+    queue = served.store.queue()
+    yours = served.store.jobs(user.token_id)
+    return shapes.Jobs(jobs=[_shape(job, queue) for job in yours])
+
+
+@router.get("/jobs/{job_id}", responses=shapes.errors(401, 404, 429), summary="A job.")
+def job(
+    served: Served, user: User, request: Request, job_id: shapes.JobId
+) -> shapes.Job:
+    return _told(served, find(served, user, job_id), request)
+
+
+@router.post(
+    "/jobs/{job_id}/cancel",
+    responses=shapes.errors(401, 403, 404, 429),
+    summary="Stops a job; one that is over stays as it is.",
+)
+def cancel(
+    served: Served, user: User, request: Request, job_id: shapes.JobId
+) -> shapes.Job:
+    found = served.store.cancel(job_id, user.token_id)
+    if found is None:
+        raise _not_found()
+    return _told(served, found, request)
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    status_code=204,
+    responses=shapes.errors(401, 403, 404, 409, 429),
+    summary="Deletes a job and its answer; a running one is cancelled first.",
+)
+def delete(served: Served, user: User, job_id: shapes.JobId) -> None:
+    found = find(served, user, job_id)
+    if not served.store.delete(found.id, user.token_id):
+        find(served, user, job_id)
+        raise HTTPException(409, "the job is running; cancel it first")
+    shutil.rmtree(served.job_folder(found.id), ignore_errors=True)
+
+
+def find(served: Service, user: tokens.User, job_id: str) -> Job:
+    """404 unless it is this user's."""
+    found = served.store.job(job_id, user.token_id)
+    if found is None:
+        raise _not_found()
+    return found
+
+
+def _not_found() -> HTTPException:
+    return HTTPException(404, "you have no such job")
+
+
+def _told(served: Service, job: Job, request: Request) -> shapes.Job:
+    told = _shape(job, served.store.queue())
+    if told.links is None:
+        return told
+    folder = served.job_folder(job.id)
+    told.answer = files.read_json(folder / "answer.json")
+    public = served.options.public_url or str(request.base_url)
+    view = f"{public.rstrip('/')}/view/{job.view_key}"
+    viewer = served.options.neuroglancer
+    told.links.neuroglancer = _neuroglancer(
+        folder / "predictions.feather", view, viewer
+    )
+    return told
+
+
+# An answer stays as it is.
+_neuroglancer = functools.lru_cache(maxsize=1000)(annotations.link)
+
+
+def _shape(job: Job, queue: Sequence[int]) -> shapes.Job:
+    """As the API tells it, of what the store knows.
+
+    Args:
+      queue: numbers of all queued jobs, ascending.
+    """
+    base = f"/api/jobs/{job.id}"
+    links = shapes.Links(
+        csv=f"{base}/predictions.csv",
+        feather=f"{base}/predictions.feather",
+        report=f"{base}/report.html",
+        neuroglancer=None,
+    )
+    eta = job.eta_seconds
+    return shapes.Job(
+        id=job.id,
+        name=job.name,
+        model=job.model,
+        source=job.source,
+        kind=job.kind,
+        state=job.state,
+        stage=job.stage,
+        done=job.done,
+        total=job.total,
+        eta_seconds=None if eta is None else round(eta, 1),
+        ahead=bisect.bisect_left(queue, job.number) if job.state == "queued" else 0,
+        rows=job.rows,
+        message=job.message,
+        created=_iso(job.created),
+        started=_iso(job.started),
+        finished=_iso(job.finished),
+        answer=None,
+        links=links if job.state == "done" else None,
+        bytes=job.bytes,
+    )
+
+
+def _iso(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    time = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _shown(name: str) -> str:
+    """A name without what cannot be seen or would turn the text around it."""
+    return "".join(c if c.isprintable() else " " for c in name).strip()

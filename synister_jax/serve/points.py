@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transmitter for a single position while one waits, as CATMAID's extension asks."""
+
+import asyncio
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Query
+from starlette.concurrency import run_in_threadpool
+
+from synister_jax.serve import shapes
+from synister_jax.serve.records import LimitReached
+from synister_jax.serve.service import Served, User
+
+SECONDS = 10.0
+_PAUSE = 0.05
+
+router = APIRouter()
+
+
+@router.get(
+    "/fetch-neurotransmitter",
+    responses=shapes.errors(401, 404, 422, 429, 503),
+    summary="The transmitter at a position, in the source's units.",
+)
+async def fetch(
+    served: Served,
+    user: User,
+    x: shapes.Coordinate,
+    y: shapes.Coordinate,
+    z: shapes.Coordinate,
+    connector_id: Annotated[str | None, Query(pattern="^[0-9]{1,20}$")] = None,
+    model: shapes.ModelName | None = None,
+    source: shapes.SourceName | None = None,
+) -> shapes.Point:
+    chosen = served.model(next(iter(served.models)) if model is None else model)
+    named = served.source(chosen, source)
+    store = served.store
+
+    def ask() -> int:
+        served.report(chosen)
+        try:
+            return store.ask_point(user.token_id, chosen.name, named, x, y, z)
+        except LimitReached as error:
+            raise HTTPException(429, str(error), {"Retry-After": "5"}) from None
+
+    point_id = await run_in_threadpool(ask)
+    until = time.monotonic() + SECONDS
+    while True:
+        result = await run_in_threadpool(store.point_result, point_id)
+        if result is not None:
+            break
+        if time.monotonic() > until:
+            why = "the answer is not there yet; ask the same again"
+            raise HTTPException(503, why, {"Retry-After": "5"})
+        await asyncio.sleep(_PAUSE)
+    if "problem" in result:
+        raise HTTPException(503, result["problem"], {"Retry-After": "60"})
+    return shapes.Point(connector_id=connector_id, model=chosen.name, **result)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of an answer: its neurons and its synapses, read piece by piece from Feather.
+
+Memory is bounded by a piece of the file (65,536 rows as Arrow writes it) and by the
+neurons of the last answers asked for.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synister_jax import predictions, synapses
+from synister_jax.serve import shapes
+
+# As the report says: fewer synapses, or none of the classes above half, say little.
+SURE_SYNAPSES, SURE_SHARE = 100, 0.5
+NONE = "none"  # asked for as `called`: the rows without a prediction
+_CACHED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Neurons:
+    """Of n neurons in the order of the answer."""
+
+    classes: tuple[str, ...]
+    ids: np.ndarray  # int64 [n]
+    synapses: np.ndarray  # int64 [n]
+    counts: np.ndarray  # int64 [n, classes]
+    texts: pa.Array  # the ids, to be searched
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Which synapses; None is all."""
+
+    search: str | None = None  # in the id of position or neuron
+    status: str | None = None
+    called: str | None = None  # a class, or `NONE`
+    neuron_id: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self == Filter()
+
+
+def neurons_page(
+    path: pathlib.Path, search: str | None, offset: int, limit: int
+) -> shapes.Neurons:
+    """Neurons whose id has `search` in it, in the order of the answer."""
+    found = _neurons(path, path.stat().st_mtime_ns)
+    rows = np.arange(len(found.ids))
+    if search:
+        rows = np.flatnonzero(pc.match_substring(found.texts, search).to_numpy(False))
+    page = rows[offset : offset + limit]
+    return shapes.Neurons(total=len(rows), neurons=[_neuron(found, i) for i in page])
+
+
+def _neuron(found: _Neurons, row: int) -> shapes.Neuron:
+    counts = found.counts[row]
+    predicted = int(counts.sum())
+    first = int(counts.argmax())  # of equal ones the first, as the rule `majority`
+    sure = predicted >= SURE_SYNAPSES and counts[first] > SURE_SHARE * predicted
+    return shapes.Neuron(
+        neuron_id=str(found.ids[row]),
+        synapses=int(found.synapses[row]),
+        predicted=predicted,
+        called=found.classes[first] if predicted else None,
+        counts=dict(zip(found.classes, counts.tolist(), strict=True)),
+        uncertain=not sure,
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _neurons(path: pathlib.Path, _changed: int) -> _Neurons:
+    schema = _schema(path)
+    classes = predictions.classes(schema)
+    names = [predictions.probability_column(name) for name in classes]
+    pieces = []
+    for table in _tables(path, schema, ["neuron_id", *names]):
+        table = table.filter(pc.is_valid(table["neuron_id"]))
+        called = predictions.called(table)
+        pieces.append((table["neuron_id"].to_numpy(), called))
+    ids, called = map(np.concatenate, zip(*pieces, strict=True))
+    distinct, first, place = np.unique(ids, return_index=True, return_inverse=True)
+    counts = np.zeros((len(distinct), len(classes)), np.int64)
+    np.add.at(counts, (place[called >= 0], called[called >= 0]), 1)
+    order = np.argsort(first)
+    return _Neurons(
+        classes,
+        distinct[order],
+        np.bincount(place, minlength=len(distinct))[order],
+        counts[order],
+        pc.cast(pa.array(distinct[order]), pa.string()),
+    )
+
+
+def synapses_page(
+    path: pathlib.Path, wanted: Filter, offset: int, limit: int
+) -> shapes.Synapses:
+    """Rows that `wanted` lets through, in the order of the answer."""
+    schema = _schema(path)
+    classes = predictions.classes(schema)
+    total, rows = 0, []
+    for table in _tables(path, schema, _columns(classes)):
+        if not wanted.is_empty:
+            table = table.filter(_mask(table, wanted, classes))
+        first = max(0, offset - total)
+        page = table.slice(first, limit - len(rows))
+        total += len(table)
+        rows += _synapses(page, classes)
+    return shapes.Synapses(total=total, rows=rows)
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    names = [predictions.probability_column(name) for name in classes]
+    return ["synapse_id", "neuron_id", *synapses.POSITION, "status", *names]
+
+
+def _mask(table: pa.Table, wanted: Filter, classes: Sequence[str]) -> pa.ChunkedArray:
+    masks = []
+    if wanted.search:
+        in_id, in_neuron = (
+            pc.match_substring(pc.cast(table[name], pa.string()), wanted.search)
+            for name in ("synapse_id", "neuron_id")
+        )
+        masks.append(pc.or_(in_id, pc.fill_null(in_neuron, False)))
+    if wanted.status is not None:
+        masks.append(pc.equal(table["status"], wanted.status))
+    if wanted.called is not None:
+        names = [NONE, *classes]
+        place = names.index(wanted.called) if wanted.called in names else len(names)
+        masks.append(pa.chunked_array([predictions.called(table) == place - 1]))
+    if wanted.neuron_id is not None:
+        neuron = pa.scalar(wanted.neuron_id, pa.int64())
+        masks.append(pc.fill_null(pc.equal(table["neuron_id"], neuron), False))
+    return functools.reduce(pc.and_, masks)
+
+
+def _synapses(table: pa.Table, classes: Sequence[str]) -> list[shapes.Synapse]:
+    called = predictions.called(table)
+    names = [predictions.probability_column(name) for name in classes]
+    return [
+        shapes.Synapse(
+            position_id=str(row["synapse_id"]),
+            neuron_id=None if row["neuron_id"] is None else str(row["neuron_id"]),
+            x=_number(row["x_nm"]),
+            y=_number(row["y_nm"]),
+            z=_number(row["z_nm"]),
+            status=row["status"],
+            called=classes[place] if place >= 0 else None,
+            probabilities={
+                name: _number(row[column])
+                for name, column in zip(classes, names, strict=True)
+            },
+        )
+        for row, place in zip(table.to_pylist(), called, strict=True)
+    ]
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and np.isfinite(value) else None
+
+
+def _schema(path: pathlib.Path) -> pa.Schema:
+    with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+        return reader.schema
+
+
+def _tables(
+    path: pathlib.Path, schema: pa.Schema, columns: Sequence[str]
+) -> Iterator[pa.Table]:
+    """Its record batches in order, one at least, with these columns alone."""
+    fields = sorted(schema.get_field_index(name) for name in columns)
+    options = pa.ipc.IpcReadOptions(included_fields=fields)
+    with pa.memory_map(str(path)) as file:
+        with pa.ipc.open_file(file, options=options) as reader:
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                table = pa.Table.from_batches([batch])
+                yield table.replace_schema_metadata(schema.metadata)
+            if not reader.num_record_batches:
+                empty = schema.empty_table().select(list(columns))
+                yield empty.replace_schema_metadata(schema.metadata)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signing in and out, and what may be asked of whom."""
+
+from fastapi import APIRouter, HTTPException, Request, Response
+
+from synister_jax import report_neurons
+from synister_jax.serve import shapes, tokens
+from synister_jax.serve.service import COOKIE, Served, User, require
+from synister_jax.sources import SOURCES
+
+router = APIRouter(prefix="/api")
+
+
+@router.post(
+    "/session",
+    responses=shapes.errors(401, 403, 422, 429),
+    summary="Signs a browser in.",
+)
+def sign_in(
+    served: Served, request: Request, response: Response, login: shapes.Login
+) -> shapes.LoggedIn:
+    require(served.logins, request.client.host if request.client else "")
+    database = served.store.database
+    user = tokens.by_token(database, login.token)
+    if user is None:
+        why = "there is no such token; ask who runs the service for one"
+        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+    session, csrf = tokens.open_session(database, user)
+    public = served.options.public_url or ""
+    secure = public.startswith("https:") or request.url.scheme == "https"
+    response.set_cookie(
+        *(COOKIE, session),
+        max_age=int(tokens.SESSION_SECONDS),
+        path="/",
+        secure=secure,
+        httponly=True,
+        samesite="strict",
+    )
+    return shapes.LoggedIn(name=user.name, csrf=csrf)
+
+
+@router.get(
+    "/session",
+    responses=shapes.errors(401, 429),
+    summary="Who is signed in, and the limits.",
+)
+def session(served: Served, user: User) -> shapes.Session:
+    options = served.options
+    jobs, size = served.store.used(user.token_id)
+    return shapes.Session(
+        name=user.name,
+        csrf=user.csrf,
+        limits=shapes.Limits(
+            rows=options.most_rows,
+            jobs=options.most_jobs,
+            bytes=options.most_bytes,
+            requests_per_minute=options.requests_per_minute,
+        ),
+        used=shapes.Used(jobs=jobs, bytes=size),
+    )
+
+
+@router.delete(
+    "/session",
+    status_code=204,
+    responses=shapes.errors(401, 403, 429),
+    summary="Signs the browser out.",
+)
+def sign_out(served: Served, user: User, request: Request, response: Response) -> None:
+    if (cookie := request.cookies.get(COOKIE)) is not None:
+        tokens.close_session(served.store.database, cookie)
+    response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+
+
+@router.get(
+    "/models", responses=shapes.errors(401, 429), summary="What may be asked for."
+)
+def models(served: Served, user: User) -> list[shapes.Model]:
+    reports = served.store.reports()
+    result = []
+    for model in served.models.values():
+        network, report = served.networks[model.name], reports.get(model.name)
+        sources = [SOURCES[name] for name in model.sources]
+        result.append(
+            shapes.Model(
+                name=model.name,
+                title=model.title,
+                classes=[
+                    shapes.Class(name=c.name, short=c.short, colour=c.colour)
+                    for c in report_neurons.legend(network.classes)
+                ],
+                voxel_size_nm_zyx=network.voxel_size_nm_zyx,
+                crop_shape_zyx=network.crop_shape_zyx,
+                sources=[
+                    shapes.Source(
+                        name=source.name,
+                        title=source.title,
+                        units=source.units,
+                        neuron=source.neuron,
+                        neurons=model.finds_neurons(source.name),
+                    )
+                    for source in sources
+                ],
+                ready=report is not None and report.ready,
+                problem=None if report is None else report.problem,
+            )
+        )
+    return result

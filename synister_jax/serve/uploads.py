@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading what people send: cut at a size and a time, kept on disk, checked aside."""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import tempfile
+from typing import BinaryIO
+
+from fastapi import HTTPException, Request
+from starlette.concurrency import run_in_threadpool
+
+from synister_jax import files, requested
+from synister_jax.requested import Asked, Checked, Problem
+from synister_jax.serve import shapes
+from synister_jax.serve.models import Model
+from synister_jax.serve.records import Report
+from synister_jax.serve.service import Service
+from synister_jax.serve.tokens import User
+
+MOST_BYTES = 16 << 20
+# A client that is still sending reads no answer: so much more is read for its sake.
+_MOST_DRAINED = 64 << 20
+_SECONDS = 60
+_TYPES = ("text/csv", "text/plain")
+# For OpenAPI: the body is read by us, not by FastAPI.
+BODY = {
+    "requestBody": {
+        "required": True,
+        "description": f"CSV or pasted text, up to {MOST_BYTES >> 20} MiB",
+        "content": {kind: {"schema": {"type": "string"}} for kind in _TYPES},
+    }
+}
+
+
+async def checked(
+    request: Request,
+    served: Service,
+    user: User,
+    model: Model,
+    source: str,
+    kind: shapes.Kind | None,
+) -> Checked:
+    """What the body asks for; 408, 413 and 415 as for any body."""
+    given = request.headers.get("Content-Type")
+    if given is not None and given.partition(";")[0].strip().lower() not in _TYPES:
+        raise HTTPException(415, f"send the rows as {' or '.join(_TYPES)}")
+    folder = served.folder / "uploads"
+    async with served.uploads(user.token_id):
+        # It has no name, so nothing is left of it whatever happens.
+        with tempfile.TemporaryFile(dir=folder) as body:
+            try:
+                async with asyncio.timeout(_SECONDS):
+                    await _read(request, body)
+            except TimeoutError:
+                why = f"the body did not come within {_SECONDS} s"
+                raise HTTPException(408, why, {"Connection": "close"}) from None
+            body.seek(0)
+            async with served.parsing:
+                most = served.options.most_rows
+                found = await run_in_threadpool(requested.check, body, kind, most)
+    if found.kind == "neurons" and not model.finds_neurons(source):
+        why = "this model has nothing to look neurons up in; ask for positions"
+        error = Problem(0, "", why)
+        return dataclasses.replace(
+            found,
+            asked=None,
+            errors=[error, *found.errors[:99]],
+            error_count=found.error_count + 1,
+        )
+    return found
+
+
+async def _read(request: Request, body: BinaryIO) -> None:
+    """Whatever the header Content-Length says."""
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size <= MOST_BYTES:
+            body.write(piece)
+        elif size > _MOST_DRAINED:
+            break
+    if size > MOST_BYTES:
+        why = f"the body is larger than {MOST_BYTES >> 20} MiB; send it in parts"
+        raise HTTPException(413, why, {"Connection": "close"})
+
+
+def shape(found: Checked, seconds_a_row: float | None) -> shapes.Check:
+    """As the API tells it.
+
+    Args:
+      seconds_a_row: of positions; how many synapses a neuron has is not known before.
+    """
+    asked = found.asked
+    neurons = 0
+    if asked is not None and "neuron_id" in asked.table.column_names:
+        column = asked.table["neuron_id"]
+        neurons = len(column.unique().drop_null())
+    seconds = None
+    if found.kind == "positions" and seconds_a_row is not None:
+        seconds = round(found.rows * seconds_a_row, 1)
+    return shapes.Check(
+        kind=found.kind,
+        rows=found.rows,
+        neurons=neurons,
+        errors=[dataclasses.asdict(p) for p in found.errors],
+        error_count=found.error_count,
+        warnings=[dataclasses.asdict(p) for p in found.warnings],
+        warning_count=found.warning_count,
+        seconds=seconds,
+    )
+
+
+def request_key(asked: Asked, model: Model, source: str, report: Report) -> str:
+    """Of what decides the answer: the rows, not how they were written."""
+    names = asked.table.column_names
+    made_of = [
+        *(model.name, model.volume, model.synapses, model.calibrated, source),
+        *(report.step, report.parameters, asked.kind, names),
+        files.sha256_of_columns(asked.table, names),
+    ]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()

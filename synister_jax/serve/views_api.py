@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job's synapses and its model's volume for Neuroglancer, which is another site.
+
+Who has a job's key may look, for Neuroglancer sends neither token nor cookie.
+"""
+
+import functools
+import pathlib
+import threading
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, HTTPException, Path
+from fastapi.responses import JSONResponse, Response
+
+from synister_jax import volumes
+from synister_jax.command import UserError
+from synister_jax.serve import annotations, shapes, volume_view
+from synister_jax.serve.models import Model
+from synister_jax.serve.records import Job
+from synister_jax.serve.service import Served, require
+
+router = APIRouter(prefix="/view/{key}")
+
+_CACHE_BYTES = 64 << 20
+_PUBLIC = {
+    "Access-Control-Allow-Origin": "*",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "Cache-Control": "private, max-age=3600",
+}
+_Number = Annotated[
+    int, Path(ge=0, lt=2**64, description="of a row, or the id of an object")
+]
+_opening = threading.Lock()
+
+
+def _job(
+    served: Served,
+    key: Annotated[str, Path(json_schema_extra={"pattern": "^[A-Za-z0-9_-]{22}$"})],
+) -> Job:
+    job = served.store.job_to_view(key)
+    if job is None:
+        raise HTTPException(404, "there is nothing to view", _PUBLIC)
+    require(served.views, job.id)
+    return job
+
+
+Viewed = Annotated[Job, Depends(_job)]
+_ERRORS = shapes.errors(404, 422, 429)
+
+
+def _binary(summary: str, *codes: int) -> dict[str, Any]:
+    content = {"application/octet-stream": {"schema": {"type": "string"}}}
+    return {
+        "response_class": Response,
+        "responses": shapes.errors(404, 422, 429, *codes)
+        | {200: {"content": content, "description": "bytes of precomputed"}},
+        "summary": summary,
+    }
+
+
+def _bytes(content: bytes | None) -> Response:
+    if content is None:
+        raise HTTPException(404, "there is nothing of that name", _PUBLIC)
+    return Response(content, 200, _PUBLIC, "application/octet-stream")
+
+
+def _predictions(served: Served, job: Viewed) -> pathlib.Path:
+    return served.job_folder(job.id) / "predictions.feather"
+
+
+Predictions = Annotated[pathlib.Path, Depends(_predictions)]
+
+
+@router.get(
+    "/annotations/info",
+    responses=_ERRORS | {200: {"model": dict[str, Any]}},
+    response_class=JSONResponse,
+    summary="The synapses as precomputed annotations.",
+)
+def annotations_info(path: Predictions) -> Response:
+    return JSONResponse(annotations.info(path), headers=_PUBLIC)
+
+
+@router.get("/annotations/spatial0/0_0_0", **_binary("All synapses."))
+def spatial(path: Predictions) -> Response:
+    return _bytes(annotations.spatial(path))
+
+
+@router.get("/annotations/by_id/{number}", **_binary("One synapse."))
+def by_id(path: Predictions, number: _Number) -> Response:
+    return _bytes(annotations.by_id(path, number))
+
+
+@router.get("/annotations/{relationship}/{number}", **_binary("Synapses of an id."))
+def related(path: Predictions, relationship: str, number: _Number) -> Response:
+    return _bytes(annotations.related(path, relationship, number))
+
+
+@router.get(
+    "/volume/info",
+    responses=shapes.errors(404, 422, 429, 503) | {200: {"model": dict[str, Any]}},
+    response_class=JSONResponse,
+    summary="The volume as a precomputed image.",
+)
+def volume_info(served: Served, job: Viewed) -> Response:
+    return JSONResponse(volume_view.info(_volume(served, job)), headers=_PUBLIC)
+
+
+@router.get("/volume/s0/{name}", **_binary("Voxels of the volume.", 503))
+def voxels(
+    served: Served, job: Viewed, name: Annotated[str, Path(max_length=100)]
+) -> Response:
+    parsed = volume_view.parse(name)
+    if parsed is None:
+        return _bytes(None)
+    try:
+        return _bytes(volume_view.chunk(_volume(served, job), *parsed))
+    except (UserError, *volumes.ERRORS):
+        raise _unreadable() from None
+
+
+@router.options("/{path:path}", include_in_schema=False, status_code=204)
+def preflight() -> Response:
+    """Before a page of the internet may ask a server of the local network."""
+    allowed = {"Access-Control-Allow-Private-Network": "true"}
+    return Response(status_code=204, headers=_PUBLIC | allowed)
+
+
+def _volume(served: Served, job: Job) -> volumes.Volume:
+    if job.model not in served.models:
+        raise HTTPException(404, "the model of this job is no longer there", _PUBLIC)
+    try:
+        with _opening:
+            return _open(served.models[job.model])
+    except UserError:
+        raise _unreadable() from None
+
+
+@functools.lru_cache(maxsize=8)
+def _open(model: Model) -> volumes.Volume:
+    return volumes.open(model.volume, cache_bytes=_CACHE_BYTES)
+
+
+def _unreadable() -> HTTPException:
+    why = "the volume cannot be read now; try again"
+    return HTTPException(503, why, {"Retry-After": "60"} | _PUBLIC)

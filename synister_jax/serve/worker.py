@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that computes: takes jobs from the store, one after the other.
+
+The server starts one for each accelerator and keeps its standard input open; when that
+closes, however the server ended, the worker puts its job back and leaves. A job is an
+answer folder (answering.py), so another worker goes on where this one stopped. Single
+positions that somebody waits for are answered between two batches of a job.
+"""
+
+import functools
+import os
+import pathlib
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+from absl import flags
+from pyarrow import feather
+
+from synister_jax import answering, command, files, sources
+from synister_jax.command import UserError
+from synister_jax.requested import Asked
+from synister_jax.serve import models
+from synister_jax.serve.store import Job, Point, Store
+
+_PAUSE = 0.1  # seconds between two looks for work
+_TOLD_EVERY = 0.3  # seconds: how far a job is, and whether it is still wanted
+_BEAT_EVERY = 2.0  # seconds: that this process lives
+_GRACE = 5.0  # seconds that a batch has to end in once the server has gone
+_OPEN_NETWORKS = 4  # of the largest published one, 1.8 GB each
+
+
+class _NotWanted(Exception):
+    """The job was cancelled, or is another worker's by now."""
+
+
+class _Leaving(Exception):
+    """The server has gone."""
+
+
+class Worker:
+    def __init__(
+        self,
+        store: Store,
+        found: dict[str, models.Model],
+        state: pathlib.Path,
+        name: str,
+        batch_size: int,
+        credentials: str | None,
+    ) -> None:
+        self._store, self._models, self._state = store, found, state
+        self._name, self._batch_size = name, batch_size
+        self._credentials = credentials
+        self._steps: dict[str, int] = {}
+        self._beaten = 0.0
+        self.leaving = threading.Event()
+        self._network = functools.lru_cache(maxsize=_OPEN_NETWORKS)(self._open)
+
+    def _open(self, model: str, step: int) -> answering.Network:
+        chosen = self._models[model]
+        return answering.Network.open(
+            chosen.workdir, step, chosen.volume, self._batch_size, chosen.calibrated
+        )
+
+    def open_all(self) -> None:
+        """Tells the store which models there are, and what is wrong with others."""
+        for name, model in self._models.items():
+            try:
+                step = answering.choose_step(model.workdir, model.step)
+                classifier = self._network(name, step).classifier
+                # Compiled now, not while somebody waits for one position.
+                shape = tuple(classifier.config.crop_shape_zyx)
+                classifier(np.zeros((1, *shape), np.uint8))
+                self._steps[name] = step
+                [member] = classifier.members
+                self._store.report_model(
+                    name,
+                    step,
+                    classifier.classes,
+                    True,
+                    None,
+                    member["parameters_sha256"],
+                )
+            except UserError as error:
+                problem = _one_line(error)
+                print(f"model {name}: {problem}", flush=True)
+                self._store.report_model(name, None, [], False, problem)
+
+    def run(self) -> None:
+        """Until the server goes."""
+        while not self.leaving.is_set():
+            self._beat()
+            if self._answer_points():
+                continue
+            job = self._store.claim(self._name)
+            if job is None:
+                self.leaving.wait(_PAUSE)
+            else:
+                self._do(job)
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beaten > _BEAT_EVERY:
+            self._store.beat(self._name)
+            self._beaten = time.monotonic()
+
+    def _do(self, job: Job) -> None:
+        folder = self._state / "jobs" / job.id
+        last = [0.0, ""]
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if self.leaving.is_set():
+                raise _Leaving
+            now = time.monotonic()
+            if stage == last[1] and now - last[0] < _TOLD_EVERY and done < total:
+                return
+            last[:] = [now, stage]
+            self._beat()
+            if not self._store.tell(job.id, self._name, stage, done, total):
+                raise _NotWanted
+            self._answer_points()
+
+        try:
+            tell("starting", 0, job.rows)
+            network = self._network(job.model, self._step(job))
+            asked = Asked(
+                job.kind, feather.read_table(folder / "asked.feather", memory_map=False)
+            )
+            settings = self._settings(job.source, self._models[job.model])
+            about = answering.answer(asked, network, job.source, settings, folder, tell)
+            size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+            self._store.finish(job.id, self._name, about["rows"], size)
+        except _NotWanted:
+            pass
+        except _Leaving:
+            self._store.release(job.id, self._name)
+        except UserError as error:
+            self._store.fail(job.id, self._name, _one_line(error))
+        except Exception as error:  # of one job; the next may well be another matter
+            traceback.print_exc()
+            kind = type(error).__name__
+            why = f"something that nobody foresaw ({kind}); the server's log says more"
+            self._store.fail(job.id, self._name, why)
+
+    def _step(self, job: Job) -> int:
+        """What was asked for, or what there is where no worker had said that."""
+        if job.model not in self._steps:
+            raise UserError(f"model {job.model} cannot be used; tell who runs the page")
+        return self._steps[job.model] if job.step is None else job.step
+
+    def _settings(self, source: str, model: models.Model) -> Any:
+        return sources.settings(source, self._credentials, synapses=model.synapses)
+
+    def _answer_points(self) -> bool:
+        """Whether there was any."""
+        points = self._store.claim_points(self._name)
+        groups: dict[tuple[str, str], list[Point]] = {}
+        for point in points:
+            groups.setdefault((point.model, point.source), []).append(point)
+        for (model, source), group in groups.items():
+            try:
+                results = self._at_once(model, source, group)
+            except UserError as error:
+                results = [{"problem": _one_line(error)}] * len(group)
+            for point, result in zip(group, results, strict=True):
+                self._store.answer_point(point.id, self._name, result)
+        return bool(points)
+
+    def _at_once(
+        self, model: str, source: str, points: list[Point]
+    ) -> list[dict[str, Any]]:
+        if model not in self._steps:
+            raise UserError(f"model {model} cannot be used; tell who runs the page")
+        network = self._network(model, self._steps[model])
+        coordinates = {
+            name: np.array([getattr(point, name) for point in points], np.float64)
+            for name in "xyz"
+        }
+        settings = self._settings(source, self._models[model])
+        shape = network.volume.shape_zyx
+        placed = sources.to_volume_nm_zyx(source, coordinates, shape, settings)
+        probabilities, statuses = answering.at_once(network, placed)
+        classes = network.classifier.classes
+        results = []
+        for values, status in zip(probabilities, statuses, strict=True):
+            known = bool(np.isfinite(values).all())
+            each = dict(zip(classes, map(float, values), strict=True))
+            results.append(
+                {
+                    "neurotransmitter_name": max(each, key=each.get) if known else None,
+                    "probabilities": each if known else None,
+                    "status": status,
+                }
+            )
+        return results
+
+
+def _one_line(error: UserError) -> str:
+    return command.redact(" ".join(str(error).split()))
+
+
+def _watch_server(worker: Worker) -> None:
+    """Leaves when standard input closes."""
+    sys.stdin.buffer.read()
+    worker.leaving.set()
+    time.sleep(_GRACE)
+    os._exit(0)  # whatever a read or a compilation still waits for
+
+
+def main() -> None:
+    folder = flags.DEFINE_string("models", None, "Folder with models.toml.")
+    state = flags.DEFINE_string("state", None, "Folder of the service.")
+    name = flags.DEFINE_string("name", None, "Of this worker.")
+    batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
+    credentials = flags.DEFINE_string("credentials", None, "Ini file of the sources.")
+    flags.mark_flags_as_required(["models", "state", "name"])
+
+    def run() -> None:
+        root = files.make_folder(state.value)
+        worker = Worker(
+            Store(root / "service.sqlite"),
+            models.load(pathlib.Path(folder.value)),
+            root,
+            name.value,
+            batch_size.value,
+            credentials.value,
+        )
+        threading.Thread(target=_watch_server, args=[worker], daemon=True).start()
+        worker.open_all()
+        worker.run()
+
+    command.run(run, abandon_threads=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue: who gets which job, and what becomes of it whatever dies."""
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from synister_jax.serve import supervisor, tokens
+from synister_jax.serve.records import Job, LimitReached
+from synister_jax.serve.store import MOST_ATTEMPTS, Store
+
+
+@pytest.fixture
+def store(tmp_path: pathlib.Path) -> Iterator[Store]:
+    store = Store(tmp_path / "service.sqlite")
+    for name in ("ann", "bob"):
+        tokens.add(store.database, name)
+    yield store
+    store.close()
+
+
+def submit(
+    store: Store, number: int, token_id: int = 1, key: str | None = None, **more: bool
+) -> Job:
+    job, _ = store.submit(
+        *(f"{number:016x}", token_id, "small", "none", "positions", "", 10, 100, 3),
+        request_key=key or str(number),
+        most_jobs=100,
+        most_bytes=10_000,
+        **more,
+    )
+    return job
+
+
+def test_a_job_from_end_to_end(store: Store) -> None:
+    job = submit(store, 1)
+    assert (job.state, job.attempts, job.started) == ("queued", 0, None)
+    claimed = store.claim("w")
+    assert (claimed.id, claimed.state, claimed.worker) == (job.id, "running", "w")
+    assert claimed.attempts == 1 and claimed.step == 3
+    assert store.claim("v") is None
+    assert store.tell(job.id, "w", "predicting", 40, 100)
+    assert not store.tell(job.id, "v", "predicting", 90, 100)
+    assert store.job(job.id, 1).eta_seconds is None  # all of it was done before
+    time.sleep(0.05)
+    assert store.tell(job.id, "w", "predicting", 60, 100)
+    assert 0.1 <= store.job(job.id, 1).eta_seconds < 10
+    assert not store.finish(job.id, "v", 100, 5)
+    assert store.finish(job.id, "w", 100, 5)
+    assert not store.fail(job.id, "w", "late") and not store.release(job.id, "w")
+    done = store.job(job.id, 1)
+    assert (done.state, done.rows, done.bytes, done.done) == ("done", 100, 5, 100)
+    assert store.job(job.id, 2) is None
+    assert store.used(1) == (0, 5) and store.used(2) == (0, 0)
+    assert 0 < store.seconds_a_row("small") < 1
+
+
+def test_turns_are_taken_by_token(store: Store) -> None:
+    for number in range(4):
+        submit(store, number)
+    submit(store, 10, token_id=2)
+    order = [int(store.claim(f"w{n}").id, 16) for n in range(5)]
+    assert order == [0, 10, 1, 2, 3]
+
+
+def test_the_same_request_is_one_job(store: Store) -> None:
+    first = submit(store, 1, key="same")
+    assert submit(store, 2, key="same").id == first.id
+    assert submit(store, 3, token_id=2, key="same").id != first.id
+    # While it is under way it is as fresh as can be.
+    assert submit(store, 4, key="same", fresh=True).id == first.id
+    store.claim("w")
+    store.finish(first.id, "w", 10, 10)
+    assert submit(store, 5, key="same").id == first.id
+    fresh = submit(store, 6, key="same", fresh=True)
+    assert fresh.id != first.id and submit(store, 7, key="same").id == fresh.id
+    store.cancel(fresh.id, 1)
+    assert submit(store, 8, key="same").id not in (first.id, fresh.id)
+
+
+def test_limits(store: Store) -> None:
+    submit(store, 1)
+    with pytest.raises(LimitReached, match="1 jobs are unfinished"):
+        store.submit(
+            *("f" * 16, 1, "small", "none", "positions", "", 10, 100, 3, "k", 1, 9999)
+        )
+    with pytest.raises(LimitReached, match="100 bytes of 150"):
+        store.submit(
+            *("f" * 16, 1, "small", "none", "positions", "", 10, 100, 3, "k", 9, 150)
+        )
+
+
+def test_a_job_that_stops_workers_is_given_up(store: Store) -> None:
+    job = submit(store, 1)
+    for attempt in range(1, MOST_ATTEMPTS + 1):
+        assert store.claim(f"w{attempt}").attempts == attempt
+        assert store.requeue_lost([f"w{attempt}"]) == 0
+        lost = store.requeue_lost(["other"])
+        assert lost == (attempt < MOST_ATTEMPTS)
+    failed = store.job(job.id, 1)
+    assert (failed.state, failed.message) == (
+        "failed",
+        "stopped the worker three times",
+    )
+
+
+def test_stops_of_the_server_are_not_the_jobs_fault(store: Store) -> None:
+    job = submit(store, 1)
+    store.report_model("small", 3, ["a"], True, None)
+    for _ in range(2 * MOST_ATTEMPTS):
+        assert store.claim("w").id == job.id
+        assert store.start_over() == 1
+        assert store.claim("w").id == job.id
+        assert store.release(job.id, "w")
+    assert store.job(job.id, 1).attempts == 0
+    assert store.reports() == {}
+
+
+def test_cancelled_while_it_finishes(store: Store) -> None:
+    """Of both at once one wins, and the other is told so."""
+    for number in range(20):
+        job = submit(store, number)
+        store.claim("w")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            finish = pool.submit(store.finish, job.id, "w", 1, 1)
+            cancel = pool.submit(store.cancel, job.id, 1)
+            told = cancel.result().state
+        assert (told == "done") == finish.result()
+        assert store.job(job.id, 1).state == told
+        assert store.delete(job.id, 1) and not store.delete(job.id, 1)
+
+
+def test_running_jobs_are_not_deleted(store: Store) -> None:
+    job = submit(store, 1)
+    store.claim("w")
+    assert not store.delete(job.id, 1)
+    store.cancel(job.id, 1)
+    assert not store.delete(job.id, 2)
+    assert store.delete(job.id, 1)
+    assert not store.tell(job.id, "w", "predicting", 1, 2)
+
+
+_CLAIMS = """
+import sys
+from synister_jax.serve.store import Store
+import pathlib
+store, name = Store(pathlib.Path(sys.argv[1])), sys.argv[2]
+while (job := store.claim(name)) is not None:
+    print(job.id, flush=True)
+    if not job.number % 3:
+        store.finish(job.id, name, 1, 1)
+"""
+
+
+def test_claims_of_several_processes_are_each_once(store: Store) -> None:
+    """Some are killed as they work; nothing is lost and nothing done twice."""
+    jobs = {submit(store, number).id for number in range(60)}
+    path = str(store.database.path)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _CLAIMS, path, f"w{n}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(3)
+    ]
+    started[0].stdout.readline()
+    os.kill(started[0].pid, signal.SIGKILL)
+    claimed = [line for p in started for line in p.communicate()[0].split()]
+    assert len(claimed) == len(set(claimed))
+    states = [store.job(job_id, 1).state for job_id in jobs]
+    assert "queued" not in states
+    assert store.requeue_lost([]) == states.count("running") == 40
+    while (job := store.claim("last")) is not None:
+        assert store.finish(job.id, "last", 1, 1)
+    assert {store.job(job_id, 1).state for job_id in jobs} == {"done"}
+
+
+def test_points(store: Store) -> None:
+    store.report_model("small", 3, ["a"], True, None)
+
+    def ask(x: float, token_id: int = 1) -> int:
+        return store.ask_point(token_id, "small", "none", x, 2, 3)
+
+    first = ask(1)
+    assert ask(1) == first and ask(1, token_id=2) != first
+    [point, other] = store.claim_points("w")
+    assert (point.id, point.x, type(point.x)) == (first, 1, float)
+    assert store.claim_points("v") == [] and store.point_result(first) is None
+    assert not store.answer_point(first, "v", {"status": "ok"})
+    assert ask(1) == first and store.claim_points("v") == []  # under way
+    assert store.answer_point(first, "w", {"status": "ok"})
+    assert store.point_result(first) == {"status": "ok"}
+    assert ask(1) == first and store.claim_points("v") == []
+    store.report_model("small", 4, ["a"], True, None)
+    assert ask(1) == first and len(store.claim_points("w")) == 1  # of another step
+    assert store.requeue_lost(["v"]) == 0  # jobs; the points go back
+    assert {p.id for p in store.claim_points("v")} == {first, other.id}
+    store.answer_point(first, "v", {"problem": "out of reach"})
+    assert ask(1) == first and len(store.claim_points("v")) == 1  # tried again
+    with pytest.raises(LimitReached, match="64 points"):
+        for x in range(100):
+            ask(1000 + x)
+    store.forget_points(older_than_seconds=-1)
+    assert store.point_result(first) is None
+
+
+def test_clearing(store: Store, tmp_path: pathlib.Path) -> None:
+    for number in range(4):
+        submit(store, number)
+        (tmp_path / "jobs" / f"{number:016x}").mkdir(parents=True)
+    store.claim("w")
+    store.fail(f"{0:016x}", "w", "no")
+    store.cancel(f"{1:016x}", 1)
+    store.delete(f"{2:016x}", 1)
+    supervisor.clear(store, tmp_path)
+    assert len(list((tmp_path / "jobs").iterdir())) == 4  # something may still write
+    store.database.run("UPDATE jobs SET finished = finished - 1000 WHERE finished > 0")
+    os.utime(tmp_path / "jobs" / f"{2:016x}", (0, 0))
+    supervisor.clear(store, tmp_path)
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == [f"{3:016x}"]
+    assert store.used(1) == (1, 100)
+    shutil.rmtree(tmp_path / "jobs")
+
+
+def test_environments_of_workers() -> None:
+    def of(*arguments: object, **given: str) -> list[dict[str, str]]:
+        return supervisor.environments(*arguments, given)
+
+    assert of("cpu", 1, None) == [{}]
+    assert of("cpu", 1, 2) == [{}, {}]
+    assert of("gpu", 1, None) == [{}]
+    visible = "CUDA_VISIBLE_DEVICES"
+    assert [e[visible] for e in of("gpu", 3, None)] == ["0", "1", "2"]
+    assert [e[visible] for e in of("gpu", 2, 2, **{visible: "5,7"})] == ["5", "7"]
+    shared = of("gpu", 2, 3)
+    assert [e[visible] for e in shared] == ["0", "1", "0"]
+    assert shared[0]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert [e["TPU_VISIBLE_CHIPS"] for e in of("tpu", 4, None)] == list("0123")
