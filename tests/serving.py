@@ -111,7 +111,7 @@ class Worker:
                     "probabilities": dict(zip(CLASSES, (0.8, 0.1, 0.1), strict=True)),
                     "status": "ok",
                 }
-                if point.x < 0:
+                if point.x == -404:
                     result = {"problem": "the volume is out of reach"}
                 self._store.answer_point(point.id, self._name, result)
             job = self._store.claim(self._name)

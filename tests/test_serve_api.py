@@ -157,7 +157,13 @@ def test_what_is_not_there(service: Running) -> None:
             got = client.get(f"/api/jobs/{job_id}/predictions.csv")
             assert got.status_code == 404
         assert client.get("/api/nothing").status_code == 404
-        assert client.put("/api/jobs").status_code == 405
+        for path, allowed in (
+            ("/api/jobs", "GET, POST"),
+            (f"/api/jobs/{'0' * 16}", "DELETE, GET"),
+            ("/", "GET"),
+        ):
+            got = client.put(path)
+            assert (got.status_code, got.headers["Allow"]) == (405, allowed)
         assert (
             client.get("/docs").status_code == client.get("/redoc").status_code == 404
         )
@@ -390,7 +396,7 @@ def test_a_point_while_one_waits(service: Running) -> None:
         again = client.get("/fetch-neurotransmitter", params=where)
         assert again.json() == got.json()
         assert time.monotonic() - began < 1
-        failed = client.get("/fetch-neurotransmitter", params=where | {"x": -1})
+        failed = client.get("/fetch-neurotransmitter", params=where | {"x": -404})
         assert failed.status_code == 503 and "Retry-After" in failed.headers
         for wrong in ({"x": "nan"}, {"x": "inf"}, {"x": "1e99"}, {"x": "a"}, {"z": ""}):
             got = client.get("/fetch-neurotransmitter", params=where | wrong)

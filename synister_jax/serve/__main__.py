@@ -78,14 +78,19 @@ def _serve(
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=3,
     )
-    # uvicorn stops at these and then raises them again, for whoever comes after it.
+    server = uvicorn.Server(configuration)
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn has its own while it serves, and raises what came again afterwards.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, stop)
     workers.start()
     try:
         if opens:
             threading.Timer(0.5, webbrowser.open, [url]).start()
-        uvicorn.Server(configuration).run(sockets=[listening])
+        server.run(sockets=[listening])
     finally:
         print("stopping", flush=True)
         workers.stop()

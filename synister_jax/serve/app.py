@@ -4,7 +4,7 @@
 import importlib.resources
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
@@ -62,6 +62,7 @@ def make(service: Service) -> FastAPI:
     app.add_middleware(Guard, host=options.host, public_url=options.public_url)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(jobs_api.Unfit, _unfit)
+    app.add_exception_handler(405, _other_method)
     for module in (sessions_api, jobs_api, answers_api, points, views_api):
         app.include_router(module.router)
     for path, (name, media_type) in _PAGE.items():
@@ -90,6 +91,16 @@ def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     place = ".".join(str(part) for part in first["loc"] if part != "query")
     detail = f"{place}: {first['msg']}"
     return JSONResponse({"detail": detail}, 422)
+
+
+def _other_method(request: Request, error: HTTPException) -> JSONResponse:
+    """Names the methods of all routes of the path, not of the first alone."""
+    methods = _openapi(request.app)["paths"].get(
+        request.scope["route"].path, {"get": 0}
+    )
+    allowed = ", ".join(sorted(method.upper() for method in methods))
+    detail = f"this path takes {allowed}"
+    return JSONResponse({"detail": detail}, 405, {"Allow": allowed})
 
 
 def _unfit(request: Request, error: jobs_api.Unfit) -> JSONResponse:

@@ -748,6 +748,7 @@ function paged(section, path, key, what, heads, line) {
     loading = repeat(async (signal) => {
       const found = await get(`${path}?${values}`, signal);
       body.replaceChildren(...found[key].map(line));
+      section.hidden = found.total === 0 && [...values].length === 2; // no filter
       const last = offset + found[key].length;
       put(output, found.total === 0 ? `no ${what}`
         : `${whole(offset + 1)} to ${whole(last)} of ${count(found.total, what)}`);

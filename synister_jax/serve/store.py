@@ -254,7 +254,7 @@ class Store:
         """Back into the queue, as the worker is told to end; not counted against it."""
         return bool(
             self._run(
-                "UPDATE jobs SET state = 'queued', worker = NULL, "
+                "UPDATE jobs SET state = 'queued', worker = NULL, stage = '', "
                 "attempts = attempts - 1 WHERE id = ? AND worker = ? AND "
                 "state = 'running' RETURNING id",
                 *(job_id, worker),
@@ -278,8 +278,8 @@ class Store:
         )
         return len(
             self._run(
-                f"UPDATE jobs SET state = 'queued', worker = NULL WHERE {lost} "
-                "RETURNING id",
+                "UPDATE jobs SET state = 'queued', worker = NULL, stage = '' "
+                f"WHERE {lost} RETURNING id",
                 alive,
             )
         )
@@ -297,7 +297,7 @@ class Store:
         )
         return len(
             self._run(
-                "UPDATE jobs SET state = 'queued', worker = NULL, "
+                "UPDATE jobs SET state = 'queued', worker = NULL, stage = '', "
                 "attempts = attempts - 1 WHERE state = 'running' RETURNING id"
             )
         )
