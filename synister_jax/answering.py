@@ -108,15 +108,17 @@ def answer(
     settings: Any,
     folder: pathlib.Path,
     tell: Tell,
+    most_synapses: int | None = None,
 ) -> dict[str, Any]:
     """Fills `folder`; returns what its answer.json says.
 
     Args:
       source: of `sources.SOURCES`, with its `settings`.
+      most_synapses: of all neurons together; None: any number.
 
     Raises:
       UserError: the source or the volume does not answer; the folder is of another
-        request. What is finished stays.
+        request; there are more synapses. What is finished stays.
     """
     files.make_folder(folder)
     request = {
@@ -125,7 +127,9 @@ def answer(
         "asked_sha256": files.sha256_of_columns(asked.table, asked.table.column_names),
     }
     files.keep_plan(folder / "request.json", request)
-    unknown, without = _find_synapses(asked, network, source, settings, folder, tell)
+    unknown, without = _find_synapses(
+        asked, network, source, settings, folder, tell, most_synapses
+    )
     record, doubt = _predict(network, folder, tell)
     table = predictions.open(folder / "predictions.feather")
     exports.write(folder / "predictions.csv", table, _original_columns, silent=True)
@@ -177,6 +181,7 @@ def _find_synapses(
     settings: Any,
     folder: pathlib.Path,
     tell: Tell,
+    most_synapses: int | None,
 ) -> tuple[list[int], list[int]]:
     """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
     if asked.kind == "positions":
@@ -192,6 +197,12 @@ def _find_synapses(
             unknown += about["unknown"]
             without += about["without"]
             pieces.append(table.replace_schema_metadata(None))
+            found = sum(map(len, pieces))
+            if most_synapses is not None and found > most_synapses:
+                raise UserError(
+                    f"these neurons have more than {most_synapses:,} synapses, as many "
+                    "as one request may have here; ask for fewer neurons at once"
+                )
     path = folder / "synapses.feather"
     if not path.exists():
         _place(pa.concat_tables(pieces), network, source, settings, path, tell)

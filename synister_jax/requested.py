@@ -203,7 +203,7 @@ def _named(
         if role in _AXES and role not in found:
             raise Stop(line, f"there is no column {role}; positions have x, y and z")
         if len(found.get(role, [])) > 1:
-            given = " and ".join(shown(names[place]) for place in found[role])
+            given = " and ".join(shown(names[place]) for place in found[role][:3])
             raise Stop(line, f"columns {given} would say the same; keep one of them")
     places = {role: found[role][0] for role in wanted if role in found}
     return _Layout(is_there, names, places, rows)

@@ -216,6 +216,23 @@ def test_no_synapse_at_all_is_an_answer(
     assert (tmp_path / "report.html").exists()
 
 
+def test_too_many_synapses_are_refused_before_any_work(
+    network: answering.Network,
+    table_path: pathlib.Path,
+    synapse_table: pa.Table,
+    tmp_path: pathlib.Path,
+) -> None:
+    asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
+    settings = of_table(table_path)
+    with pytest.raises(UserError, match="more than 89 synapses"):
+        answering.answer(asked, network, "none", settings, tmp_path, nothing, 89)
+    assert not (tmp_path / "plan.json").exists()
+    about = answering.answer(
+        asked, network, "none", settings, tmp_path, nothing, len(synapse_table)
+    )
+    assert about["rows"] == len(synapse_table)
+
+
 def test_folder_of_another_request_is_refused(
     network: answering.Network, tmp_path: pathlib.Path
 ) -> None:

@@ -181,7 +181,7 @@ def test_leaves_when_the_server_goes_and_the_job_waits(service: Service) -> None
 def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -> None:
     service.submit("f" * 16, 5, model="broken")
     found = models.load(service.models)
-    worker = Worker(service.store, found, service.state, "w1", BATCH, None)
+    worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
     worker.open_all()
     job = service.store.claim("w1")
     worker._do(job)
@@ -198,7 +198,7 @@ def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -
 
 def test_step_that_was_asked_for_is_used(service: Service) -> None:
     found = models.load(service.models)
-    worker = Worker(service.store, found, service.state, "w1", BATCH, None)
+    worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
     service.store.submit(
         *("9" * 16, 1, "tiny", "none", "positions", "name", 1, 0, 20, "key"),
         *(20, 1 << 40),

@@ -110,6 +110,9 @@ def main() -> None:
     )
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", 1)
     most_rows = flags.DEFINE_integer("most_rows", 100_000, "Of a request.", 1)
+    most_synapses = flags.DEFINE_integer(
+        "most_synapses", 1_000_000, "Of the neurons of a request together.", 1
+    )
     most_jobs = flags.DEFINE_integer("most_jobs", 20, "Unfinished, of a token.", 1)
     most_bytes = flags.DEFINE_integer("most_bytes", 2 << 30, "Kept, of a token.", 1)
     requests_per_minute = flags.DEFINE_integer(
@@ -163,12 +166,15 @@ def main() -> None:
             if not any(t.revoked is None for t in tokens.listing(store.database)):
                 url += f"#token={tokens.add(store.database, _FIRST_TOKEN)}"
                 print(f"sign in, this once: {url}", flush=True)
+            else:
+                print("sign in with a token; --add_token=NAME makes another")
             with supervisor.alone(place) as mark:
                 store.start_over()
                 arguments = [
                     f"--models={folder.value}",
                     f"--state={place}",
                     f"--batch_size={batch_size.value}",
+                    f"--most_synapses={most_synapses.value}",
                 ]
                 if credentials.value is not None:
                     arguments.append(f"--credentials={credentials.value}")

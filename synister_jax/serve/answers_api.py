@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What came of a job: pages of its neurons and synapses, and files."""
 
+import contextlib
+import os
 import pathlib
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, BinaryIO
 
 from fastapi import APIRouter, HTTPException, Query
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response, StreamingResponse
 
 from synister_jax.serve import results, shapes, tokens
 from synister_jax.serve.jobs_api import find
@@ -13,6 +16,7 @@ from synister_jax.serve.service import Served, Service, User
 
 router = APIRouter(prefix="/api/jobs/{job_id}")
 
+_PIECE_BYTES = 1 << 20
 _ERRORS = shapes.errors(401, 404, 409, 422, 429)
 # The report has a policy of its own that names its script; this one keeps whatever
 # might be in it away from the cookie and the API.
@@ -32,8 +36,8 @@ def neurons(
     offset: shapes.Offset = 0,
     limit: shapes.Limit = 100,
 ) -> shapes.Neurons:
-    path = _file(served, user, job_id, "predictions.feather")
-    return results.neurons_page(path, search, offset, limit)
+    with _file(served, user, job_id, "predictions.feather") as path:
+        return results.neurons_page(path, search, offset, limit)
 
 
 @router.get("/synapses", responses=_ERRORS, summary="Synapses of the answer.")
@@ -50,12 +54,12 @@ def synapses(
     offset: shapes.Offset = 0,
     limit: shapes.Limit = 100,
 ) -> shapes.Synapses:
-    path = _file(served, user, job_id, "predictions.feather")
     neuron_id = None if neuron is None else int(neuron)
     if neuron_id is not None and not -(2**63) <= neuron_id < 2**63:
         raise HTTPException(422, "neuron: an id has 64 bits")
     wanted = results.Filter(search or None, status, called, neuron_id)
-    return results.synapses_page(path, wanted, offset, limit)
+    with _file(served, user, job_id, "predictions.feather") as path:
+        return results.synapses_page(path, wanted, offset, limit)
 
 
 def _download(kind: str, media_type: str, text: bool = False) -> dict:
@@ -70,42 +74,60 @@ def _download(kind: str, media_type: str, text: bool = False) -> dict:
 
 
 @router.get("/predictions.csv", **_download("The predictions", "text/csv", True))
-def csv(served: Served, user: User, job_id: shapes.JobId) -> FileResponse:
-    path = _file(served, user, job_id, "predictions.csv")
-    return FileResponse(path, media_type="text/csv", filename=f"synister-{job_id}.csv")
+def csv(served: Served, user: User, job_id: shapes.JobId) -> StreamingResponse:
+    return _sent(served, user, job_id, "predictions.csv", "text/csv", "attachment")
 
 
 @router.get(
     "/predictions.feather",
     **_download("The predictions as Feather", "application/vnd.apache.arrow.file"),
 )
-def feather(served: Served, user: User, job_id: shapes.JobId) -> FileResponse:
-    path = _file(served, user, job_id, "predictions.feather")
-    return FileResponse(
-        path,
-        media_type="application/vnd.apache.arrow.file",
-        filename=f"synister-{job_id}.feather",
-    )
+def feather(served: Served, user: User, job_id: shapes.JobId) -> StreamingResponse:
+    kind = "application/vnd.apache.arrow.file"
+    return _sent(served, user, job_id, "predictions.feather", kind, "attachment")
 
 
 @router.get("/report.html", **_download("The report", "text/html", True))
-def report(served: Served, user: User, job_id: shapes.JobId) -> FileResponse:
-    return FileResponse(
-        _file(served, user, job_id, "report.html"),
-        # A page in a sandbox may not ask to be alone in its group of windows.
-        headers={
-            "Content-Security-Policy": _REPORT_POLICY,
-            "Cross-Origin-Opener-Policy": "unsafe-none",
-        },
-        media_type="text/html",
-        filename=f"synister-{job_id}.html",
-        content_disposition_type="inline",
-    )
+def report(served: Served, user: User, job_id: shapes.JobId) -> StreamingResponse:
+    response = _sent(served, user, job_id, "report.html", "text/html", "inline")
+    response.headers["Content-Security-Policy"] = _REPORT_POLICY
+    # A page in a sandbox may not ask to be alone in its group of windows.
+    response.headers["Cross-Origin-Opener-Policy"] = "unsafe-none"
+    return response
 
 
-def _file(served: Service, user: tokens.User, job_id: str, name: str) -> pathlib.Path:
-    """A file of an answer; 409 where there is none yet."""
+def _sent(
+    served: Service,
+    user: tokens.User,
+    job_id: str,
+    name: str,
+    media_type: str,
+    disposition: str,
+) -> StreamingResponse:
+    """A file of an answer. Once it is open it may be deleted."""
+    with _file(served, user, job_id, name) as path:
+        file = path.open("rb")
+    shown = f"synister-{job_id}{path.suffix}"
+    headers = {
+        "Content-Length": str(os.fstat(file.fileno()).st_size),
+        "Content-Disposition": f'{disposition}; filename="{shown}"',
+    }
+    return StreamingResponse(_pieces(file), headers=headers, media_type=media_type)
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+
+
+@contextlib.contextmanager
+def _file(
+    served: Service, user: tokens.User, job_id: str, name: str
+) -> Iterator[pathlib.Path]:
+    """A file of an answer to be read; 409 where there is none yet."""
     found = find(served, user, job_id)
     if found.state != "done":
         raise HTTPException(409, f"the job is {found.state}; it has no answer")
-    return served.job_folder(found.id) / name
+    with served.answer_file(found.id, name) as path:
+        yield path

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from synister_jax.command import UserError
+
 _BUSY_SECONDS = 20
 _VERSION = 1
 
@@ -67,6 +69,11 @@ class Database:
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
+            elif version != _VERSION:
+                raise UserError(
+                    f"{path} was written by another release of synister_jax; use that, "
+                    "or give another --state"
+                )
 
     def close(self) -> None:
         """Closes the connections of all threads; the store is of no use afterwards."""

@@ -78,19 +78,19 @@ async def submit(
         job_id = secrets.token_hex(8)
         folder = served.job_folder(job_id)
         folder.mkdir(mode=0o700)
+        submitted = functools.partial(
+            served.store.submit,
+            *(job_id, user.token_id, chosen.name, named, asked.kind, _shown(name)),
+            *(len(asked.table), asked.table.nbytes, report.step, key),
+            *(served.options.most_jobs, served.options.most_bytes),
+        )
         is_new = False
         try:
             files.write_feather(folder / "asked.feather", asked.table)
-            job, is_new = served.store.submit(
-                *(job_id, user.token_id, chosen.name, named, asked.kind, _shown(name)),
-                rows=len(asked.table),
-                size=asked.table.nbytes,
-                step=report.step,
-                request_key=key,
-                most_jobs=served.options.most_jobs,
-                most_bytes=served.options.most_bytes,
-                fresh=fresh,
-            )
+            job, is_new = submitted(fresh)
+            answer = served.job_folder(job.id) / "answer.json"
+            if job.state == "done" and not answer.exists():
+                job, is_new = submitted(True)
             return job, is_new
         finally:
             if not is_new:
@@ -176,14 +176,14 @@ def _told(served: Service, job: Job, request: Request) -> shapes.Job:
     told = _shape(job, served.store.queue())
     if told.links is None:
         return told
-    folder = served.job_folder(job.id)
-    told.answer = files.read_json(folder / "answer.json")
     public = served.options.public_url or str(request.base_url)
     view = f"{public.rstrip('/')}/view/{job.view_key}"
     viewer = served.options.neuroglancer
-    told.links.neuroglancer = _neuroglancer(
-        folder / "predictions.feather", view, viewer
-    )
+    with served.answer_file(job.id, "answer.json") as path:
+        told.answer = files.read_json(path)
+        told.links.neuroglancer = _neuroglancer(
+            path.with_name("predictions.feather"), view, viewer
+        )
     return told
 
 

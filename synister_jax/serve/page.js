@@ -251,7 +251,7 @@ function begin() {
   const token = /^#token=(.+)$/.exec(location.hash);
   if (token) {
     history.replaceState(null, "", location.pathname);
-    signIn(decodeURIComponent(token[1]));
+    signIn(token[1]);
     return;
   }
   const other = (error) => (error.status === 401 ? null : put($("said"), error.message));

@@ -4,14 +4,17 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
+import pyarrow as pa
 from fastapi import Depends, HTTPException, Request
 
+from synister_jax.command import UserError
 from synister_jax.serve import annotations, tokens
 from synister_jax.serve.limits import Rate
 from synister_jax.serve.models import Model, Network
@@ -91,6 +94,21 @@ class Service:
             why = f"model {model.name} cannot be used now; ask who runs the service"
             raise HTTPException(503, why, {"Retry-After": "60"})
         return report
+
+    @contextlib.contextmanager
+    def answer_file(self, job_id: str, name: str) -> Iterator[pathlib.Path]:
+        """A file of a finished job to be read; 404 where somebody deletes it meanwhile.
+
+        It may be gone without the store's knowledge, too: of a backup put back in part.
+        """
+        path = self.job_folder(job_id) / name
+        try:
+            yield path
+        except (OSError, UserError, pa.ArrowException):
+            if path.exists():
+                raise
+            why = "the answer is no longer there; ask the same again"
+            raise HTTPException(404, why) from None
 
     def job_folder(self, job_id: str) -> pathlib.Path:
         """Of a job that the store knows: its id is one of ours."""

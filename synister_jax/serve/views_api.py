@@ -7,6 +7,7 @@ Who has a job's key may look, for Neuroglancer sends neither token nor cookie.
 import functools
 import pathlib
 import threading
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path
@@ -64,8 +65,9 @@ def _bytes(content: bytes | None) -> Response:
     return Response(content, 200, _PUBLIC, "application/octet-stream")
 
 
-def _predictions(served: Served, job: Viewed) -> pathlib.Path:
-    return served.job_folder(job.id) / "predictions.feather"
+def _predictions(served: Served, job: Viewed) -> Iterator[pathlib.Path]:
+    with served.answer_file(job.id, "predictions.feather") as path:
+        yield path
 
 
 Predictions = Annotated[pathlib.Path, Depends(_predictions)]

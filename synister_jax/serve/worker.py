@@ -16,6 +16,7 @@ import time
 import traceback
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from pyarrow import feather
@@ -30,6 +31,7 @@ _PAUSE = 0.1  # seconds between two looks for work
 _TOLD_EVERY = 0.3  # seconds: how far a job is, and whether it is still wanted
 _BEAT_EVERY = 2.0  # seconds: that this process lives
 _GRACE = 5.0  # seconds that a batch has to end in once the server has gone
+_NICE = 10
 _OPEN_NETWORKS = 4  # of the largest published one, 1.8 GB each
 
 
@@ -49,11 +51,12 @@ class Worker:
         state: pathlib.Path,
         name: str,
         batch_size: int,
+        most_synapses: int,
         credentials: str | None,
     ) -> None:
         self._store, self._models, self._state = store, found, state
         self._name, self._batch_size = name, batch_size
-        self._credentials = credentials
+        self._most_synapses, self._credentials = most_synapses, credentials
         self._steps: dict[str, int] = {}
         self._beaten = 0.0
         self.leaving = threading.Event()
@@ -129,7 +132,15 @@ class Worker:
                 job.kind, feather.read_table(folder / "asked.feather", memory_map=False)
             )
             settings = self._settings(job.source, self._models[job.model])
-            about = answering.answer(asked, network, job.source, settings, folder, tell)
+            about = answering.answer(
+                asked,
+                network,
+                job.source,
+                settings,
+                folder,
+                tell,
+                most_synapses=self._most_synapses,
+            )
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             self._store.finish(job.id, self._name, about["rows"], size)
         except _NotWanted:
@@ -214,6 +225,9 @@ def main() -> None:
     state = flags.DEFINE_string("state", None, "Folder of the service.")
     name = flags.DEFINE_string("name", None, "Of this worker.")
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
+    most_synapses = flags.DEFINE_integer(
+        "most_synapses", 1_000_000, "Of the neurons of a job together.", lower_bound=1
+    )
     credentials = flags.DEFINE_string("credentials", None, "Ini file of the sources.")
     flags.mark_flags_as_required(["models", "state", "name"])
 
@@ -225,8 +239,11 @@ def main() -> None:
             root,
             name.value,
             batch_size.value,
+            most_synapses.value,
             credentials.value,
         )
+        if jax.default_backend() == "cpu":
+            os.nice(_NICE)  # the page has the same cores, and people wait for it
         threading.Thread(target=_watch_server, args=[worker], daemon=True).start()
         worker.open_all()
         worker.run()

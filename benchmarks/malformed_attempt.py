@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request that nobody should send, byte for byte, and how it is sent."""
+
+import contextlib
+import dataclasses
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+MOST_BYTES = 16 << 20  # that the service takes of a table
+_WAIT_SECONDS = 30.0
+_CUT_SECONDS = 10.0  # to leave a request that will not be completed
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a request needs to come past the gate, and what is really there.
+
+    Attributes:
+      job: id of a finished job of the token. other_job: of another token's.
+      cookie: of a session of the token, whose secret against forgery is csrf.
+      positions: rows of id, neuron, x, y, z.
+    """
+
+    port: int
+    token: str
+    cookie: str
+    csrf: str
+    model: str
+    job: str
+    other_job: str
+    view_key: str
+    positions: Sequence[Sequence[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """Bytes to send, and what may be said of the answer beforehand.
+
+    Attributes:
+      whole: a complete request of HTTP/1.1, to which an answer is owed.
+      leave: the client goes without reading.
+      refused: whatever the answer, it must not be a 2xx.
+    """
+
+    path: str
+    pieces: tuple[bytes, ...]
+    pause: float = 0.0
+    whole: bool = True
+    leave: bool = False
+    refused: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """`status` 0: there was none, and `how` says what was there instead."""
+
+    status: int
+    how: str
+    fields: dict[str, str]
+    body: bytes
+    seconds: float
+
+
+def one(rng: np.random.Generator, choices: Sequence[str]) -> str:
+    """One of them."""
+    return choices[rng.integers(len(choices))]
+
+
+def request(
+    target: Target,
+    method: str,
+    path: str,
+    fields: Sequence[str] = (),
+    body: bytes | None = None,
+    login: bool = True,
+    host: bool = True,
+) -> bytes:
+    """A request of HTTP/1.1 whose own parts are right.
+
+    Args:
+      fields: more lines of the head; what is no UTF-8 is a surrogate escape.
+      login: with the token. host: with a Host.
+    """
+    lines = [f"{method} {path} HTTP/1.1"]
+    lines += [f"Host: 127.0.0.1:{target.port}"] * host
+    lines += [f"Authorization: Bearer {target.token}"] * login
+    lines += ["Connection: close", *fields]
+    if body is not None:
+        lines.append(f"Content-Length: {len(body)}")
+    head = "\r\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape")
+    return head + (body or b"")
+
+
+def send(target: Target, attempt: Attempt) -> Answer:
+    """Sends an attempt over a connection of its own, and reads what comes."""
+    started = time.perf_counter()
+    received = b""
+    how = "closed"
+    with socket.create_connection(("127.0.0.1", target.port), timeout=10) as link:
+        link.settimeout(_WAIT_SECONDS if attempt.whole else _CUT_SECONDS)
+        try:
+            for piece in attempt.pieces:
+                _push(link, piece)
+                time.sleep(attempt.pause)
+            if attempt.leave:
+                return Answer(0, "left", {}, b"", time.perf_counter() - started)
+            if not attempt.whole:
+                with contextlib.suppress(OSError):  # it has hung up already
+                    link.shutdown(socket.SHUT_WR)
+        except (BrokenPipeError, ConnectionResetError):
+            how = "reset while sending"
+        try:
+            while more := link.recv(1 << 20):
+                received += more
+        except TimeoutError:
+            how = "no answer in time"
+        except ConnectionResetError:
+            how = "reset" if how == "closed" else how
+    seconds = time.perf_counter() - started
+    while received.startswith(b"HTTP/1.1 100"):
+        received = received.partition(b"\r\n\r\n")[2]
+    head, _, body = received.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    fields = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields[name.lower()] = value.strip()
+    # Bytes that are several requests have several answers.
+    with contextlib.suppress(KeyError, ValueError):
+        body = body[: int(fields["content-length"])]
+    status = 0
+    with contextlib.suppress(IndexError, ValueError):
+        status = int(status_line.split(" ")[1])
+    return Answer(status, how, fields, body, seconds)
+
+
+def _push(link: socket.socket, piece: bytes) -> None:
+    """Sends, but stops as soon as an answer is there, as curl does."""
+    view = memoryview(piece)
+    while view:
+        readable, writable, _ = select.select([link], [link], [], _WAIT_SECONDS)
+        if readable or not writable:
+            return
+        view = view[link.send(view[: 1 << 16]) :]
