@@ -3,9 +3,10 @@
 
 The command `request` and the web service make the same folder, byte for byte:
 
-`sites/` as the source gave them, in groups of neurons · `synapses.feather` the same in
-the volume's frame, one row for each row of the answer · `predictions.feather` and
-`.json` (predict.py) · `predictions.csv` · `report.html` · `answer.json`, written last.
+`request.json`, what it is of · `sites/` as the source gave them and in the volume's
+frame · `synapses.feather`, of these one row for each row of the answer ·
+`predictions.feather` and `.json` (predict.py) · `predictions.csv` · `report.html` ·
+`answer.json`, written last.
 
 What is finished stays, so a request that was stopped goes on where it was.
 """
@@ -13,7 +14,7 @@ What is finished stays, so a request that was stopped goes on where it was.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from synister_jax import (
 )
 from synister_jax.command import Progress, UserError
 from synister_jax.requested import Asked
+from synister_jax.sources.credentials import Settings
 
 # (stage, done, total): called often; may raise to stop the work.
 Tell = Callable[[str, int, int], None]
@@ -50,8 +52,8 @@ Tell = Callable[[str, int, int], None]
 # Small enough to stop, and to lose, within a minute on two CPU cores; on an
 # accelerator a fraction of a second.
 UNIT_ROWS = 512
-_GROUP = 100  # neurons whose sites are one file
-_POSITIONS = 1_000  # that are brought into the volume's frame before it is told
+REQUEST = "request.json"  # what an answer folder is of
+_GROUP = {"neurons": 100, "positions": 10_000}  # asked for whose sites are one file
 _KEY = b"synister_jax"
 
 
@@ -105,7 +107,7 @@ def answer(
     asked: Asked,
     network: Network,
     source: str,
-    settings: Any,
+    settings: Settings,
     folder: pathlib.Path,
     tell: Tell,
     most_synapses: int | None = None,
@@ -121,12 +123,17 @@ def answer(
         request; there are more synapses. What is finished stays.
     """
     files.make_folder(folder)
+    asked_of = settings.shown()
     request = {
         "kind": asked.kind,
         "source": source,
+        "asked_of": asked_of,
+        "step": network.step,
+        "volume": network.volume.uri,
+        "volume_shape_zyx": list(network.volume.shape_zyx),
         "asked_sha256": files.sha256_of_columns(asked.table, asked.table.column_names),
     }
-    files.keep_plan(folder / "request.json", request)
+    files.keep_plan(folder / REQUEST, request)
     unknown, without = _find_synapses(
         asked, network, source, settings, folder, tell, most_synapses
     )
@@ -137,6 +144,7 @@ def answer(
         "kind": asked.kind,
         "source": source,
         "source_title": sources.SOURCES[source].title,
+        "asked_of": asked_of,
         "asked": len(asked.table),
         "unknown_neurons": [str(neuron) for neuron in unknown],
         "neurons_without_synapses": [str(neuron) for neuron in without],
@@ -178,92 +186,101 @@ def _find_synapses(
     asked: Asked,
     network: Network,
     source: str,
-    settings: Any,
+    settings: Settings,
     folder: pathlib.Path,
     tell: Tell,
     most_synapses: int | None,
 ) -> tuple[list[int], list[int]]:
     """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
-    if asked.kind == "positions":
-        names = {"position_id": "synapse_id"}
-        columns = [names.get(name, name) for name in asked.table.column_names]
-        pieces, unknown, without = [asked.table.rename_columns(columns)], [], []
-    else:
-        neurons = asked.table["neuron_id"].to_pylist()
-        groups = _groups(neurons, source, settings, folder, tell)
-        pieces, unknown, without = [], [], []
-        for table in groups:
-            about = json.loads(table.schema.metadata[_KEY])
-            unknown += about["unknown"]
-            without += about["without"]
-            pieces.append(table.replace_schema_metadata(None))
-            found = sum(map(len, pieces))
-            if most_synapses is not None and found > most_synapses:
-                raise UserError(
-                    f"these neurons have more than {most_synapses:,} synapses, as many "
-                    "as one request may have here; ask for fewer neurons at once"
-                )
     path = folder / "synapses.feather"
-    if not path.exists():
-        _place(pa.concat_tables(pieces), network, source, settings, path, tell)
+    if path.exists():
+        metadata = json.loads(pa.ipc.open_file(str(path)).schema.metadata[_KEY])
+        return metadata["unknown"], metadata["without"]
+    whole = asked.kind == "neurons" and source == "none"  # a table is read once
+    size = len(asked.table) if whole else _GROUP[asked.kind]
+    files.make_folder(folder / "sites")
+    pieces, unknown, without = [], [], []
+    for first in range(0, len(asked.table), max(size, 1)):
+        piece = folder / "sites" / f"sites-{first:09d}.feather"
+        table = _read_group(piece)
+        if table is None:
+            stage = "asking for synapses"
+            if asked.kind == "positions":
+                stage = "placing in the volume"
+            tell(stage, first, len(asked.table))
+            group = asked.table.slice(first, size)
+            found = _group(group, first, asked, source, settings, tell)
+            shape = network.volume.shape_zyx
+            files.write_feather(piece, _placed(found, source, shape, settings))
+            table = _read_group(piece)
+        about = json.loads(table.schema.metadata[_KEY])
+        unknown += about["unknown"]
+        without += about["without"]
+        pieces.append(table.replace_schema_metadata(None))
+        rows = sum(map(len, pieces))
+        if most_synapses is not None and rows > most_synapses:
+            raise UserError(
+                f"these neurons have more than {most_synapses:,} synapses, as many as "
+                "one request may have here; ask for fewer neurons at once"
+            )
+    about = {"unknown": unknown, "without": without}
+    table = pa.concat_tables(pieces).replace_schema_metadata({_KEY: json.dumps(about)})
+    synapses.write(synapses.conform(table, "the request", answer_all=True), path)
     return unknown, without
 
 
-def _groups(
-    neurons: Sequence[int],
+def _read_group(path: pathlib.Path) -> pa.Table | None:
+    """None where it is not there, or not what was written."""
+    try:
+        table = feather.read_table(path, memory_map=False)
+        json.loads(table.schema.metadata[_KEY])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    return table
+
+
+def _group(
+    rows: pa.Table,
+    first: int,
+    asked: Asked,
     source: str,
-    settings: Any,
-    folder: pathlib.Path,
+    settings: Settings,
     tell: Tell,
-) -> Iterator[pa.Table]:
-    """The sites of all neurons in the order asked, some neurons a table."""
-    files.make_folder(folder / "sites")
-    for first in range(0, len(neurons), _GROUP):
-        path = folder / "sites" / f"sites-{first // _GROUP:06d}.feather"
-        if not path.exists():
-            group = neurons[first : first + _GROUP]
-
-            tell("asking for synapses", first, len(neurons))
-            found = []
-            for answered in sources.presynaptic_sites(source, group, settings):
-                found.append(answered)
-                tell("asking for synapses", first + len(found), len(neurons))
-            about = {
-                "unknown": [f.neuron_id for f in found if not f.known],
-                "without": [f.neuron_id for f in found if f.known and not len(f.sites)],
-            }
-            # The source's own order may change from one answer to the next.
-            order = [("synapse_id", "ascending")]
-            sites = [sources.SITES.empty_table(), *(f.sites for f in found)]
-            table = pa.concat_tables([s.sort_by(order) for s in sites])
-            table = table.replace_schema_metadata({_KEY: json.dumps(about)})
-            files.write_feather(path, table)
-        yield feather.read_table(path, memory_map=False)
+) -> pa.Table:
+    """The sites of some rows of what was asked, in its order; of `sources.SITES`."""
+    if asked.kind == "positions":
+        names = {"position_id": "synapse_id"}
+        columns = [names.get(name, name) for name in rows.column_names]
+        sites = rows.rename_columns(columns).select(sources.SITES.names)
+        about = {"unknown": [], "without": []}
+    else:
+        found = []
+        neurons = rows["neuron_id"].to_pylist()
+        for answered in sources.presynaptic_sites(source, neurons, settings):
+            found.append(answered)
+            tell("asking for synapses", first + len(found), len(asked.table))
+        about = {
+            "unknown": [f.neuron_id for f in found if not f.known],
+            "without": [f.neuron_id for f in found if f.known and not len(f.sites)],
+        }
+        # The source's own order may change from one answer to the next.
+        order = [("synapse_id", "ascending")]
+        sites = pa.concat_tables([f.sites.sort_by(order) for f in found])
+    return sites.replace_schema_metadata({_KEY: json.dumps(about)})
 
 
-def _place(
+def _placed(
     sites: pa.Table,
-    network: Network,
     source: str,
-    settings: Any,
-    path: pathlib.Path,
-    tell: Tell,
-) -> None:
-    """Writes the sites in nm in the volume's frame."""
-    pieces = [np.zeros((0, 3))]
-    for first in range(0, len(sites), _POSITIONS):
-        tell("placing in the volume", first, len(sites))
-        piece = sites.slice(first, _POSITIONS)
-        coordinates = {name: piece[name].to_numpy() for name in "xyz"}
-        shape = network.volume.shape_zyx
-        pieces.append(sources.to_volume_nm_zyx(source, coordinates, shape, settings))
-    columns = {"synapse_id": sites["synapse_id"]}
-    positions = np.concatenate(pieces)
-    columns |= dict(zip(synapses.POSITION, map(pa.array, positions.T), strict=True))
-    if "neuron_id" in sites.column_names:
-        columns["neuron_id"] = sites["neuron_id"]
-    table = synapses.conform(pa.table(columns), "the request", answer_all=True)
-    synapses.write(table, path)
+    volume_shape_zyx: Sequence[int],
+    settings: Settings,
+) -> pa.Table:
+    """With `z_nm`, `y_nm` and `x_nm` in the volume's frame; NaN where there is none."""
+    coordinates = {name: sites[name].to_numpy() for name in "xyz"}
+    placed = sources.to_volume_nm_zyx(source, coordinates, volume_shape_zyx, settings)
+    for name, values in zip(synapses.POSITION, placed.T, strict=True):
+        sites = sites.append_column(name, pa.array(np.ascontiguousarray(values)))
+    return sites
 
 
 class _Counted(Progress):

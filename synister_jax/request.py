@@ -25,6 +25,7 @@ from synister_jax import (
     aggregate,
     answering,
     command,
+    files,
     predictions,
     requested,
     sources,
@@ -89,15 +90,14 @@ def main() -> None:
         settings = sources.settings(
             source.value, credentials.value, synapses=table.value
         )
-        run_folder = pathlib.Path(workdir.value)
+        run_folder, folder = pathlib.Path(workdir.value), pathlib.Path(output.value)
         network = answering.Network.open(
             run_folder,
-            answering.choose_step(run_folder, step.value),
+            answering.choose_step(run_folder, _step(folder, step.value)),
             volume.value,
             batch_size.value,
             calibrated.value,
         )
-        folder = pathlib.Path(output.value)
         about = answering.answer(
             asked, network, source.value, settings, folder, _Told()
         )
@@ -116,6 +116,13 @@ def main() -> None:
     command.run(run)
 
 
+def _step(folder: pathlib.Path, text: str) -> str:
+    """With `best`, an answer goes on with the step it began with: training may, too."""
+    if text == "best" and (folder / answering.REQUEST).exists():
+        return str(files.read_json(folder / answering.REQUEST).get("step", text))
+    return text
+
+
 def _asked(neurons: str | None, positions: str | None) -> requested.Asked:
     if neurons is not None and re.fullmatch(r"[0-9,\s]+", neurons):
         checked = requested.check(io.BytesIO(neurons.encode()), "neurons")
@@ -124,7 +131,10 @@ def _asked(neurons: str | None, positions: str | None) -> requested.Asked:
         asked, warnings = checked.asked, checked.warnings
     else:
         kind = "positions" if neurons is None else "neurons"
-        asked, warnings = requested.load(neurons or positions, kind)
+        path = positions if neurons is None else neurons
+        if not path:
+            raise UserError(f"--{kind} is empty; give a CSV file")
+        asked, warnings = requested.load(path, kind)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return asked

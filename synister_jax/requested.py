@@ -50,6 +50,8 @@ POSITIONS = pa.schema(
     ]
 )
 
+_EXCEL = re.compile(r'"?sep=.?"?', re.IGNORECASE)  # a line that Excel understands
+_PLACE = re.compile(r"(^|[^a-z])[xyz]([^a-z]|$)|position|coord")
 _AXES = ("x", "y", "z")
 _ROLES = {name: "neuron" for name in NEURON}
 _ROLES |= {name: "id" for name in ID} | {name: name for name in _AXES}
@@ -145,21 +147,28 @@ class _Layout:
 def _layout(lines: Lines, told: Told, kind: str | None) -> _Layout:
     """What the columns are, from the first row. Raises `Stop` where it does not say."""
     first = lines.peek()
+    if first is not None and _EXCEL.fullmatch(first.strip()):
+        next(lines)  # which separator it is, the next line shows
+        lines.begin()
+        first = lines.peek()
     if first is None:
         raise Stop(0, "there is nothing in it; write ids of neurons, or positions")
     known = {
         each: sum(
             _role(name) is not None for name in requested_lines.cells(first, each)
         )
-        for each in (",", ";", "\t", "")
+        for each in (",", ";", "\t")
     }
     delimiter = max(known, key=known.__getitem__)
+    if not known[delimiter]:  # blanks separate only then: "Body ID" is one name
+        names = requested_lines.cells(first, "")
+        delimiter, known = "", {"": sum(_role(name) is not None for name in names)}
     if known[delimiter]:
         rows = requested_lines.rows(lines, delimiter, told)
         line, header = next(rows, (lines.first, []))
         if told.error_count:
             raise Stop(line, "this first line cannot be read; mend it, then the rest")
-        return _named(line, [name.strip() for name in header], rows, kind)
+        return _named(line, [name.strip() for name in header], rows, told, kind)
     delimiter = next((each for each in "\t;," if each in first), "")
     return _unnamed(lines, first, delimiter, told, kind)
 
@@ -172,6 +181,7 @@ def _named(
     line: int,
     names: list[str],
     rows: Iterator[tuple[int, list[str]]],
+    told: Told,
     kind: str | None,
 ) -> _Layout:
     """The layout of a first line that names columns."""
@@ -197,6 +207,14 @@ def _named(
             line,
             "there are neurons, and positions were to be there; ask for neurons, or "
             "add the columns x, y and z",
+        )
+    others = [shown(name) for name in names if _PLACE.search(name.lower())]
+    if is_there == "neurons" and others:
+        told.warning(
+            line,
+            "",
+            f"these are taken for neurons, and {', '.join(others[:3])} is left out; "
+            "columns of positions are called x, y and z",
         )
     wanted = ("neuron",) if is_there == "neurons" else ("id", "neuron", *_AXES)
     for role in wanted:

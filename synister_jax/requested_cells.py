@@ -10,6 +10,8 @@ _NUMBER = re.compile(r"[+-]?([0-9]++(\.[0-9]*+)?|\.[0-9]++)([eE][+-]?[0-9]++)?")
 _GROUPED = re.compile(r"[+-]?[0-9]{1,3}([,.'’_\s][0-9]{3})++([.,][0-9]*+)?")
 _NAN = re.compile(r"[+-]?nan", re.IGNORECASE)
 _INFINITE = re.compile(r"[+-]?inf(inity)?", re.IGNORECASE)
+# What copying from a browser brings along has no width.
+_BLANK = " \t\r\n\u00a0\u200b\u2060\ufeff"
 # A spreadsheet may compute a cell that begins so; the wide forms in East Asia.
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
@@ -20,7 +22,7 @@ def integer(text: str) -> int:
     Raises:
       ValueError: it is none; the message says what to do.
     """
-    text = text.strip()
+    text = text.strip(_BLANK)
     if text.isascii() and text.isdigit():
         digits = text.lstrip("0") or "0"
         if len(digits) > 19 or int(digits) > _LARGEST_ID:

@@ -51,7 +51,7 @@ def positions(rows: list[tuple]) -> requested.Asked:
     return requested.Asked("positions", pa.table(columns))
 
 
-def of_table(path: pathlib.Path) -> credentials.Settings:
+def of_table(path: pathlib.Path | None = None) -> credentials.Settings:
     return sources.settings("none", synapses=path)
 
 
@@ -102,7 +102,7 @@ def test_rows_are_those_of_their_positions_whatever_lies_outside(
         if place % 5 == 4:
             z = np.nan
         rows.append((100 - place, 7, x, y, z))
-    answering.answer(positions(rows), network, "none", None, tmp_path, nothing)
+    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
     table = predictions.load(tmp_path / "predictions.feather")
     assert table["synapse_id"].to_pylist() == [row[0] for row in rows]
     values = predictions.probabilities(table)
@@ -127,7 +127,7 @@ def test_shared_connector_keeps_every_neuron(
     network: answering.Network, tmp_path: pathlib.Path
 ) -> None:
     rows = [(9, 1, 160.0, 160.0, 160.0), (9, 2, 160.0, 160.0, 160.0)]
-    answering.answer(positions(rows), network, "none", None, tmp_path, nothing)
+    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
     table = predictions.load(tmp_path / "predictions.feather")
     assert table["neuron_id"].to_pylist() == [1, 2]
     first, second = predictions.probabilities(table)
@@ -138,7 +138,7 @@ def test_csv_has_the_columns_of_the_original(
     network: answering.Network, tmp_path: pathlib.Path
 ) -> None:
     rows = [(3, None, 200.0, 164.0, 160.0), (1, 5, np.nan, 164.0, 160.0)]
-    answering.answer(positions(rows), network, "none", None, tmp_path, nothing)
+    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
     table = csv.read_csv(tmp_path / "predictions.csv")
     classes = list(network.classifier.classes)
     expected = ["position_id", "skid", "x", "y", "z", *classes, "status"]
@@ -181,7 +181,7 @@ def test_stopped_anywhere_and_started_again_is_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(answering, "UNIT_ROWS", 16)
-    monkeypatch.setattr(answering, "_GROUP", 4)
+    monkeypatch.setattr(answering, "_GROUP", {"neurons": 4, "positions": 7})
     asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
     settings = of_table(table_path)
     whole = tmp_path / "whole"
@@ -237,17 +237,51 @@ def test_folder_of_another_request_is_refused(
     network: answering.Network, tmp_path: pathlib.Path
 ) -> None:
     rows = [(3, 4, 200.0, 164.0, 160.0)]
-    answering.answer(positions(rows), network, "none", None, tmp_path, nothing)
+    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
     rows = [(3, 4, 204.0, 164.0, 160.0)]
     with pytest.raises(UserError, match="made with other arguments"):
-        answering.answer(positions(rows), network, "none", None, tmp_path, nothing)
+        answering.answer(
+            positions(rows), network, "none", of_table(), tmp_path, nothing
+        )
+
+
+def test_other_table_of_the_same_name_is_refused(
+    network: answering.Network, synapse_table: pa.Table, tmp_path: pathlib.Path
+) -> None:
+    asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
+    path = tmp_path / "table.feather"
+    table = synapses.conform(synapse_table, "table")
+    synapses.write(table, path)
+    folder = tmp_path / "answer"
+    with pytest.raises(_Enough):
+        answering.answer(asked, network, "none", of_table(path), folder, _stop_after(3))
+    synapses.write(table.slice(5), path)
+    with pytest.raises(UserError, match="asked_of was"):
+        answering.answer(asked, network, "none", of_table(path), folder, nothing)
+
+
+def test_damaged_sites_are_asked_for_again(
+    network: answering.Network,
+    table_path: pathlib.Path,
+    synapse_table: pa.Table,
+    tmp_path: pathlib.Path,
+) -> None:
+    asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
+    settings = of_table(table_path)
+    answering.answer(asked, network, "none", settings, tmp_path, nothing)
+    before = (tmp_path / "synapses.feather").read_bytes()
+    for path in (tmp_path / "sites").iterdir():
+        path.write_bytes(b"nothing")
+    (tmp_path / "synapses.feather").unlink()
+    answering.answer(asked, network, "none", settings, tmp_path, nothing)
+    assert (tmp_path / "synapses.feather").read_bytes() == before
 
 
 def test_at_once_is_what_a_request_answers(
     network: answering.Network, tmp_path: pathlib.Path
 ) -> None:
     rows = [(1, 1, 160.0, 164.0, 160.0), (2, 1, -9e9, 0.0, 0.0), (3, 1, 0.0, 0.0, 0.0)]
-    answering.answer(positions(rows), network, "none", None, tmp_path, nothing)
+    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
     table = predictions.load(tmp_path / "predictions.feather")
     at = np.array([(z, y, x) for *_, x, y, z in rows])
     values, statuses = answering.at_once(network, at)

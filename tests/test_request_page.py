@@ -26,6 +26,7 @@ def _about(asked: int, rows: int, kind: str = "neurons", **more: Any) -> dict[st
         "kind": kind,
         "source": "hemibrain",
         "source_title": "Hemibrain, neuPrint",
+        "asked_of": {"dataset": "hemibrain:v1.2.1"},
         "asked": asked,
         "unknown_neurons": [],
         "neurons_without_synapses": [],

@@ -460,3 +460,26 @@ def test_cells_are_no_formulas(start: str) -> None:
 @pytest.mark.parametrize("text", ["", "gaba", "-1", "-0.5e3", "+7", "a=1", "'=1", "16"])
 def test_other_cells_stay(text: str) -> None:
     assert requested.neutralised(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "rows"),
+    [
+        ("Body ID\n12\n13\n", "neurons", 2),
+        ('"Body ID"\n12\n', "neurons", 1),
+        ("sep=;\nid;x;y;z\n1;2;3;4\n", "positions", 1),
+        ("skid x y z\n1 2 3 4\n", "positions", 1),
+        ("root_id\n\u200b720575940628857210\ufeff\n", "neurons", 1),
+    ],
+)
+def test_as_other_programmes_write(text: str, kind: str, rows: int) -> None:
+    checked = requested.check(io.BytesIO(text.encode()))
+    assert checked.errors == []
+    assert (checked.kind, checked.rows) == (kind, rows)
+
+
+def test_coordinates_that_are_left_out_are_told() -> None:
+    text = b"pre_x,pre_y,pre_z,root_id\n1,2,3,4\n"
+    checked = requested.check(io.BytesIO(text))
+    assert checked.kind == "neurons"
+    assert "pre_x" in checked.warnings[0].message

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax import answering, predictions, requested
+from synister_jax import answering, predictions, requested, sources
 from synister_jax.serve import models, tokens
 from synister_jax.serve.store import Job, Store
 from synister_jax.serve.worker import Worker
@@ -107,7 +107,14 @@ def test_job_is_answered_as_the_command_answers(
     )
     step = answering.choose_step(trained_run, "best")
     network = answering.Network.open(trained_run, step, str(volume_path), BATCH)
-    answering.answer(asked, network, "none", None, tmp_path / "own", lambda *told: None)
+    answering.answer(
+        asked,
+        network,
+        "none",
+        sources.settings("none"),
+        tmp_path / "own",
+        lambda *told: None,
+    )
     # Another number of devices than the worker's: rounding, not bits.
     ours = predictions.load(tmp_path / "own" / "predictions.feather")
     its = predictions.load(folder / "predictions.feather")

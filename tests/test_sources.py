@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
+import service_servers
 from pyarrow import feather
 
 from synister_jax import sources, spaces
@@ -102,15 +103,13 @@ def table(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_neurons_of_a_table(table: pathlib.Path) -> None:
     settings = sources.settings("none", synapses=table)
-    told: list[int] = []
     asked = [720575940628857210, 5, 7]
-    found = list(sources.presynaptic_sites("none", asked, settings, told.append))
+    found = list(sources.presynaptic_sites("none", asked, settings))
     assert [(f.neuron_id, f.known) for f in found] == [
         (720575940628857210, True),
         (5, False),
         (7, True),
     ]
-    assert told == [1, 1, 1]
     assert all(f.sites.schema == sources.SITES for f in found)
     assert found[0].sites["synapse_id"].to_pylist() == [720575940628857211]
     assert np.isnan(found[0].sites["y"].to_numpy()).all()
@@ -121,6 +120,50 @@ def test_neurons_of_a_table(table: pathlib.Path) -> None:
         "y": [4.0, 16.0],
         "z": [40.0, 160.0],
     }
+
+
+def test_a_table_that_names_no_neuron_is_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "nobody.csv"
+    path.write_text("synapse_id,z_nm,y_nm,x_nm\n1,2,3,4\n")
+    settings = sources.settings("none", synapses=path)
+    with pytest.raises(UserError, match="names no neuron"):
+        next(sources.presynaptic_sites("none", [1], settings))
+
+
+def test_background_is_no_neuron_and_not_asked_for() -> None:
+    server = service_servers.Catmaid([(16, 1, 2.0, 3.0, 4.0)])
+    settings = sources.settings("fafb-catmaid", environment={"CATMAID_URL": server.url})
+    try:
+        found = list(sources.presynaptic_sites("fafb-catmaid", [0, 16], settings))
+    finally:
+        server.close()
+    assert [(f.neuron_id, f.known, len(f.sites)) for f in found] == [
+        (0, False, 0),
+        (16, True, 1),
+    ]
+    asked = [ids for r in server.asked for k, ids in r.form.items() if "skel" in k]
+    assert asked and ["0"] not in asked
+
+
+def test_public_hemibrain_is_not_the_export() -> None:
+    settings = sources.settings("hemibrain", environment={})
+    xyz = {name: np.array([100.0]) for name in "xyz"}
+    with pytest.raises(UserError, match="--source=none"):
+        sources.to_volume_nm_zyx("hemibrain", xyz, (41407, 39743, 34431), settings)
+
+
+def test_what_is_shown_holds_no_secret_and_tells_tables_apart(
+    tmp_path: pathlib.Path,
+) -> None:
+    environment = {"CATMAID_TOKEN": "geheim", "CATMAID_URL": "https://u:pw@host/x"}
+    shown = sources.settings("fafb-catmaid", environment=environment).shown()
+    assert shown["project"] == "1"
+    assert not any(s in str(shown) for s in ("geheim", "pw"))
+    path = tmp_path / "t.csv"
+    path.write_text("a")
+    first = sources.settings("none", synapses=path).shown()
+    path.write_text("ab")
+    assert sources.settings("none", synapses=path).shown() != first
 
 
 def test_a_table_is_needed_for_neurons_and_is_no_service(table: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -73,6 +73,8 @@ _ALL = (
 SOURCES: Mapping[str, Source] = types.MappingProxyType(
     {source.name: source for source in _ALL}
 )
+# gs://neuroglancer-janelia-flyem-hemibrain/emdata, in voxels (z, y, x).
+_PUBLIC_HEMIBRAIN = (41407, 39743, 34431)
 _MODULES = {
     "fafb-catmaid": "catmaid",
     "fafb-flywire": "flywire",
@@ -111,21 +113,23 @@ def presynaptic_sites(
     source: str,
     neuron_ids: Sequence[int],
     settings: credentials.Settings,
-    tell: Callable[[int], None] = lambda neurons: None,
 ) -> Iterator[Found]:
     """The presynaptic sites of each neuron, in the order asked.
 
     Args:
       neuron_ids: each once.
-      tell: is told how many more neurons have been answered, as `Progress.add`.
 
     Raises:
       UserError: the service cannot be reached, refuses the credentials, or answers
         with what is not an answer; what to do about it.
     """
-    for found in _module(source).presynaptic_sites(neuron_ids, settings):
-        tell(1)
-        yield found
+    services = source != "none"
+    # A segment that is background, in FlyWire and in neuPrint; no skeleton has the id.
+    real = [neuron for neuron in neuron_ids if neuron or not services]
+    answers = _module(source).presynaptic_sites(real, settings)
+    for neuron in neuron_ids:
+        is_asked = neuron or not services
+        yield next(answers) if is_asked else Found(0, False, SITES.empty_table())
 
 
 def listing(
@@ -164,6 +168,12 @@ def to_volume_nm_zyx(
     if source == "fafb-flywire":
         coordinates = _module(source).to_fafb(coordinates, settings)
     space = spaces.SPACES[find(source).space]
+    if source == "hemibrain" and tuple(volume_shape_zyx or ()) == _PUBLIC_HEMIBRAIN:
+        raise UserError(
+            "this is hemibrain's public volume, with neuPrint's own axes; source "
+            "hemibrain is for the N5 export, whose axes are turned: give positions of "
+            "8 · x, y, z nm with --source=none"
+        )
     return spaces.to_volume(space, coordinates, volume_shape_zyx)
 
 

@@ -67,7 +67,8 @@ def _ask(
     answer = session.json("POST", url, data=fields | form)
     # CATMAID tells of errors in an answer like any other (catmaid/middleware.py).
     if isinstance(answer, dict) and "error" in answer:
-        why = " ".join(str(answer["error"]).split())[:200]
+        why = " ".join(str(answer["error"]).split())
+        why = session.redacted(why)[: http.DETAIL]
         more = ""
         if "ermission" in f"{answer.get('type')}{why}":
             more = f": set {settings.where('token')}"

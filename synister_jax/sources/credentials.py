@@ -11,6 +11,7 @@ import configparser
 import dataclasses
 import json
 import os
+import pathlib
 import re
 from collections.abc import Mapping
 
@@ -68,6 +69,10 @@ _KNOWN: Mapping[str, Mapping[str, _Setting]] = {
     "none": {},
 }
 _SHARED = "Credentials"
+_SHOWN = (
+    *("url", "project", "server", "dataset"),
+    *("datastack", "materialization", "table", "transform"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +88,15 @@ class Settings:
         return self.values[name]
 
     def shown(self) -> dict[str, str]:
-        """The values that are no secret, as the data set."""
-        secret = ("token", "user", "password")
-        return {n: redact(v) for n, v in self.values.items() if n not in secret}
+        """What an answer depends on and everybody may see, as the data set."""
+        shown = {n: redact(v) for n, v in self.values.items() if n in _SHOWN}
+        if self.synapses is not None:
+            path = pathlib.Path(self.synapses)
+            shown["synapses"] = redact(path.name)
+            if path.is_file():  # another one of that name is another table
+                about = path.stat()
+                shown["table"] = f"{about.st_size} bytes, {about.st_mtime_ns} ns"
+        return shown
 
     def where(self, name: str) -> str:
         """How to give a setting, for messages."""
@@ -141,7 +152,7 @@ def _sections(
         return []
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        with open(ini, encoding="utf-8") as file:
+        with open(ini, encoding="utf-8-sig") as file:
             parser.read_file(file)
     except OSError as error:
         raise UserError(f"cannot read {ini}: {error.strerror}") from None
@@ -150,6 +161,8 @@ def _sections(
         raise UserError(
             f"{ini} is no ini file: write [{source}] and lines such as token = …"
         ) from None
+    if not {*_KNOWN, _SHARED} & {*parser.sections()}:
+        raise UserError(f"{ini} has no section [{source}], and no [{_SHARED}]; add one")
     if parser.has_section(source):
         for name in parser[source]:
             if name not in _KNOWN[source]:

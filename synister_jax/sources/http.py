@@ -36,7 +36,7 @@ RETRIES = urllib3.Retry(
     retry_after_max=300,
     raise_on_status=False,
 )
-_DETAIL = 200  # characters of what a service says about an error
+DETAIL = 200  # characters of what a service says about an error
 
 
 class Session(requests.Session):
@@ -52,6 +52,8 @@ class Session(requests.Session):
         self._service, self._credentials = service, credentials
         self._secrets = [secret for secret in secrets if secret]
         super().__init__()
+        # Or an entry of ~/.netrc would take the place of a client's own header.
+        self.auth = _as_it_is
 
     def mount(self, prefix: str, adapter: requests.adapters.BaseAdapter) -> None:
         """A client's own adapter would not retry as ours does."""
@@ -105,12 +107,17 @@ class Session(requests.Session):
 
     def problem(self, url: str, why: str) -> UserError:
         """A UserError that names the service, without path and secrets."""
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2] or url
-        text = f"{self._service} at {host} {why}"
+        try:
+            host = urlsplit(url).netloc.rpartition("@")[2] or url
+        except ValueError:
+            host = "an address that is none"
+        return UserError(self.redacted(f"{self._service} at {host} {why}"))
+
+    def redacted(self, text: str) -> str:
+        """Without secrets. Before it is cut: what is left of one would not be found."""
         for secret in self._secrets:
             text = text.replace(secret, "…")
-        return UserError(text)
+        return text
 
     def _read(self, response: requests.Response) -> bytes:
         end = time.monotonic() + WHOLE_SECONDS
@@ -131,7 +138,7 @@ class Session(requests.Session):
         status = response.status_code
         kind = response.headers.get("Content-Type", "").lower()
         page = "html" in kind or content[:64].lstrip().lower().startswith(b"<")
-        detail = "" if page else _detail(content)
+        detail = "" if page else self._detail(content)
         if 300 <= status < 400:
             why = "sends elsewhere, perhaps to log in: check the address, and set "
             why += self._credentials
@@ -152,6 +159,20 @@ class Session(requests.Session):
             return
         raise self.problem(response.url, why)
 
+    def _detail(self, content: bytes) -> str:
+        """`: reason` of an error that is told in JSON, one line, or nothing."""
+        try:
+            told = json.loads(content)
+        except (ValueError, RecursionError):
+            return ""
+        if not isinstance(told, dict):
+            return ""
+        for name in ("message", "error", "detail"):
+            if isinstance(told.get(name), str):
+                line = re.sub(r"[\s\x00-\x1f\x7f]+", " ", told[name]).strip()
+                return f": {self.redacted(line)[:DETAIL]}"
+        return ""
+
 
 class OwnSession:
     """Mixed into a client that makes a session for itself: it gets ours instead."""
@@ -169,9 +190,15 @@ class OwnSession:
         del made
 
 
+def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
 def _reason(error: Exception) -> str:
     """In words, without the address, which may hold a secret."""
     text = str(error)
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return f"cannot be reached within {CONNECT_SECONDS:.0f} s: check the address"
     if "timed out" in text:
         return f"does not answer within {READ_SECONDS:.0f} s: try later"
     if isinstance(error, requests.exceptions.SSLError):
@@ -179,18 +206,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, requests.exceptions.ConnectionError):
         return "cannot be reached: check the address and the network"
     return f"cannot be asked ({type(error).__name__})"
-
-
-def _detail(content: bytes) -> str:
-    """`: reason` of an error that is told in JSON, one line, or nothing."""
-    try:
-        told = json.loads(content)
-    except (ValueError, RecursionError):
-        return ""
-    if not isinstance(told, dict):
-        return ""
-    for name in ("message", "error", "detail"):
-        if isinstance(told.get(name), str):
-            line = re.sub(r"[\s\x00-\x1f\x7f]+", " ", told[name]).strip()
-            return f": {line[:_DETAIL]}"
-    return ""

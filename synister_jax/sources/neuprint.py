@@ -87,7 +87,7 @@ def _client(settings: Settings) -> _Client:
     try:
         return _Client(session, server, settings["dataset"], token, progress=False)
     except RuntimeError as error:  # no such data set, no https
-        why = " ".join(str(error).split())
+        why = session.redacted(" ".join(str(error).split()))
         raise UserError(f"{why}: set {settings.where('dataset')}") from None
     except (ValueError, AttributeError):  # of the list of data sets
         raise session.broken(f"//{server}", "no list of data sets") from None

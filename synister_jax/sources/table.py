@@ -25,11 +25,18 @@ def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator
         )
     asked = pa.array(neuron_ids, pa.int64())
     parts = [SITES.empty_table()]
+    names_neurons = False
     for table in synapse_batches.open(settings.synapses).tables():
+        names_neurons |= table["neuron_id"].null_count < len(table)
         table = table.filter(pc.is_in(table["neuron_id"], value_set=asked))
         columns = [table["synapse_id"], table["neuron_id"]]
         columns += [table[f"{axis}_nm"] for axis in "xyz"]
         parts.append(pa.table(columns, schema=SITES))
+    if not names_neurons:
+        raise UserError(
+            f"{settings.synapses} names no neuron: its column neuron_id is absent or "
+            "empty; give a table that has it"
+        )
     found = pa.concat_tables(parts)
     place = pc.index_in(found["neuron_id"], value_set=asked).to_numpy()
     order = np.argsort(place, kind="stable")
