@@ -19,6 +19,10 @@ from pyarrow import csv, feather
 from synister_jax.command import UserError
 
 
+class OtherPlan(UserError):
+    """A folder is of something else than what is asked of it now."""
+
+
 @contextlib.contextmanager
 def replacing(
     path: str | os.PathLike[str], several_writers: bool = False
@@ -171,7 +175,7 @@ def keep_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:
         raise UserError(f"{path} is not what was written; remove it and rerun")
     for key, value in plan.items():
         if there.get(key) != value:
-            raise UserError(
+            raise OtherPlan(
                 f"{path.parent} was made with other arguments: {key} was "
                 f"{there.get(key)}, now {value}; choose another --output"
             )

@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import pathlib
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import serving
 from pyarrow import feather
 from serving import CSV, POSITIONS, Running
 
-from synister_jax.serve import uploads
+from synister_jax.serve import app, uploads
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +337,17 @@ def raw(service: Running, request: bytes, ends: bool = False) -> bytes:
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
+def test_signing_in_takes_a_small_body(service: Running) -> None:
+    large = b'{"token": "' + b"x" * 100_000 + b'"}'
+    kind = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=service.url) as client:
+        answered = client.post("/api/session", content=large, headers=kind)
+        assert answered.status_code == 413
+        pieces = (large[i : i + 10_000] for i in range(0, len(large), 10_000))
+        answered = client.post("/api/session", content=pieces, headers=kind)
+        assert answered.status_code == 400
+
+
 def test_lying_lengths_and_broken_requests(service: Running) -> None:
     head = (
         "POST /api/checks?model=small HTTP/1.1\r\nHost: localhost\r\n"
@@ -379,6 +391,26 @@ def test_headers_of_every_answer(service: Running) -> None:
             assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
             assert headers["Cache-Control"] == "no-store"
             assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_all_that_the_page_asks_for_is_served(service: Running) -> None:
+    types = {".css": "text/css", ".js": "text/javascript"}
+    with serving.client(service.url) as anyone:
+        page = anyone.get("/").text
+        paths = re.findall(r'(?:src|href)="(/static/[^"]+)"', page)
+        for path in paths:  # which grows meanwhile
+            got = anyone.get(path)
+            assert got.status_code == 200, path
+            kind = types[pathlib.PurePosixPath(path).suffix]
+            assert got.headers["Content-Type"].startswith(kind), path
+            imports = re.findall(r'^(?:import|export|}) .*"\./(.+)";$', got.text, re.M)
+            new = (f"/static/{name}" for name in sorted(imports))
+            paths += [each for each in new if each not in paths]
+    folder = pathlib.Path(app.__file__).parent
+    there = {
+        f"/static/{path.name}" for path in folder.iterdir() if path.suffix in types
+    }
+    assert set(paths) == there  # and nothing lies about unused
 
 
 def test_a_point_while_one_waits(service: Running) -> None:

@@ -363,6 +363,37 @@ def test_files_that_are_not_shown_are_checked(
     expect(page.locator("#verdict")).to_contain_text("as soon as there are any")
 
 
+def test_start_waits_for_the_model(page: "sync_api.Page", site: Site) -> None:
+    found = page.request.get(f"{site.url}/api/models").json()
+    opening = [model | {"ready": False} for model in found]
+    answers = [opening]
+    page.route("**/api/models", lambda route: route.fulfill(json=answers[-1]))
+    page.locator("#menu a").first.click()
+    expect(page.locator("#model")).to_contain_text("starting")
+    page.locator("#text").fill("x,y,z\n160,160,280\n")
+    verdict, start = page.locator("#verdict"), page.locator("#start")
+    expect(verdict).to_have_text(
+        "No error. The model is being opened; it can start in a moment."
+    )
+    expect(start).to_be_disabled()
+    answers.append(found)
+    expect(start).to_be_enabled()
+    expect(verdict).to_have_text("No error. It can start.")
+    # The server begins anew, which the page does not know.
+    refusal = {"detail": "model small is being opened"}
+    page.route(
+        "**/api/jobs?*", lambda route: route.fulfill(status=503, json=refusal), times=1
+    )
+    answers.append(opening)
+    start.click()
+    expect(verdict).to_contain_text("is being opened")
+    expect(start).to_be_disabled()
+    answers.append(found)
+    expect(start).to_be_enabled()
+    start.click()
+    finish(page)
+
+
 def test_dropped_file(page: "sync_api.Page") -> None:
     transfer = page.evaluate_handle(
         """() => {

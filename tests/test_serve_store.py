@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from synister_jax.serve import supervisor, tokens
-from synister_jax.serve.records import Job, LimitReached
+from synister_jax.serve.records import Job, LimitReached, Revoked
 from synister_jax.serve.store import MOST_ATTEMPTS, Store
 
 
@@ -69,6 +69,33 @@ def test_turns_are_taken_by_token(store: Store) -> None:
     submit(store, 10, token_id=2)
     order = [int(store.claim(f"w{n}").id, 16) for n in range(5)]
     assert order == [0, 10, 1, 2, 3]
+
+
+def test_one_worker_takes_turns_too(store: Store) -> None:
+    for number in range(3):
+        submit(store, number)
+    submit(store, 10, token_id=2)
+    order = []
+    for _ in range(4):
+        job = store.claim("w")
+        store.finish(job.id, "w", 1, 1)
+        order.append(int(job.id, 16))
+    assert order == [0, 10, 1, 2]
+
+
+def test_jobs_of_a_closed_model_wait(store: Store) -> None:
+    job = submit(store, 1)
+    assert store.claim("w", ["small"]) is None
+    assert store.claim("w", ["large"]).id == job.id
+
+
+def test_a_token_that_ended_asks_for_nothing(store: Store) -> None:
+    tokens.revoke(store.database, "ann")
+    with pytest.raises(Revoked):
+        submit(store, 1)
+    with pytest.raises(Revoked):
+        store.ask_point(1, "small", "none", 1.0, 2.0, 3.0)
+    submit(store, 2, token_id=2)
 
 
 def test_the_same_request_is_one_job(store: Store) -> None:

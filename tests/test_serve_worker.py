@@ -125,7 +125,7 @@ def test_job_is_answered_as_the_command_answers(
     reports = service.store.reports()
     assert reports["tiny"].ready and reports["tiny"].step == step
     assert not reports["broken"].ready
-    assert "nothing.n5" in reports["broken"].problem
+    assert "log says why" in reports["broken"].problem
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -
     service.submit("f" * 16, 5, model="broken")
     found = models.load(service.models)
     worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
-    worker.open_all()
+    worker.open_models()
     job = service.store.claim("w1")
     worker._do(job)
     job = service.store.job("f" * 16, 1)
@@ -201,6 +201,21 @@ def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -
     job = service.store.job("0" * 16, 1)
     assert job.state == "failed" and "nobody foresaw" in job.message
     assert json.dumps(job.message)
+
+
+def test_begun_with_something_else_it_begins_anew(service: Service) -> None:
+    """As after a restart with another batch size, or another table of neurons."""
+    found = models.load(service.models)
+    worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
+    worker.open_models()
+    job = service.submit("1" * 16, 5)
+    folder = service.state / "jobs" / job.id
+    (folder / "request.json").write_text('{"kind": "neurons"}')
+    (folder / "synapses.feather").write_bytes(b"of that")
+    worker._do(service.store.claim("w1"))
+    assert service.store.job(job.id, 1).state == "done"
+    table = predictions.load(folder / "predictions.feather")
+    assert table["synapse_id"].to_pylist() == list(range(5))
 
 
 def test_step_that_was_asked_for_is_used(service: Service) -> None:
@@ -216,7 +231,7 @@ def test_step_that_was_asked_for_is_used(service: Service) -> None:
     folder.mkdir()
     table = table.cast(requested.POSITIONS)
     feather.write_feather(table, str(folder / "asked.feather"))
-    worker.open_all()
+    worker.open_models()
     worker._do(service.store.claim("w1"))
     assert service.store.job("9" * 16, 1).state == "done"
     about = json.loads((folder / "answer.json").read_text())

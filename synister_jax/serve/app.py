@@ -21,11 +21,19 @@ from synister_jax.serve import (
 from synister_jax.serve.guard import Guard
 from synister_jax.serve.service import COOKIE, CSRF_HEADER, Service
 
-_PAGE = {
-    "/": ("page.html", "text/html"),
-    "/static/page.css": ("page.css", "text/css"),
-    "/static/page.js": ("page.js", "text/javascript"),
-}
+_PAGE = "page.html"
+_STATIC = (  # what it asks for, under /static/
+    "page.css",
+    "page.js",
+    "elements.js",
+    "jobs.js",
+    "request.js",
+    "server.js",
+    "state.js",
+    "tables.js",
+    "views.js",
+)
+_MEDIA_TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript"}
 _SECURITY = {
     "token": {"type": "http", "scheme": "bearer"},
     "password": {
@@ -65,8 +73,9 @@ def make(service: Service) -> FastAPI:
     app.add_exception_handler(405, _other_method)
     for module in (sessions_api, jobs_api, answers_api, points, views_api):
         app.include_router(module.router)
-    for path, (name, media_type) in _PAGE.items():
-        _serve(app, path, name, media_type)
+    _serve(app, "/", _PAGE)
+    for name in _STATIC:
+        _serve(app, f"/static/{name}", name)
 
     @app.get("/health", responses=shapes.errors(), summary="Whether it is there.")
     def health() -> shapes.Health:
@@ -76,7 +85,8 @@ def make(service: Service) -> FastAPI:
     return app
 
 
-def _serve(app: FastAPI, path: str, name: str, media_type: str) -> None:
+def _serve(app: FastAPI, path: str, name: str) -> None:
+    media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
     content = importlib.resources.files("synister_jax.serve").joinpath(name)
     text = content.read_text(encoding="utf-8")
 

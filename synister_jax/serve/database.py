@@ -35,7 +35,7 @@ CREATE TABLE jobs (
   rows INTEGER NOT NULL, message TEXT, created REAL NOT NULL, started REAL,
   finished REAL, worker TEXT, attempts INTEGER NOT NULL DEFAULT 0,
   view_key TEXT NOT NULL UNIQUE, request_key TEXT, bytes INTEGER NOT NULL, step INTEGER,
-  since REAL, since_done INTEGER NOT NULL DEFAULT 0);
+  since REAL, since_done INTEGER NOT NULL DEFAULT 0, claimed REAL);
 CREATE UNIQUE INDEX jobs_by_request ON jobs (token_id, request_key)
   WHERE state IN ('queued', 'running', 'done');
 CREATE INDEX jobs_by_state ON jobs (state, number);
@@ -49,7 +49,6 @@ CREATE INDEX points_by_state ON points (state, asked);
 CREATE TABLE models (
   name TEXT PRIMARY KEY, step INTEGER, classes TEXT NOT NULL, ready INTEGER NOT NULL,
   problem TEXT, parameters TEXT) WITHOUT ROWID;
-CREATE TABLE workers (name TEXT PRIMARY KEY, beat REAL NOT NULL) WITHOUT ROWID;
 """
 
 

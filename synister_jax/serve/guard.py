@@ -40,6 +40,11 @@ _HEADERS = {
 }
 
 
+# Of a body that a framework reads as a whole; what streams its own has its own limit.
+_MOST_BYTES = 64 << 10
+_STREAMED = ("/api/checks", "/api/jobs")
+
+
 class Guard:
     """ASGI middleware.
 
@@ -72,6 +77,8 @@ class Guard:
                     headers["Strict-Transport-Security"] = "max-age=31536000"
             await send(message)
 
+        if scope["path"] not in _STREAMED:
+            receive = _bounded(receive)
         try:
             refused = self._refuse(scope)
             await (refused or self._app)(scope, receive, send_guarded)
@@ -103,6 +110,8 @@ class Guard:
         if not self._is_ours(f"//{host}"):
             why = {"detail": "this service has another name; see --public_url"}
             return JSONResponse(why, 400)
+        if scope["path"] not in _STREAMED and _is_large(headers):
+            return JSONResponse({"detail": "the body is too large"}, 413)
         if scope["method"] in SAFE_METHODS:
             return None
         origin = headers.get("origin")
@@ -130,6 +139,26 @@ class Guard:
         except ValueError:
             return False
         return there.netloc.lower() == host.lower() or public
+
+
+def _is_large(headers: Headers) -> bool:
+    given = headers.get("content-length", "0")
+    return not given.isdecimal() or int(given[:20]) > _MOST_BYTES
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Fails after `_MOST_BYTES`, whatever the length that the headers name."""
+    size = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > _MOST_BYTES:
+            raise ValueError("the body is too large")  # 400: it cannot be read
+        return message
+
+    return receive_bounded
 
 
 def _tell(error: Exception) -> None:

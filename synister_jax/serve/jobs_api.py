@@ -14,8 +14,8 @@ from starlette.concurrency import run_in_threadpool
 
 from synister_jax import files
 from synister_jax.serve import annotations, shapes, tokens, uploads
-from synister_jax.serve.records import Job, LimitReached
-from synister_jax.serve.service import Served, Service, User
+from synister_jax.serve.records import Job, LimitReached, Revoked
+from synister_jax.serve.service import Served, Service, User, revoked
 
 router = APIRouter(prefix="/api")
 
@@ -98,6 +98,8 @@ async def submit(
 
     try:
         job, is_new = await run_in_threadpool(put)
+    except Revoked:
+        raise revoked() from None
     except LimitReached as error:
         raise HTTPException(429, str(error), {"Retry-After": "60"}) from None
     if not is_new:

@@ -9,8 +9,8 @@ from fastapi import APIRouter, HTTPException, Query
 from starlette.concurrency import run_in_threadpool
 
 from synister_jax.serve import shapes
-from synister_jax.serve.records import LimitReached
-from synister_jax.serve.service import Served, User
+from synister_jax.serve.records import LimitReached, Revoked
+from synister_jax.serve.service import Served, User, revoked
 
 SECONDS = 10.0
 _PAUSE = 0.05
@@ -41,6 +41,8 @@ async def fetch(
         served.report(chosen)
         try:
             return store.ask_point(user.token_id, chosen.name, named, x, y, z)
+        except Revoked:
+            raise revoked() from None
         except LimitReached as error:
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from None
 

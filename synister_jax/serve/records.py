@@ -69,5 +69,9 @@ class Report:
     parameters: str | None
 
 
+class Revoked(Exception):
+    """The token is none any more."""
+
+
 class LimitReached(Exception):
     """The token has as much as it may have; the message says of what."""

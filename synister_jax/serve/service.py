@@ -124,17 +124,22 @@ def user(request: Request) -> tokens.User:
     served = service(request)
     found = _shown(request, served)
     if found is None:
-        raise HTTPException(
-            401,
-            "no valid token: sign in, or send the header Authorization: Bearer TOKEN",
-            {"WWW-Authenticate": "Bearer"},
-        )
+        raise revoked()
     require(served.requests, found.token_id)
     if found.csrf is not None and request.method not in SAFE_METHODS:
         given = request.headers.get(CSRF_HEADER, "")
         if not tokens.same(given, found.csrf):
             raise HTTPException(403, f"send the session's csrf as {CSRF_HEADER}")
     return found
+
+
+def revoked() -> HTTPException:
+    """401, for no token or one that has ended."""
+    return HTTPException(
+        401,
+        "no valid token: sign in, or send the header Authorization: Bearer TOKEN",
+        {"WWW-Authenticate": "Bearer"},
+    )
 
 
 def require(rate: Rate, key: object) -> None:

@@ -13,7 +13,7 @@ router = APIRouter(prefix="/api")
 
 @router.post(
     "/session",
-    responses=shapes.errors(401, 403, 422, 429),
+    responses=shapes.errors(400, 401, 403, 413, 422, 429),
     summary="Signs a browser in.",
 )
 def sign_in(

@@ -185,7 +185,7 @@ class Point(BaseModel):
 
 
 _MEANINGS = {
-    400: "the request's headers cannot be meant",
+    400: "the headers cannot be meant, or the body not be read",
     401: "no valid token or session",
     403: "the header X-CSRF-Token is missing, or another site sent the request",
     404: "nothing of yours is there",

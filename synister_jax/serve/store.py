@@ -11,12 +11,13 @@ import dataclasses
 import json
 import pathlib
 import secrets
+import sqlite3
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from synister_jax.serve.database import Database
-from synister_jax.serve.records import Job, LimitReached, Point, Report
+from synister_jax.serve.records import Job, LimitReached, Point, Report, Revoked
 
 # A job that stopped so many workers is not given to a fourth.
 MOST_ATTEMPTS = 3
@@ -30,6 +31,12 @@ _USED = (
     "SELECT count(*) FILTER (WHERE state IN ('queued', 'running')), "
     "coalesce(sum(bytes), 0) FROM jobs WHERE token_id = ?"
 )
+
+
+def _require_token(connection: sqlite3.Connection, token_id: int) -> None:
+    there = "SELECT 1 FROM tokens WHERE id = ? AND revoked IS NULL"
+    if not connection.execute(there, [token_id]).fetchall():
+        raise Revoked
 
 
 class Store:
@@ -69,8 +76,10 @@ class Store:
 
         Raises:
           LimitReached: too many unfinished jobs, or too many bytes kept.
+          Revoked: the token ended while its request was read.
         """
         with self.database.transaction() as connection:
+            _require_token(connection, token_id)
             if fresh:
                 connection.execute(
                     "UPDATE jobs SET request_key = NULL WHERE token_id = ? AND "
@@ -189,18 +198,25 @@ class Store:
 
     # Jobs, as a worker sees them.
 
-    def claim(self, worker: str) -> Job | None:
-        """Takes the next job: of the token with the fewest running, the oldest."""
-        now = time.time()
+    def claim(self, worker: str, closed: Collection[str] = ()) -> Job | None:
+        """Takes the next job, token by token in turn.
+
+        Of the token with the fewest running; of these, the one whose turn was longest
+        ago; of its jobs, the oldest.
+
+        Args:
+          closed: models that cannot be used now, whose jobs wait.
+        """
         rows = self._run(
-            "UPDATE jobs SET state = 'running', worker = ?, attempts = attempts + 1, "
-            "started = coalesce(started, ?), since = NULL, since_done = 0, stage = '' "
-            "WHERE number = (SELECT number FROM jobs AS q WHERE state = 'queued' "
+            "UPDATE jobs SET state = 'running', worker = ?1, attempts = attempts + 1, "
+            "started = coalesce(started, ?2), claimed = ?2, since = NULL, "
+            "since_done = 0, stage = '' WHERE number = (SELECT number FROM jobs AS q "
+            "WHERE state = 'queued' AND model NOT IN (SELECT value FROM json_each(?3)) "
             "ORDER BY (SELECT count(*) FROM jobs AS r WHERE r.token_id = q.token_id "
-            "AND r.state = 'running'), number LIMIT 1) AND state = 'queued' "
+            "AND r.state = 'running'), (SELECT max(claimed) FROM jobs AS r "
+            "WHERE r.token_id = q.token_id), number LIMIT 1) AND state = 'queued' "
             f"RETURNING {_JOB}",
-            worker,
-            now,
+            *(worker, time.time(), json.dumps(list(closed))),
         )
         return Job(**rows[0]) if rows else None
 
@@ -291,7 +307,6 @@ class Store:
         the server; and models are not ready until a worker says so.
         """
         self._run("DELETE FROM models")
-        self._run("DELETE FROM workers")
         self._run(
             "UPDATE points SET state = 'queued', worker = NULL WHERE result IS NULL"
         )
@@ -318,15 +333,17 @@ class Store:
 
         Raises:
           LimitReached: the token waits for `most` points.
+          Revoked: the token has ended.
         """
         now = time.time()
         with self.database.transaction() as connection:
+            _require_token(connection, token_id)
             there = connection.execute(
-                "SELECT id FROM points JOIN models ON models.name = points.model "
-                "WHERE token_id = ? AND model = ? AND source = ? AND x = ? AND y = ? "
-                "AND z = ? AND points.step IS models.step AND state = 'done' AND "
-                "result ->> 'problem' IS NULL",
-                (token_id, model, source, x, y, z),
+                "UPDATE points SET asked = ?1 WHERE token_id = ?2 AND model = ?3 AND "
+                "source = ?4 AND x = ?5 AND y = ?6 AND z = ?7 AND state = 'done' AND "
+                "step IS (SELECT step FROM models WHERE name = ?3) AND "
+                "result ->> 'problem' IS NULL RETURNING id",
+                (now, token_id, model, source, x, y, z),
             ).fetchall()
             if there:
                 return there[0]["id"]
@@ -381,7 +398,7 @@ class Store:
             "DELETE FROM points WHERE asked < ?", time.time() - older_than_seconds
         )
 
-    # Models and workers.
+    # Models.
 
     def report_model(
         self,
@@ -416,11 +433,3 @@ class Store:
             )
             for row in rows
         }
-
-    def beat(self, worker: str) -> None:
-        """The worker lives."""
-        self._run(
-            "INSERT INTO workers VALUES (?, ?) ON CONFLICT DO UPDATE SET "
-            "beat = excluded.beat",
-            *(worker, time.time()),
-        )

@@ -4,6 +4,7 @@
 Who has a job's key may look, for Neuroglancer sends neither token nor cookie.
 """
 
+import contextlib
 import functools
 import pathlib
 import threading
@@ -32,6 +33,8 @@ _Number = Annotated[
     int, Path(ge=0, lt=2**64, description="of a row, or the id of an object")
 ]
 _opening = threading.Lock()
+# A volume that does not answer holds so many threads, and leaves others to the page.
+_reading = threading.BoundedSemaphore(12)
 
 
 def _job(
@@ -105,7 +108,8 @@ def related(path: Predictions, relationship: str, number: _Number) -> Response:
     summary="The volume as a precomputed image.",
 )
 def volume_info(served: Served, job: Viewed) -> Response:
-    return JSONResponse(volume_view.info(_volume(served, job)), headers=_PUBLIC)
+    with _slot():
+        return JSONResponse(volume_view.info(_volume(served, job)), headers=_PUBLIC)
 
 
 @router.get("/volume/s0/{name}", **_binary("Voxels of the volume.", 503))
@@ -116,7 +120,8 @@ def voxels(
     if parsed is None:
         return _bytes(None)
     try:
-        return _bytes(volume_view.chunk(_volume(served, job), *parsed))
+        with _slot():
+            return _bytes(volume_view.chunk(_volume(served, job), *parsed))
     except (UserError, *volumes.ERRORS):
         raise _unreadable() from None
 
@@ -126,6 +131,17 @@ def preflight() -> Response:
     """Before a page of the internet may ask a server of the local network."""
     allowed = {"Access-Control-Allow-Private-Network": "true"}
     return Response(status_code=204, headers=_PUBLIC | allowed)
+
+
+@contextlib.contextmanager
+def _slot() -> Iterator[None]:
+    if not _reading.acquire(blocking=False):
+        why = "too much of the volume is being read; try again"
+        raise HTTPException(503, why, {"Retry-After": "1"} | _PUBLIC)
+    try:
+        yield
+    finally:
+        _reading.release()
 
 
 def _volume(served: Served, job: Job) -> volumes.Volume:

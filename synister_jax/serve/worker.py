@@ -29,7 +29,7 @@ from synister_jax.serve.store import Job, Point, Store
 
 _PAUSE = 0.1  # seconds between two looks for work
 _TOLD_EVERY = 0.3  # seconds: how far a job is, and whether it is still wanted
-_BEAT_EVERY = 2.0  # seconds: that this process lives
+_TRY_AGAIN = 60.0  # seconds until a model that could not be opened is tried again
 _GRACE = 5.0  # seconds that a batch has to end in once the server has gone
 _NICE = 10
 _OPEN_NETWORKS = 4  # of the largest published one, 1.8 GB each
@@ -58,7 +58,7 @@ class Worker:
         self._name, self._batch_size = name, batch_size
         self._most_synapses, self._credentials = most_synapses, credentials
         self._steps: dict[str, int] = {}
-        self._beaten = 0.0
+        self._tried = 0.0
         self.leaving = threading.Event()
         self._network = functools.lru_cache(maxsize=_OPEN_NETWORKS)(self._open)
 
@@ -68,9 +68,12 @@ class Worker:
             chosen.workdir, step, chosen.volume, self._batch_size, chosen.calibrated
         )
 
-    def open_all(self) -> None:
-        """Tells the store which models there are, and what is wrong with others."""
+    def open_models(self) -> None:
+        """Those that are not open, and tells the store of each."""
+        self._tried = time.monotonic()
         for name, model in self._models.items():
+            if name in self._steps:
+                continue
             try:
                 step = answering.choose_step(model.workdir, model.step)
                 classifier = self._network(name, step).classifier
@@ -85,29 +88,28 @@ class Worker:
                     classifier.classes,
                     True,
                     None,
-                    member["parameters_sha256"],
+                    f"{member['parameters_sha256']}, {classifier.temperature}",
                 )
-            except UserError as error:
-                problem = _one_line(error)
-                print(f"model {name}: {problem}", flush=True)
-                self._store.report_model(name, None, [], False, problem)
+            except Exception as error:  # of one model; others may do
+                _tell(error)
+                print(f"model {name}: {_one_line(error)}", flush=True)
+                # The reason may name paths, which are nobody's business.
+                why = "it cannot be opened; the server's log says why"
+                self._store.report_model(name, None, [], False, why)
 
     def run(self) -> None:
         """Until the server goes."""
         while not self.leaving.is_set():
-            self._beat()
-            if self._answer_points():
-                continue
-            job = self._store.claim(self._name)
-            if job is None:
-                self.leaving.wait(_PAUSE)
-            else:
+            closed = self._models.keys() - self._steps.keys()
+            if closed and time.monotonic() - self._tried > _TRY_AGAIN:
+                self.open_models()
+            # In turn: neither keeps the other waiting for ever.
+            points = self._answer_points()
+            job = self._store.claim(self._name, closed)
+            if job is not None:
                 self._do(job)
-
-    def _beat(self) -> None:
-        if time.monotonic() - self._beaten > _BEAT_EVERY:
-            self._store.beat(self._name)
-            self._beaten = time.monotonic()
+            elif not points:
+                self.leaving.wait(_PAUSE)
 
     def _do(self, job: Job) -> None:
         folder = self._state / "jobs" / job.id
@@ -120,7 +122,6 @@ class Worker:
             if stage == last[1] and now - last[0] < _TOLD_EVERY and done < total:
                 return
             last[:] = [now, stage]
-            self._beat()
             if not self._store.tell(job.id, self._name, stage, done, total):
                 raise _NotWanted
             self._answer_points()
@@ -132,15 +133,19 @@ class Worker:
                 job.kind, feather.read_table(folder / "asked.feather", memory_map=False)
             )
             settings = self._settings(job.source, self._models[job.model])
-            about = answering.answer(
-                asked,
-                network,
-                job.source,
-                settings,
-                folder,
-                tell,
-                most_synapses=self._most_synapses,
+            answer = functools.partial(
+                answering.answer,
+                *(asked, network, job.source, settings, folder, tell),
+                self._most_synapses,
             )
+            try:
+                about = answer()
+            except files.OtherPlan:
+                # Begun with another batch size, temperature, table or the like.
+                for path in folder.iterdir():
+                    if path.name != "asked.feather":
+                        files.remove(path)
+                about = answer()
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             self._store.finish(job.id, self._name, about["rows"], size)
         except _NotWanted:
@@ -148,12 +153,17 @@ class Worker:
         except _Leaving:
             self._store.release(job.id, self._name)
         except UserError as error:
-            self._store.fail(job.id, self._name, _one_line(error))
+            print(f"job {job.id}: {_one_line(error)}", flush=True)
+            self._store.fail(job.id, self._name, self._shown(error))
         except Exception as error:  # of one job; the next may well be another matter
-            traceback.print_exc()
+            _tell(error)
             kind = type(error).__name__
             why = f"something that nobody foresaw ({kind}); the server's log says more"
             self._store.fail(job.id, self._name, why)
+
+    def _shown(self, error: UserError) -> str:
+        """Without the place of the service's folders, which users need not know."""
+        return _one_line(error).replace(f"{self._state}/", "")
 
     def _step(self, job: Job) -> int:
         """What was asked for, or what there is where no worker had said that."""
@@ -173,8 +183,11 @@ class Worker:
         for (model, source), group in groups.items():
             try:
                 results = self._at_once(model, source, group)
-            except UserError as error:
-                results = [{"problem": _one_line(error)}] * len(group)
+            except Exception as error:  # a job may be under way, which is not to blame
+                _tell(error)
+                results = [{"problem": "the server's log says why"}] * len(group)
+                if isinstance(error, UserError):
+                    results = [{"problem": self._shown(error)}] * len(group)
             for point, result in zip(group, results, strict=True):
                 self._store.answer_point(point.id, self._name, result)
         return bool(points)
@@ -208,7 +221,14 @@ class Worker:
         return results
 
 
-def _one_line(error: UserError) -> str:
+def _tell(error: Exception) -> None:
+    """Where it was, not what it says: that may be what people ask."""
+    if not isinstance(error, UserError):
+        where = traceback.format_list(traceback.extract_tb(error.__traceback__))
+        print(f"{''.join(where)}{type(error).__name__}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
     return command.redact(" ".join(str(error).split()))
 
 
@@ -245,7 +265,7 @@ def main() -> None:
         if jax.default_backend() == "cpu":
             os.nice(_NICE)  # the page has the same cores, and people wait for it
         threading.Thread(target=_watch_server, args=[worker], daemon=True).start()
-        worker.open_all()
+        worker.open_models()
         worker.run()
 
     command.run(run, abandon_threads=True)
