@@ -25,6 +25,7 @@ from pyarrow import feather
 import synister_jax
 from synister_jax import (
     checkpoint,
+    command,
     crops,
     execution,
     exports,
@@ -152,7 +153,7 @@ def answer(
         "status": record["status"],
         "classes": list(network.classifier.classes),
         "model": {"workdir": network.workdir.name, "step": network.step},
-        "volume": network.volume.uri,
+        "volume": command.redact(network.volume.uri),
         "temperature": record.get("temperature"),
         "warnings": [doubt] if doubt else [],
         "written_by": f"synister_jax {synister_jax.__version__}",
@@ -193,9 +194,11 @@ def _find_synapses(
 ) -> tuple[list[int], list[int]]:
     """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
     path = folder / "synapses.feather"
-    if path.exists():
-        metadata = json.loads(pa.ipc.open_file(str(path)).schema.metadata[_KEY])
-        return metadata["unknown"], metadata["without"]
+    try:
+        about = json.loads(pa.ipc.open_file(str(path)).schema.metadata[_KEY])
+        return about["unknown"], about["without"]
+    except (OSError, pa.ArrowException):
+        pass  # not there yet, or damaged
     whole = asked.kind == "neurons" and source == "none"  # a table is read once
     size = len(asked.table) if whole else _GROUP[asked.kind]
     files.make_folder(folder / "sites")

@@ -12,6 +12,8 @@ from synister_jax import synapses
 
 MOST = 20_000  # neurons in one table of the page: two megabytes or so
 FIRST = 25  # rows that are there without JavaScript
+# As the original's report advises (synistereq): below, the majority may be chance.
+FEW = 100
 # Columns of words: name in the page, name in the table, heading.
 _WORDS = (
     ("known", "neurotransmitter", "known"),
@@ -58,6 +60,17 @@ def legend(classes: Sequence[str]) -> list[Class]:
 
 def _colour(name: str) -> int | None:
     return synapses.CLASSES.index(name) if name in synapses.CLASSES else None
+
+
+def doubts(counts: Sequence[int]) -> list[str]:
+    """Why the call of a neuron is uncertain, from its synapses called each class."""
+    predicted = sum(counts)
+    found = []
+    if predicted < FEW:
+        found.append(f"fewer than {FEW} predicted synapses")
+    if 2 * max(counts) <= predicted:
+        found.append("no class with more than half of them")
+    return found
 
 
 def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, Any]:

@@ -29,19 +29,6 @@ from synister_jax.predictions import Predictions
 MOST_CHARTS = 60
 MOST_POSITIONS = 200  # in the page; more are in predictions.csv
 MOST_NAMED = 200  # neurons of whom there is nothing to show
-# As the original's report advises (synistereq): below, the majority may be chance.
-FEW = 100
-
-
-def doubts(counts: Sequence[int]) -> list[str]:
-    """Why the call of a neuron is uncertain, from its synapses called each class."""
-    predicted = sum(counts)
-    found = []
-    if predicted < FEW:
-        found.append(f"fewer than {FEW} predicted synapses")
-    if 2 * max(counts) <= predicted:
-        found.append("no class with more than half of them")
-    return found
 
 
 def render(folder: pathlib.Path, about: Mapping[str, Any]) -> str:
@@ -103,7 +90,7 @@ def _charts(
                 "predicted": sum(counts),
                 "synapses": row["synapses"],
                 "leaders": [k for k, n in enumerate(counts) if 0 < n == max(counts)],
-                "doubts": doubts(counts),
+                "doubts": report_neurons.doubts(counts),
             }
         )
     return charts

@@ -272,7 +272,7 @@ def test_damaged_sites_are_asked_for_again(
     before = (tmp_path / "synapses.feather").read_bytes()
     for path in (tmp_path / "sites").iterdir():
         path.write_bytes(b"nothing")
-    (tmp_path / "synapses.feather").unlink()
+    (tmp_path / "synapses.feather").write_bytes(b"nothing")
     answering.answer(asked, network, "none", settings, tmp_path, nothing)
     assert (tmp_path / "synapses.feather").read_bytes() == before
 

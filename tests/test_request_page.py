@@ -11,7 +11,7 @@ import pytest
 from prediction_tables import NEURON, SIX, make, write
 from test_report import Page
 
-from synister_jax import request_page
+from synister_jax import report_neurons, request_page
 from synister_jax.command import UserError
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def test_only_its_own_script_may_run(page_text: str) -> None:
     ],
 )
 def test_doubts(counts: list[int], expected: int) -> None:
-    assert len(request_page.doubts(counts)) == expected
+    assert len(report_neurons.doubts(counts)) == expected
 
 
 def test_more_neurons_than_charts(tmp_path: pathlib.Path) -> None:

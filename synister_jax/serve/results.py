@@ -14,11 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax import predictions, synapses
+from synister_jax import predictions, report_neurons, synapses
 from synister_jax.serve import shapes
 
-# As the report says: fewer synapses, or none of the classes above half, say little.
-SURE_SYNAPSES, SURE_SHARE = 100, 0.5
 NONE = "none"  # asked for as `called`: the rows without a prediction
 _CACHED = 8
 
@@ -64,14 +62,13 @@ def _neuron(found: _Neurons, row: int) -> shapes.Neuron:
     counts = found.counts[row]
     predicted = int(counts.sum())
     first = int(counts.argmax())  # of equal ones the first, as the rule `majority`
-    sure = predicted >= SURE_SYNAPSES and counts[first] > SURE_SHARE * predicted
     return shapes.Neuron(
         neuron_id=str(found.ids[row]),
         synapses=int(found.synapses[row]),
         predicted=predicted,
         called=found.classes[first] if predicted else None,
         counts=dict(zip(found.classes, counts.tolist(), strict=True)),
-        uncertain=not sure,
+        uncertain=bool(report_neurons.doubts(counts.tolist())),
     )
 
 
