@@ -205,7 +205,8 @@ def test_claims_of_several_processes_are_each_once(store: Store) -> None:
     assert len(claimed) == len(set(claimed))
     states = [store.job(job_id, 1).state for job_id in jobs]
     assert "queued" not in states
-    assert store.requeue_lost([]) == states.count("running") == 40
+    # One more where the kill came between its claim and its end.
+    assert store.requeue_lost([]) == states.count("running") in (40, 41)
     while (job := store.claim("last")) is not None:
         assert store.finish(job.id, "last", 1, 1)
     assert {store.job(job_id, 1).state for job_id in jobs} == {"done"}
