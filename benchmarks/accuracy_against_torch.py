@@ -25,17 +25,13 @@ import torch_networks
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import (
-    augment,
-    command,
-    data,
-    evaluate,
-    measurement,
-    sharding,
-    shards,
-    train,
-)
-from synister_jax.command import Progress, UserError
+from synister_jax import evaluate, train
+from synister_jax.base import command
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.evaluation import measurement
+from synister_jax.network import sharding
+from synister_jax.training import augment, data, shards
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", lock_config=True)
 _SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)

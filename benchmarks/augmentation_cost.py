@@ -21,15 +21,10 @@ import side_by_side
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import (
-    augment,
-    command,
-    convolution,
-    model,
-    recipe,
-    sharding,
-    train,
-)
+from synister_jax import train
+from synister_jax.base import command
+from synister_jax.network import convolution, model, sharding
+from synister_jax.training import augment, optimisation
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/skeleton.py", lock_config=True
@@ -39,7 +34,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each.", lower_boun
 
 def main() -> None:
     config = _CONFIG.value
-    tx = recipe.make_optimizer(config)
+    tx = optimisation.make_optimizer(config)
     network = model.from_config(config)
     plain = random_inputs.unaugmented(config)
     steps, batches = {}, {}

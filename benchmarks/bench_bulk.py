@@ -31,18 +31,13 @@ import side_by_side
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import (
-    command,
-    execution,
-    files,
-    inference,
-    parts,
-    predict,
-    sharding,
-    volumes,
-)
-from synister_jax.planning import Plan
-from synister_jax.synapse_batches import Source
+from synister_jax import predict
+from synister_jax.base import command, files
+from synister_jax.bulk import execution, unit_results
+from synister_jax.bulk.planning import Plan
+from synister_jax.em import volumes
+from synister_jax.network import inference, sharding
+from synister_jax.tables.batches import Source
 
 _FOLDER = flags.DEFINE_string(
     "folder", None, "Where network and volume are, or are made.", required=True
@@ -134,7 +129,7 @@ def _predict(
 ) -> execution.Times:
     """Times of all units; the chunks that a former round decoded are forgotten."""
     for unit in range(len(plan)):
-        parts.path_of(plan, unit).unlink(missing_ok=True)
+        unit_results.path_of(plan, unit).unlink(missing_ok=True)
     volume = volumes.open(str(path), classifier.config.voxel_size_nm_zyx)
     return execution.execute(plan, range(len(plan)), classifier, volume)
 

@@ -31,7 +31,9 @@ from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import config_flags
 
-from synister_jax import augment, command, cutting, files, shards, volumes
+from synister_jax.base import command, files
+from synister_jax.em import volumes
+from synister_jax.training import augment, cutting, shards
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
 _CONFIG = config_flags.DEFINE_config_file(

@@ -35,8 +35,9 @@ from absl import flags
 from ml_collections import config_flags
 from side_by_side import Child
 
-from synister_jax import command, crops, files, volumes
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.em import crops, volumes
 
 _FOLDER = flags.DEFINE_string(
     "folder", None, "Where network and volume are, or are made.", required=True
@@ -128,8 +129,11 @@ def _be(side: str) -> None:
 def _ours(folder: pathlib.Path, path: pathlib.Path) -> Callable[[], np.ndarray]:
     from pyarrow import feather
 
-    from synister_jax import execution, inference, predict, predictions, sharding
-    from synister_jax.synapse_batches import Source
+    from synister_jax import predict
+    from synister_jax.bulk import execution
+    from synister_jax.network import inference, sharding
+    from synister_jax.tables import predictions
+    from synister_jax.tables.batches import Source
 
     config = _CONFIG.value
     workdir = random_inputs.workdir(folder, config, "torch-run")

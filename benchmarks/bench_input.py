@@ -53,17 +53,11 @@ import textures
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import (
-    augment,
-    command,
-    cutting,
-    data,
-    files,
-    sharding,
-    shards,
-    synapses,
-    volumes,
-)
+from synister_jax.base import command, files
+from synister_jax.em import volumes
+from synister_jax.network import sharding
+from synister_jax.tables import synapses
+from synister_jax.training import augment, cutting, data, shards
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
 _CONFIG = config_flags.DEFINE_config_file(

@@ -31,7 +31,8 @@ import side_by_side
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import command, convolution, files, inference
+from synister_jax.base import command, files
+from synister_jax.network import convolution, inference
 
 _FOLDER = flags.DEFINE_string(
     "folder", None, "Where the compiled layers are kept.", required=True

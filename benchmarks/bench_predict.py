@@ -28,8 +28,8 @@ from absl import flags
 from ml_collections import config_flags
 from side_by_side import Child
 
-from synister_jax import command, files
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
 
 _FOLDER = flags.DEFINE_string(
     "folder", None, "Where our run of the weights is, or is made.", required=True
@@ -94,7 +94,7 @@ def _be(side: str) -> None:
     crops = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     about: dict[str, Any] = {}
     if side == "ours":
-        from synister_jax import inference, sharding
+        from synister_jax.network import inference, sharding
 
         workdir = random_inputs.workdir(folder, config, "torch-run")
         mesh = sharding.make_mesh()

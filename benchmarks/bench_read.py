@@ -27,7 +27,9 @@ import side_by_side
 import textures
 from absl import flags
 
-from synister_jax import command, crops, files, volumes
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.em import crops, volumes
 
 _FOLDER = flags.DEFINE_string(
     "folder", None, "Where the volume is, or is made.", required=True
@@ -116,7 +118,7 @@ def _in_chunk_order(
     ordered = starts[crops.order(starts, _CROP_ZYX, volume)]
     for crop in crops.read(volume, ordered, _CROP_ZYX):
         if crop.unreadable:
-            raise command.UserError(f"{path} lacks chunks; remove it and rerun")
+            raise UserError(f"{path} lacks chunks; remove it and rerun")
     return time.perf_counter() - before, textures.chunks_read() - chunks_before
 
 

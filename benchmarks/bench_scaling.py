@@ -36,16 +36,10 @@ import side_by_side
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import (
-    augment,
-    command,
-    files,
-    inference,
-    model,
-    recipe,
-    sharding,
-    train,
-)
+from synister_jax import train
+from synister_jax.base import command, files
+from synister_jax.network import inference, model, sharding
+from synister_jax.training import augment, optimisation
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", lock_config=True)
@@ -188,7 +182,7 @@ class _Network:
         self, config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     ) -> None:
         self._mesh = sharding.make_mesh(devices)
-        self._optimizer = recipe.make_optimizer(config)
+        self._optimizer = optimisation.make_optimizer(config)
         self._classify = inference.make_classify(config, self._mesh)
         self._margin = augment.Settings.of(config).margin_vx_zyx
         self._crop = tuple(config.crop_shape_zyx)
@@ -260,7 +254,7 @@ def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _plot(curves: dict[str, Any], path: pathlib.Path) -> None:
-    from synister_jax import figures  # matplotlib only for who asks for it
+    from synister_jax.base import figures  # matplotlib only for who asks for it
 
     figure, grid = figures.plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
     for axes, name in zip(grid, _CURVES, strict=False):

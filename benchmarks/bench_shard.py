@@ -44,18 +44,11 @@ from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import config_flags
 
-from synister_jax import (
-    augment,
-    command,
-    crops,
-    cutting,
-    data,
-    files,
-    sharding,
-    shards,
-    synapses,
-    volumes,
-)
+from synister_jax.base import command, files
+from synister_jax.em import crops, volumes
+from synister_jax.network import sharding
+from synister_jax.tables import synapses
+from synister_jax.training import augment, cutting, data, shards
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
 _CONFIG = config_flags.DEFINE_config_file(

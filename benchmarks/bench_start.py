@@ -38,7 +38,9 @@ import side_by_side
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import checkpoint, command, files, volumes
+from synister_jax.base import command, files
+from synister_jax.em import volumes
+from synister_jax.network import checkpoint
 
 _FOLDER = flags.DEFINE_string(
     "folder", None, "Where run and volume are, or are made.", required=True

@@ -37,24 +37,16 @@ import side_by_side
 import tensorstore as ts
 from absl import flags
 
-from synister_jax import (
-    aggregate,
-    command,
-    confusions,
-    files,
-    merging,
-    parts,
-    planning,
-    predict,
-    predictions,
-    rules,
-    splits,
-    synapse_batches,
-    synapses,
-    volumes,
-)
-from synister_jax.planning import Plan
-from synister_jax.synapse_batches import Source
+from synister_jax import aggregate, predict
+from synister_jax.base import command, files
+from synister_jax.base.progress import Progress
+from synister_jax.bulk import merging, planning, unit_results
+from synister_jax.bulk.planning import Plan
+from synister_jax.em import volumes
+from synister_jax.evaluation import confusions, rules
+from synister_jax.ground_truth import splits
+from synister_jax.tables import batches, predictions, synapses
+from synister_jax.tables.batches import Source
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
 _ROWS = flags.DEFINE_list("rows", ["10000", "1000000", "100000000"], "Of each table.")
@@ -210,12 +202,14 @@ def _probabilities(classes: int) -> np.ndarray:
 def _write_parts(folder: pathlib.Path, rows: int) -> None:
     plan, _, _ = _opened(folder)
     table = _probabilities(len(plan.about["classes"]))
-    progress = command.Progress("parts", len(plan), "units", every_seconds=30)
+    progress = Progress("parts", len(plan), "units", every_seconds=30)
     for unit in range(len(plan)):
         numbers, _ = plan.unit(unit)
         whole = np.ones(len(numbers), bool)
         values = table[numbers % _PROBABILITIES]
-        parts.write(plan, unit, parts.Part(numbers, whole, values, frozenset()))
+        unit_results.write(
+            plan, unit, unit_results.Part(numbers, whole, values, frozenset())
+        )
         progress.add()
 
 
@@ -229,7 +223,7 @@ def _opened(folder: pathlib.Path) -> tuple[Plan, Source, volumes.Volume]:
 
 
 def _inputs(folder: pathlib.Path) -> tuple[Source, volumes.Volume]:
-    source = synapse_batches.open(folder / "synapses.feather")
+    source = batches.open(folder / "synapses.feather")
     return source, volumes.open(str(folder / "volume.n5"))
 
 
@@ -363,7 +357,7 @@ def _bytes(path: pathlib.Path) -> int:
 
 
 def _plot(reports: list[dict[str, Any]], path: pathlib.Path) -> None:
-    from synister_jax import figures  # matplotlib only for who asks for it
+    from synister_jax.base import figures  # matplotlib only for who asks for it
 
     figure, axes = figures.plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     rows = [report["rows"] for report in reports]

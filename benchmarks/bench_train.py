@@ -34,8 +34,8 @@ from absl import flags
 from ml_collections import config_flags
 from side_by_side import Child
 
-from synister_jax import command, files
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
 
 _FOLDER = flags.DEFINE_string(
     "folder", None, "Where our run of the weights is, or is made.", required=True
@@ -144,9 +144,11 @@ def _ours(
     """A step, and the losses of the first two."""
     import jax
 
-    from synister_jax import checkpoint, inference, model, recipe, sharding, train
+    from synister_jax import train
+    from synister_jax.network import checkpoint, inference, model, sharding
+    from synister_jax.training import optimisation
 
-    tx = recipe.make_optimizer(config)
+    tx = optimisation.make_optimizer(config)
     mesh = sharding.make_mesh()
     where = sharding.replicated(mesh)
     abstract = sharding.abstract(inference.abstract_variables(config), where)

@@ -33,7 +33,8 @@ import side_by_side
 from absl import flags
 from pyarrow import feather
 
-from synister_jax import command
+from synister_jax.base import command
+from synister_jax.base.errors import UserError
 
 _TOKENS = 10
 _POLL_SECONDS = 1.0
@@ -273,7 +274,7 @@ def _measure(
     }
     print(json.dumps(report | side_by_side.about("synister_jax", "uvicorn", "fastapi")))
     if load.errors or load.finished != len(load.submitted):
-        raise command.UserError(f"{len(load.errors)} errors; see above")
+        raise UserError(f"{len(load.errors)} errors; see above")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ from malformed_attempt import Target, send
 from malformed_findings import Findings, wrong
 from pyarrow import feather
 
-from synister_jax import command
+from synister_jax.base import command
+from synister_jax.base.errors import UserError
 
 _SHARES = {"body": 0.6, "path": 0.2, "head": 0.12, "framing": 0.08}
 _SCHEMATHESIS = 0.4
@@ -382,7 +383,7 @@ def _run(
     }
     print(json.dumps(report))
     if findings.errors:
-        raise command.UserError(f"{len(findings.errors)} errors; see above")
+        raise UserError(f"{len(findings.errors)} errors; see above")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from synister_jax import inference
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.network import inference
 
 # TFLOP/s without sparsity of tensor cores: bfloat16, and TF32, in which float32 is
 # multiplied by default. From NVIDIA's data sheets of the products, whose figures with

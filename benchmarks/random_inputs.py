@@ -16,17 +16,12 @@ import optax
 import pyarrow as pa
 import textures
 
-from synister_jax import (
-    augment,
-    checkpoint,
-    inference,
-    model,
-    shards,
-    train,
-    volumes,
-)
-from synister_jax import synapses as synapse_tables
-from synister_jax.command import UserError
+from synister_jax import train
+from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
+from synister_jax.network import checkpoint, inference, model
+from synister_jax.tables import synapses as synapse_tables
+from synister_jax.training import augment, shards
 
 
 def volume_path(

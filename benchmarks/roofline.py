@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from synister_jax import figures
+from synister_jax.base import figures
 
 FILE = "roofline.png"
 

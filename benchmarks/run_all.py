@@ -29,8 +29,8 @@ import roofline
 from absl import flags
 from catalogue import BENCHMARKS, Benchmark
 
-from synister_jax import command, files
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
 _ONLY = flags.DEFINE_list("only", [], "Names; default: all.")

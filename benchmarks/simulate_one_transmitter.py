@@ -27,7 +27,8 @@ import numpy as np
 from absl import flags
 from scipy import stats
 
-from synister_jax import command, mixtures
+from synister_jax.base import command
+from synister_jax.evaluation import mixtures
 
 _PARTS = flags.DEFINE_multi_enum(
     "parts",

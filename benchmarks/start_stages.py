@@ -15,7 +15,9 @@ from typing import Any
 
 from jax import monitoring
 
-from synister_jax import checkpoint, inference, parts, planning, predict
+from synister_jax import predict
+from synister_jax.bulk import planning, unit_results
+from synister_jax.network import checkpoint, inference
 
 _EVENTS = {
     "/jax/core/compile/jaxpr_trace_duration": "trace",
@@ -49,7 +51,7 @@ def main() -> None:
     note(checkpoint, "load_variables", "restore_begins", "restored")
     note(planning, "make", "plan_begins", "planned")
     note(inference.Classifier, "start", "first_batch_begins", "first_batch_started")
-    note(parts, "write", "first_batch_computed", "first_prediction")
+    note(unit_results, "write", "first_batch_computed", "first_prediction")
     try:
         predict.main()
     except SystemExit as end:

@@ -10,8 +10,8 @@ import numpy as np
 import tensorstore as ts
 from scipy import ndimage
 
-from synister_jax import volumes
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
 
 _CHUNK_ZYX = (16, 128, 128)
 

@@ -25,8 +25,8 @@ import torch._dynamo.utils
 import torch._inductor.config
 import torch_networks
 
-from synister_jax import torch_weights
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.network import torch_weights
 
 Predict = Callable[[np.ndarray], np.ndarray]  # uint8 [n, z, y, x] → probabilities
 Step = Callable[[], float]  # one update → its loss

@@ -18,19 +18,14 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import (
-    command,
-    confusions,
-    files,
-    predictions,
-    rules,
-    synapses,
-    tallies,
-)
-from synister_jax.command import Progress, UserError
-from synister_jax.confusions import Confusion
-from synister_jax.predictions import Predictions
-from synister_jax.tallies import COLUMNS, Tally
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.evaluation import confusions, rules, tallies
+from synister_jax.evaluation.confusions import Confusion
+from synister_jax.evaluation.tallies import COLUMNS, Tally
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.predictions import Predictions
 
 
 def call(tally: Tally, rule: str, confusion: Confusion | None = None) -> pa.Table:

@@ -33,18 +33,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from synister_jax import (
-    calibration,
-    charts,
-    checkpoint,
-    command,
-    figures,
-    files,
-    predictions,
-    synapses,
-    temperatures,
-)
-from synister_jax.command import UserError
+from synister_jax.base import command, figures, files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import calibration, intervals
+from synister_jax.network import checkpoint, saved_calibration
+from synister_jax.tables import predictions, synapses
 
 
 def fit(workdir: pathlib.Path, step: int, precision_target: float) -> dict[str, Any]:
@@ -54,7 +47,9 @@ def fit(workdir: pathlib.Path, step: int, precision_target: float) -> dict[str, 
       UserError: the checkpoint was not evaluated on validation, or on no labelled
         synapse.
     """
-    identity, probabilities, truth = _evaluated(workdir, step, temperatures.FITTED_ON)
+    identity, probabilities, truth = _evaluated(
+        workdir, step, saved_calibration.FITTED_ON
+    )
     temperature = calibration.fit(probabilities, truth)
     curve = calibration.Curve.of(calibration.apply(probabilities, temperature), truth)
     abstain_below = curve.lowest(precision_target)
@@ -64,7 +59,7 @@ def fit(workdir: pathlib.Path, step: int, precision_target: float) -> dict[str, 
         "abstain_below": abstain_below,
     }
     measured = identity | _measure(probabilities, truth, identity["classes"], fitted)
-    path = temperatures.path_of(workdir, step)
+    path = saved_calibration.path_of(workdir, step)
     picture = path.with_name(f"reliability-step-{step}.png")
     _write(path, picture, measured)
     if temperature in calibration.BOUNDS:
@@ -86,7 +81,10 @@ def check(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
       UserError: nothing was fitted, or not on the same crops; the checkpoint was not
         evaluated on that part.
     """
-    path, fitted = temperatures.path_of(workdir, step), temperatures.read(workdir, step)
+    path, fitted = (
+        saved_calibration.path_of(workdir, step),
+        saved_calibration.read(workdir, step),
+    )
     identity, probabilities, truth = _evaluated(workdir, step, part)
     for name in ("classes", "split", "crops", "parameters_sha256"):
         if identity[name] != fitted[name]:
@@ -188,7 +186,7 @@ def _write(path: pathlib.Path, picture: pathlib.Path, measured: dict[str, Any]) 
     files.make_folder(path.parent)
     rows, part, step = measured["rows"], measured["part"], measured["step"]
     title = f"{part}, step {step}: {rows:,} synapses"
-    content = figures.png(charts.calibration(measured, title))
+    content = figures.png(figures.calibration(measured, title, intervals.wilson))
     files.write_bytes(picture, content)
     files.write_json(path, measured)
     before, after = measured["before"], measured["after"]

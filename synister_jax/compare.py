@@ -27,20 +27,12 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import (
-    agreement,
-    command,
-    figures,
-    files,
-    joining,
-    output_folders,
-    published,
-    queries,
-    synapses,
-)
-from synister_jax.command import UserError
-from synister_jax.joining import Side
-from synister_jax.published import Published
+from synister_jax.base import command, figures, files, folders, queries
+from synister_jax.base.errors import UserError
+from synister_jax.exchange import agreement, joining, published
+from synister_jax.exchange.joining import Side
+from synister_jax.exchange.published import Published
+from synister_jax.tables import synapses
 
 FILES = ("confusion.png", "disagreements.feather", "neurons.feather")
 # Of the smaller table: with less in common, ids or positions mean something else.
@@ -96,7 +88,7 @@ def compare(
     plan = {"tables": [a.name, b.name]}
     record = output / "comparison.json"
     working = [*FILES, "neurons.tmp", "query.tmp"]
-    output_folders.claim(record, plan, working, plan["tables"])
+    folders.claim(record, plan, working, plan["tables"])
     sizes = [x.voxel_size_nm_zyx for x in (a, b) if x.in_voxels]
     grid = next((size for size in sizes if size), (1.0, 1.0, 1.0))
     if tolerance_nm is not None:
@@ -127,7 +119,7 @@ def compare(
     votes = neurons.numbers(sides, found.neuron_ids_differ)
     result = plan | _describe(sides, found, way, grid) | {"neurons": votes}
     _write(output, result, found, neurons)
-    return output_folders.finish(record, result, FILES)
+    return folders.finish(record, result, FILES)
 
 
 def _ways(a: Published, b: Published, by: str | None) -> list[str]:

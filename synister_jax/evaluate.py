@@ -23,20 +23,14 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import (
-    checkpoint,
-    command,
-    data,
-    figures,
-    files,
-    inference,
-    measurement,
-    predictions,
-    sharding,
-    synapses,
-)
-from synister_jax.command import UserError
-from synister_jax.shards import Shards
+from synister_jax.base import command, figures, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.evaluation import measurement
+from synister_jax.network import checkpoint, inference, sharding
+from synister_jax.tables import predictions, synapses
+from synister_jax.training import data
+from synister_jax.training.shards import Shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +115,7 @@ def evaluate(
     folder = files.make_folder(workdir / "evaluation" / part_name)
     crops_sha256 = shards.sha256(config.split)
     batches = math.ceil(len(part.rows) / batch_size)
-    progress = command.Progress("evaluate", len(chosen) * batches, "batches")
+    progress = Progress("evaluate", len(chosen) * batches, "batches")
     for step in chosen:
         classifier = inference.Classifier([(workdir, step)], batch_size, mesh)
 

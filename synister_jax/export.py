@@ -20,19 +20,13 @@ from typing import Any
 from absl import flags
 
 import synister_jax
-from synister_jax import (
-    command,
-    confusions,
-    exports,
-    exports_neurons,
-    exports_synapses,
-    files,
-    output_folders,
-    predictions,
-)
-from synister_jax.command import UserError
-from synister_jax.confusions import Confusion
-from synister_jax.predictions import Predictions
+from synister_jax.base import command, files, folders
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import confusions
+from synister_jax.evaluation.confusions import Confusion
+from synister_jax.exchange import exports_neurons, exports_synapses, writing
+from synister_jax.tables import predictions
+from synister_jax.tables.predictions import Predictions
 
 # Consumer → the options it takes, and whether it needs them.
 TAKES = {
@@ -108,7 +102,7 @@ def export(
     for name, needed in takes.items():
         if needed and getattr(options, name) is None:
             raise UserError(f"--to={to} needs --{name}{_HELP[name]}")
-    source = exports.prepare(opened, to, drop_classes)
+    source = writing.prepare(opened, to, drop_classes)
     confusion = None
     if options.confusion is not None:
         confusion = confusions.load(options.confusion).for_classes(source.classes)
@@ -119,14 +113,14 @@ def export(
     }
     record = output / "export.json"
     read = [path] if options.confusion is None else [path, options.confusion]
-    output_folders.claim(record, plan, [*FILES[to], "query.tmp"], read)
+    folders.claim(record, plan, [*FILES[to], "query.tmp"], read)
     done = plan | {
         "synapses": source.rows,
         "notes": _write(source, to, output, options, confusion),
         "about": opened.about,
         "written_by": f"synister_jax {synister_jax.__version__}",
     }
-    return output_folders.finish(record, done, FILES[to])
+    return folders.finish(record, done, FILES[to])
 
 
 def _write(
@@ -173,7 +167,7 @@ def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None
 
 def main() -> None:
     path = flags.DEFINE_string("predictions", None, "Prediction table.")
-    to = flags.DEFINE_enum("to", None, list(exports.NAMES), "Who is to read it.")
+    to = flags.DEFINE_enum("to", None, list(writing.NAMES), "Who is to read it.")
     output = flags.DEFINE_string("output", None, "Folder for the files.")
     size = flags.DEFINE_list(
         "voxel_size_nm_zyx", None, "Voxels that positions are to be in."

@@ -19,21 +19,15 @@ import pyarrow as pa
 from absl import flags
 from scipy import stats
 
-from synister_jax import (
-    aggregate,
-    command,
-    confusions,
-    files,
-    mixtures,
-    predictions,
-    synapses,
-    tallies,
-)
-from synister_jax.command import UserError
-from synister_jax.confusions import Confusion
-from synister_jax.mixtures import Model
-from synister_jax.predictions import Predictions
-from synister_jax.tallies import COLUMNS
+from synister_jax import aggregate
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import confusions, mixtures, tallies
+from synister_jax.evaluation.confusions import Confusion
+from synister_jax.evaluation.mixtures import Model
+from synister_jax.evaluation.tallies import COLUMNS
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.predictions import Predictions
 
 # What the units of a group are: calls of `evaluate` at that level are confused so. A
 # brain region is not here: nobody expects one transmitter of it.

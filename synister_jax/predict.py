@@ -27,27 +27,24 @@ import jax
 from absl import flags
 
 import synister_jax
-from synister_jax import (
-    checkpoint,
-    command,
-    dask_workers,
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.bulk import (
+    dask_cluster,
     estimate,
     execution,
-    files,
     grids,
-    inference,
-    jobs,
+    inputs,
     merging,
-    parts,
     planning,
-    predictions,
-    synapse_batches,
-    temperatures,
-    volumes,
+    unit_results,
 )
-from synister_jax.command import Progress, UserError
-from synister_jax.planning import Plan
-from synister_jax.synapse_batches import Source
+from synister_jax.bulk.planning import Plan
+from synister_jax.em import volumes
+from synister_jax.network import checkpoint, inference, saved_calibration
+from synister_jax.tables import batches, predictions
+from synister_jax.tables.batches import Source
 
 # A unit is written, and lost by a kill, as a whole: seconds on an accelerator, an hour
 # of the published network on two CPU cores. A brain has some ten thousand.
@@ -255,17 +252,17 @@ def main() -> None:
             source = Source(name, grid.batches)
         else:
             of_part = None if part.value is None else (split.value, part.value)
-            source = synapse_batches.open(table.value, of_part)
+            source = batches.open(table.value, of_part)
         size = voxel_size.value
         if size is not None:
             size = command.three_numbers("voxel_size_nm_zyx", size, True)
         units_of(units.value, 0)  # a mistake there is told before any work
         if cluster.value is not None:
-            dask_workers.check(cluster.value)
+            dask_cluster.check(cluster.value)
             jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
         members, views = members_of(workdir.value, step.value), int(tta.value)
-        fitted = temperatures.load(members, views) if calibrated.value else None
-        job = jobs.Job(
+        fitted = saved_calibration.load(members, views) if calibrated.value else None
+        job = inputs.Job(
             tuple(members),
             batch_size.value,
             views,
@@ -278,7 +275,7 @@ def main() -> None:
         classifier, opened = job.open()
         if fitted:
             [member] = classifier.members
-            temperatures.require_parameters(fitted, member["parameters_sha256"])
+            saved_calibration.require_parameters(fitted, member["parameters_sha256"])
         plan = make_plan(
             classifier, source, opened, pathlib.Path(output.value), unit_rows.value
         )
@@ -289,7 +286,7 @@ def main() -> None:
             print(estimate.text(plan, classifier, opened))
             return
         mine = units_of(units.value, len(plan))
-        left = parts.unfinished(plan, mine, job.retry_missing)
+        left = unit_results.unfinished(plan, mine, job.retry_missing)
         rows = sum(map(plan.size, mine))
         done = rows - sum(left.values())
         progress = Progress("predict", rows, "synapses", done=done)
@@ -298,8 +295,8 @@ def main() -> None:
                 plan, list(left), classifier, opened, progress, job.retry_missing
             )
         else:
-            do = functools.partial(jobs.execute_unit, job.elsewhere(plan))
-            times = dask_workers.execute(
+            do = functools.partial(inputs.execute_unit, job.elsewhere(plan))
+            times = dask_cluster.execute(
                 do, list(left), cluster.value, worker_count.value, progress
             )
         if left:

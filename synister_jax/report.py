@@ -20,18 +20,12 @@ import jinja2
 from absl import flags
 
 import synister_jax
-from synister_jax import (
-    command,
-    confusions,
-    files,
-    measurement,
-    predictions,
-    report_predictions,
-    report_run,
-    rules,
-)
-from synister_jax.command import UserError
-from synister_jax.confusions import Confusion
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import confusions, measurement, rules
+from synister_jax.evaluation.confusions import Confusion
+from synister_jax.pages import predictions_section, run_section
+from synister_jax.tables import predictions
 
 # Characters that have no width or turn the order of others round (Unicode's Cf): a
 # name with one could look like another name.
@@ -65,10 +59,10 @@ def render(
         raise UserError("--shards means nothing without --workdir; leave it out")
     content: dict[str, Any] = {"run": None, "predictions": None}
     if workdir is not None:
-        content["run"] = report_run.content(workdir, shards)
+        content["run"] = run_section.content(workdir, shards)
     if predictions_path is not None:
         source = predictions.open(predictions_path)
-        content["predictions"] = report_predictions.content(
+        content["predictions"] = predictions_section.content(
             source, rule, confusion, folder
         )
     return page("report.html.j2", content)
@@ -76,17 +70,17 @@ def render(
 
 def page(template: str, content: Mapping[str, Any]) -> str:
     """`content` in a template of the package, with the report's style and script."""
-    script = _text("report.js")
+    script = _text("page.js")
     digest = hashlib.sha256(script.encode()).digest()
     common = {
         "version": synister_jax.__version__,
-        "style": _text("report.css"),
+        "style": _text("style.css"),
         "script": script,
         # The page's own script and no other: names in tables come from anywhere.
         "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
     }
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("synister_jax", "."),
+        loader=jinja2.PackageLoader("synister_jax.pages", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_visible,
@@ -113,7 +107,7 @@ def _share(value: float | None) -> str:
 
 
 def _text(name: str) -> str:
-    folder = importlib.resources.files("synister_jax")
+    folder = importlib.resources.files("synister_jax.pages")
     return (folder / name).read_text(encoding="utf-8")
 
 

@@ -21,16 +21,12 @@ import sys
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import (
-    aggregate,
-    answering,
-    command,
-    files,
-    predictions,
-    requested,
-    sources,
-)
-from synister_jax.command import Progress, UserError
+from synister_jax import aggregate
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.ondemand import answering, questions, sources
+from synister_jax.tables import predictions
 
 _SHOWN = 20  # neurons that are printed
 
@@ -123,9 +119,9 @@ def _step(folder: pathlib.Path, text: str) -> str:
     return text
 
 
-def _asked(neurons: str | None, positions: str | None) -> requested.Asked:
+def _asked(neurons: str | None, positions: str | None) -> questions.Asked:
     if neurons is not None and re.fullmatch(r"[0-9,\s]+", neurons):
-        checked = requested.check(io.BytesIO(neurons.encode()), "neurons")
+        checked = questions.check(io.BytesIO(neurons.encode()), "neurons")
         if checked.asked is None:
             raise UserError(f"--neurons={neurons}: {checked.errors[0].message}")
         asked, warnings = checked.asked, checked.warnings
@@ -134,7 +130,7 @@ def _asked(neurons: str | None, positions: str | None) -> requested.Asked:
         path = positions if neurons is None else neurons
         if not path:
             raise UserError(f"--{kind} is empty; give a CSV file")
-        asked, warnings = requested.load(path, kind)
+        asked, warnings = questions.load(path, kind)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return asked

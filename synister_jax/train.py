@@ -25,23 +25,12 @@ import optax
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import (
-    augment,
-    checkpoint,
-    command,
-    convolution,
-    data,
-    evaluate,
-    files,
-    inference,
-    journal,
-    life,
-    metrics,
-    model,
-    recipe,
-    sharding,
-)
-from synister_jax.command import UserError
+from synister_jax import evaluate
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import accuracy
+from synister_jax.network import checkpoint, convolution, inference, model, sharding
+from synister_jax.training import augment, data, monitor, optimisation, stopping
 
 
 class Window(flax.struct.PyTreeNode):
@@ -118,7 +107,7 @@ def train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout},
             )
-            value = recipe.losses(logits, examples["label"], config).mean()
+            value = optimisation.losses(logits, examples["label"], config).mean()
             return value, (logits, updated["batch_stats"])
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -144,7 +133,7 @@ def train_step(
     ema = state.ema
     if ema:
         variables = {"params": params, "batch_stats": batch_stats}
-        ema = recipe.average(ema, variables, config.ema_decay, state.step)
+        ema = optimisation.average(ema, variables, config.ema_decay, state.step)
     # The loss is of the parameters before the update: those after it can be ruined
     # while it is still a number.
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm([params, batch_stats]))
@@ -199,7 +188,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in ("seed", "early_stop_evals"):
         if config[name] < 0:
             raise UserError(f"config.{name} is {config[name]}; it must not be negative")
-    recipe.check(config)
+    optimisation.check(config)
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -216,7 +205,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
     # ---------------------------------------------------------------- model and state
     network = model.from_config(config, sharding.head_input(mesh))
-    tx = recipe.make_optimizer(config)
+    tx = optimisation.make_optimizer(config)
     init_key = jax.random.key(config.seed)
     abstract = sharding.abstract_state(
         jax.eval_shape(lambda key: create_state(key, config, tx), init_key), mesh
@@ -242,15 +231,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         checkpoint.save_config(workdir, config, crops_sha256)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    journal.say(
+    monitor.say(
         f"{parameters:,} parameters, {len(shards.index):,} crops, "
         f"{mesh.size} {jax.default_backend()} device(s) in {jax.process_count()} "
         f"process(es), step {first_step} of {config.num_train_steps}"
     )
 
     # ---------------------------------------------------------------- loop
-    patience = life.Patience(config.early_stop_evals, _validated(workdir, first_step))
-    log = journal.Journal(config, workdir, examples, first_step)
+    patience = stopping.Patience(
+        config.early_stop_evals, _validated(workdir, first_step)
+    )
+    log = monitor.Journal(config, workdir, examples, first_step)
     classify = inference.make_classify(config, mesh)
     batches = examples.stream(first_step, sharding.batch(mesh))
 
@@ -265,10 +256,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             and patience.last_step < first_step
         ):
             validate(first_step)  # SIGTERM left no time for it
-        with life.StopRequest() as stop:
+        with stopping.StopRequest() as stop:
             for step in range(first_step, config.num_train_steps):
                 if patience.is_over:
-                    journal.say(
+                    monitor.say(
                         f"stopped early at step {step}: {checkpoint.BEST_BY} has not "
                         f"risen for {config.early_stop_evals} evaluations"
                     )
@@ -289,7 +280,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                     log.settle(numbers)  # never save what is ruined
                     checkpointer.save(done, state, measured)
                 if is_stopped:
-                    journal.say(
+                    monitor.say(
                         f"SIGTERM: saved at step {done}; the same command goes on"
                     )
                     break
@@ -321,7 +312,7 @@ def _first_state(
     fresh = {"params": state.params, "batch_stats": state.batch_stats}
     variables, left = checkpoint.load_fitting(other, step, fresh, config)
     reset = f"; new: {', '.join(left)} (other classes)" if left else ""
-    journal.say(f"weights of {other}, step {step}{reset}")
+    monitor.say(f"weights of {other}, step {step}{reset}")
     # The step donates the state: nothing in it may be there twice.
     ema = jax.tree.map(jnp.copy, variables) if config.ema_decay else {}
     return state.replace(**variables, ema=ema)
@@ -331,7 +322,7 @@ def _validated(workdir: pathlib.Path, first_step: int) -> list[tuple[int, float]
     """Step and number that decides the best checkpoint, of every evaluation so far."""
     return [
         (line["step"], line[checkpoint.BEST_BY])
-        for line in metrics.read(workdir)
+        for line in accuracy.read(workdir)
         if line["step"] <= first_step and checkpoint.BEST_BY in line
     ]
 

@@ -26,14 +26,11 @@ import pyarrow as pa  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import skeleton  # noqa: E402
-from synister_jax import (  # noqa: E402
-    cutting,
-    mongo,
-    shards,
-    synapses,
-    train,
-    volumes,
-)
+from synister_jax import train
+from synister_jax.em import volumes
+from synister_jax.tables import synapses
+from synister_jax.tables.mongo import databases
+from synister_jax.training import cutting, shards
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
@@ -211,6 +208,6 @@ def mongo_database(mongo_server_uri: str) -> Iterator[str]:
     name = f"synister_test_{uuid.uuid4().hex[:12]}"
     uri = mongo_server.with_database(mongo_server_uri, name)
     yield uri
-    with mongo.connect(uri) as database:
+    with databases.connect(uri) as database:
         for each in (name, f"{name}_predictions"):
             database.client.drop_database(each)

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import tensorstore as ts
 
-from synister_jax import volumes
+from synister_jax.em import volumes
 
 SHAPE_ZYX = (20, 30, 40)
 CHUNK_ZYX = (8, 16, 16)

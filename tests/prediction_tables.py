@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from conftest import CLASSES
 
-from synister_jax import export, predictions, synapses
+from synister_jax import export
 from synister_jax.export import Options
+from synister_jax.tables import predictions, synapses
 
 SIX = ("gaba", "acetylcholine", "glutamate", "serotonin", "octopamine", "dopamine")
 # As FlyWire's: floats would take them for each other.

@@ -13,7 +13,9 @@ import ml_collections
 import numpy as np
 from conftest import tiny_config
 
-from synister_jax import checkpoint, recipe, sharding, train
+from synister_jax import train
+from synister_jax.network import checkpoint, sharding
+from synister_jax.training import optimisation
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -46,7 +48,7 @@ def saved_state(
 ) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by name."""
     mesh = sharding.make_mesh(jax.devices()[:1])
-    tx = recipe.make_optimizer(config)
+    tx = optimisation.make_optimizer(config)
     abstract = jax.eval_shape(
         lambda key: train.create_state(key, config, tx), jax.random.key(0)
     )

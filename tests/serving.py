@@ -21,11 +21,12 @@ import pyarrow as pa
 import uvicorn
 from pyarrow import feather
 
-from synister_jax import files, predictions, synapses
+from synister_jax.base import files
 from synister_jax.serve import app, models, tokens
 from synister_jax.serve.records import Job
 from synister_jax.serve.service import Options, Service
 from synister_jax.serve.store import Store
+from synister_jax.tables import predictions, synapses
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 CSV = {"Content-Type": "text/csv"}

@@ -11,8 +11,11 @@ from conftest import CLASSES
 from prediction_tables import drawn, table_of
 from pyarrow import feather, parquet
 
-from synister_jax import aggregate, files, predictions, rules, tallies
-from synister_jax.command import UserError
+from synister_jax import aggregate
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import rules, tallies
+from synister_jax.tables import predictions
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

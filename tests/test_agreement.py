@@ -3,7 +3,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax.agreement import Agreement
+from synister_jax.exchange.agreement import Agreement
 
 CLASSES = ["gaba", "dopamine", "neither"]
 

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
-from synister_jax import answering, predictions, requested, sources, synapses, volumes
-from synister_jax.command import UserError
-from synister_jax.sources import credentials
+from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
+from synister_jax.ondemand import answering, questions, sources
+from synister_jax.ondemand.sources import credentials
+from synister_jax.tables import predictions, synapses
 
 VOXEL_NM_ZYX = np.array([40.0, 4.0, 4.0])
 
@@ -35,20 +37,20 @@ def nothing(stage: str, done: int, total: int) -> None:
     pass
 
 
-def neurons(ids: list[int]) -> requested.Asked:
-    return requested.Asked(
+def neurons(ids: list[int]) -> questions.Asked:
+    return questions.Asked(
         "neurons", pa.table({"neuron_id": pa.array(ids, pa.int64())})
     )
 
 
-def positions(rows: list[tuple]) -> requested.Asked:
+def positions(rows: list[tuple]) -> questions.Asked:
     ids, owners, x, y, z = zip(*rows, strict=True)
     columns = {
         "position_id": pa.array(ids, pa.int64()),
         "neuron_id": pa.array(owners, pa.int64()),
         **{n: pa.array(v, pa.float64()) for n, v in zip("xyz", (x, y, z), strict=True)},
     }
-    return requested.Asked("positions", pa.table(columns))
+    return questions.Asked("positions", pa.table(columns))
 
 
 def of_table(path: pathlib.Path | None = None) -> credentials.Settings:

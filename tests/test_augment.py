@@ -11,8 +11,8 @@ from conftest import tiny_config
 from scipy import ndimage
 
 from configs import demo, hemibrain, skeleton
-from synister_jax import augment, warp
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.training import augment, warp
 
 SHAPE = (4, 16, 16)
 MARGIN = (1, 2, 2)

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from synister_jax import bootstrap
+from synister_jax.evaluation import intervals
 
 
 def test_every_draw_is_an_accuracy_of_whole_neurons() -> None:
@@ -11,10 +11,10 @@ def test_every_draw_is_an_accuracy_of_whole_neurons() -> None:
     group = rng.integers(0, 12, 200)
     truth = group % 3
     called = np.where(rng.random(200) < 0.7, truth, rng.integers(0, 3, 200))
-    found = bootstrap.intervals(group, truth, called, 3)
+    found = intervals.by_group(group, truth, called, 3)
     accuracies, recalls = [], []
     own = np.random.default_rng(0)
-    for _ in range(bootstrap.DRAWS // 50):
+    for _ in range(intervals.DRAWS // 50):
         weights = np.append(np.ones(12), np.zeros(9)) / 12
         for drawn in own.multinomial(12, weights, 50):
             rows = np.concatenate(
@@ -35,10 +35,10 @@ def test_whole_neurons_make_wider_intervals_than_synapses() -> None:
     neuron = np.repeat(np.arange(30), 100)
     truth = np.zeros(3000, int)
     called = (neuron < 9).astype(int)
-    low, high = bootstrap.intervals(neuron, truth, called, 2)["accuracy"]
+    low, high = intervals.by_group(neuron, truth, called, 2)["accuracy"]
     assert 0.3 < high - low < 0.36  # 2 · 1.96 · √(0.7 · 0.3 / 30) = 0.328
     alone = np.full(3000, -1)
-    low, high = bootstrap.intervals(alone, truth, called, 2)["accuracy"]
+    low, high = intervals.by_group(alone, truth, called, 2)["accuracy"]
     assert 0.028 < high - low < 0.038  # a tenth
 
 
@@ -46,19 +46,19 @@ def test_entries_of_no_neuron_are_drawn_as_neurons_of_one() -> None:
     rng = np.random.default_rng(5)
     truth = rng.integers(0, 3, 400)
     called = np.where(rng.random(400) < 0.8, truth, 0)
-    one = bootstrap.intervals(np.arange(400), truth, called, 3)
-    alone = bootstrap.intervals(np.full(400, -1), truth, called, 3)
+    one = intervals.by_group(np.arange(400), truth, called, 3)
+    alone = intervals.by_group(np.full(400, -1), truth, called, 3)
     for name, limits in one.items():
         assert alone[name] == pytest.approx(limits, abs=0.01)  # other draws
     # Half of them neurons, half not.
     mixed = np.where(np.arange(400) % 2, np.arange(400), -1)
-    both = bootstrap.intervals(mixed, truth, called, 3)
+    both = intervals.by_group(mixed, truth, called, 3)
     assert both["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
 
 
 def test_draws_that_are_all_equal_say_nothing() -> None:
     right = np.zeros(21, int)
-    found = bootstrap.intervals(np.arange(21), right, right, 2)
+    found = intervals.by_group(np.arange(21), right, right, 2)
     assert set(found.values()) == {None}
 
 
@@ -69,16 +69,16 @@ def test_interval_of_a_share(right: int, count: int) -> None:
     middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     half *= z
-    found = bootstrap.wilson(right, count)
+    found = intervals.wilson(right, count)
     assert found == pytest.approx([middle - half, middle + half], abs=1e-9)
-    assert bootstrap.wilson(0, 0) is None
+    assert intervals.wilson(0, 0) is None
 
 
 def test_what_is_not_known_does_not_count() -> None:
     group = np.arange(100)
     truth, called = np.zeros(100, int), np.arange(100) % 2
-    expected = bootstrap.intervals(group, truth, called, 2)
-    more = bootstrap.intervals(
+    expected = intervals.by_group(group, truth, called, 2)
+    more = intervals.by_group(
         np.append(group, [100, 101]),
         np.append(truth, [-1, 0]),
         np.append(called, [0, -1]),
@@ -90,5 +90,5 @@ def test_what_is_not_known_does_not_count() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_neuron_has_no_interval(count: int) -> None:
     one = np.zeros(count, int)
-    found = bootstrap.intervals(one, one, one, 2)
+    found = intervals.by_group(one, one, one, 2)
     assert set(found.values()) == {None} and "macro_f1" in found

@@ -11,8 +11,12 @@ import pyarrow as pa
 import pytest
 from conftest import CLASSES
 
-from synister_jax import calibrate, calibration, files, predictions, temperatures
-from synister_jax.command import UserError
+from synister_jax import calibrate
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import calibration
+from synister_jax.network import saved_calibration
+from synister_jax.tables import predictions
 
 IDENTITY = {"step": 7, "split": "skeleton", "crops": "c0ffee"}
 
@@ -202,18 +206,18 @@ def test_mistakes_in_what_was_evaluated(run: pathlib.Path) -> None:
 
 def test_what_predict_takes(run: pathlib.Path, fitted_run: pathlib.Path) -> None:
     with pytest.raises(UserError, match="calibrate --workdir=.* --steps=7 first"):
-        temperatures.load([(str(run), 7)], 1)
+        saved_calibration.load([(str(run), 7)], 1)
     members = [(str(fitted_run), 7)]
-    fitted = temperatures.load(members, 1)
-    assert fitted == files.read_json(temperatures.path_of(fitted_run, 7))
-    temperatures.require_parameters(fitted, "any")  # evaluate did not keep them
+    fitted = saved_calibration.load(members, 1)
+    assert fitted == files.read_json(saved_calibration.path_of(fitted_run, 7))
+    saved_calibration.require_parameters(fitted, "any")  # evaluate did not keep them
     known = fitted | {"parameters_sha256": "these"}
-    temperatures.require_parameters(known, "these")
+    saved_calibration.require_parameters(known, "these")
     with pytest.raises(UserError, match="parameters that the checkpoint no longer has"):
-        temperatures.require_parameters(known, "those")
+        saved_calibration.require_parameters(known, "those")
     for several, views in ((members * 2, 1), (members, 8)):
         with pytest.raises(UserError, match="for one network and one view"):
-            temperatures.load(several, views)
+            saved_calibration.load(several, views)
 
 
 def test_parameters_are_kept_where_they_are_known(run: pathlib.Path) -> None:
@@ -236,21 +240,21 @@ def test_parameters_are_kept_where_they_are_known(run: pathlib.Path) -> None:
 def test_a_calibration_of_something_else_is_refused(
     fitted_run: pathlib.Path, changed: dict[str, Any], message: str
 ) -> None:
-    fitted = temperatures.read(fitted_run, 7)
-    path = temperatures.path_of(fitted_run, 7)
+    fitted = saved_calibration.read(fitted_run, 7)
+    path = saved_calibration.path_of(fitted_run, 7)
     files.write_json(path, fitted | changed)
     with pytest.raises(UserError, match=message) as caught:
-        temperatures.load([(str(fitted_run), 7)], 1)
+        saved_calibration.load([(str(fitted_run), 7)], 1)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_files_that_are_no_calibration(run: pathlib.Path) -> None:
-    path = temperatures.path_of(run, 7)
+    path = saved_calibration.path_of(run, 7)
     files.make_folder(path.parent)
     for text, message in (("[]", "not what was written"), ("{", "not valid JSON")):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
-            temperatures.load([(str(run), 7)], 1)
+            saved_calibration.load([(str(run), 7)], 1)
 
 
 @pytest.mark.parametrize("temperature", [-1, 0, float("nan"), None, "0.9", 21])
@@ -259,18 +263,18 @@ def test_temperatures_that_are_not_possible(
 ) -> None:
     [fitted] = (fitted_run / "calibration").glob("step-*.json")
     content = files.read_json(fitted) | {"temperature": temperature}
-    path = temperatures.path_of(run, content["step"])
+    path = saved_calibration.path_of(run, content["step"])
     files.make_folder(path.parent)
     files.write_json(path, content)
     with pytest.raises(UserError, match="a temperature of .* is not possible; run"):
-        temperatures.read(run, content["step"])
+        saved_calibration.read(run, content["step"])
 
 
 def test_imported_weights_have_no_crops_to_compare(run: pathlib.Path) -> None:
     config = {"classes": list(CLASSES), "crops_sha256": ""}
     files.write_json(run / "config.json", config)
     fitted = calibrate.fit(run, 7, 0.9)
-    assert temperatures.load([(str(run), 7)], 1)["crops"] == fitted["crops"]
+    assert saved_calibration.load([(str(run), 7)], 1)["crops"] == fitted["crops"]
 
 
 def test_command(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -282,7 +286,7 @@ def test_command(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "step 20, 396 synapses of validation" in done.stdout  # of the latest
-    assert temperatures.read(folder, 20)["precision_target"] == 0.9
+    assert saved_calibration.read(folder, 20)["precision_target"] == 0.9
     command.append("--check=test")
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1

@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from synister_jax import calibration
+from synister_jax.evaluation import calibration
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 
-from synister_jax import calibration, charts, figures
+from synister_jax.base import figures
+from synister_jax.evaluation import calibration, intervals
 
 
 def measured(precision: float | None = 0.96) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def measured(precision: float | None = 0.96) -> dict[str, Any]:
 
 def test_the_numbers_are_in_the_chart() -> None:
     numbers = measured()
-    figure = charts.calibration(numbers, "of what")
+    figure = figures.calibration(numbers, "of what", intervals.wilson)
     assert figure.get_suptitle() == "of what"
     before, _, after, _, coverage = figure.axes
     ece = numbers["before"]["ece"]
@@ -41,8 +42,8 @@ def test_the_numbers_are_in_the_chart() -> None:
     # A bar within its bin, the dot within its interval.
     for bar, one in zip(before.patches, filled, strict=True):
         assert one["low"] < bar.get_x() < bar.get_x() + bar.get_width() < one["high"]
-    intervals = before.lines[1:-1]
-    for line, one in zip(intervals, filled, strict=True):
+    drawn = before.lines[1:-1]
+    for line, one in zip(drawn, filled, strict=True):
         low, high = line.get_ydata()
         assert 0 <= low <= one["accuracy"] <= high <= 1 and high - low > 0.01
     curve, target, chosen = coverage.lines
@@ -52,15 +53,8 @@ def test_the_numbers_are_in_the_chart() -> None:
     plt.close(figure)
 
 
-def test_interval_of_a_share() -> None:
-    # 8 of 10, by hand: middle (0.8 + 0.19208) / 1.38416, half 0.22676.
-    assert charts._wilson(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
-    assert charts._wilson(1.0, 5)[1] == pytest.approx(1.0)
-    assert charts._wilson(0.0, 1)[0] == pytest.approx(0.0)
-
-
 def test_no_threshold_is_said() -> None:
-    figure = charts.calibration(measured(None), "of what")
+    figure = figures.calibration(measured(None), "of what", intervals.wilson)
     assert figure.axes[-1].get_title() == "no threshold for 0.95"
     assert len(figure.axes[-1].lines) == 2
     plt.close(figure)
@@ -70,7 +64,9 @@ def test_no_threshold_is_said() -> None:
 def test_paper_and_ink_are_the_style_s(style: str) -> None:
     with plt.style.context(style):
         paper = to_rgb(plt.rcParams["figure.facecolor"])
-        picture = figures.pixels(figures.png(charts.calibration(measured(), "of what")))
+        picture = figures.pixels(
+            figures.png(figures.calibration(measured(), "of what", intervals.wilson))
+        )
     expected = (np.array(paper) * 255).round()
     assert (picture[:3] == expected).all() and (picture[:, :3] == expected).all()
     # Text of the other end: the title's darkest or lightest pixel.

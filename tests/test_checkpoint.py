@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from synister_jax import checkpoint, evaluate, files, inference, sharding
-from synister_jax.command import UserError
+from synister_jax import evaluate
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.network import checkpoint, inference, sharding
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import feather
 
-from synister_jax import columns
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.tables import columns
 
 
 def column(*values: object, kind: pa.DataType | None = None) -> pa.ChunkedArray:

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from synister_jax import command, files
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = ["-m", "synister_jax.train", "--config=configs/demo.py"]
@@ -131,7 +132,7 @@ def test_unwritable_output_is_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_progress_tells_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = command.Progress("work", 4, "things", every_seconds=0)
+    progress = Progress("work", 4, "things", every_seconds=0)
     progress.add()
     progress.note = "nearly"
     progress.add(3)

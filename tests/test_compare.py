@@ -13,8 +13,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax import compare, figures, files, published
-from synister_jax.command import UserError
+from synister_jax import compare
+from synister_jax.base import figures, files
+from synister_jax.base.errors import UserError
+from synister_jax.exchange import published
 
 A = ("gaba", "acetylcholine", "dopamine")
 B = ("dopamine", "neither", "gaba", "acetylcholine")

@@ -8,7 +8,9 @@ import ml_collections
 import pytest
 
 from configs import banc, brain_region, hemilineage, malevnc, skeleton
-from synister_jax import augment, inference, recipe, train
+from synister_jax import train
+from synister_jax.network import inference
+from synister_jax.training import augment, optimisation
 
 CONFIGS = sorted(
     path.stem for path in pathlib.Path(skeleton.__file__).parent.glob("*.py")
@@ -31,7 +33,7 @@ def test_every_config_is_possible(name: str) -> None:
     logits = inference.abstract_variables(config)["params"]["logits"]["kernel"]
     assert logits.shape[-1] == len(config.classes)
     augment.Settings.of(config)
-    recipe.check(config)
+    optimisation.check(config)
     train.check(config)
     module = importlib.import_module(f"configs.{name}")
     command = f"--config=configs/{name}.py"

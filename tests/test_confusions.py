@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from synister_jax import confusions
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import confusions
 
 CSV = "true,gaba,acetylcholine\ngaba,8,2\nacetylcholine,0,0\n"
 

@@ -20,8 +20,9 @@ import pytest
 from prediction_tables import NEURON, SIX
 from pyarrow import feather
 
-from synister_jax import aggregate, export, predictions
+from synister_jax import aggregate, export
 from synister_jax.export import Options
+from synister_jax.tables import predictions
 
 # fafbseg-py's order, which is not the network's.
 TRANSMITTERS = ["gaba", "acetylcholine", "glutamate"]

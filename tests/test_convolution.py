@@ -15,7 +15,7 @@ import pytest
 from conftest import tiny_config
 from test_model import random_variables, reference_convolution
 
-from synister_jax import convolution, model
+from synister_jax.network import convolution, model
 
 ONE = (1, 1, 1)
 CONFIGS = sorted(

@@ -13,8 +13,8 @@ from formats import (
     make_n5,
 )
 
-from synister_jax import crops, volumes
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.em import crops, volumes
 
 
 @pytest.fixture(params=MAKERS)

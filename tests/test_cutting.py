@@ -13,8 +13,11 @@ import pyarrow as pa
 import pytest
 from conftest import CLASSES, write_shards
 
-from synister_jax import files, shards, synapses, volumes
-from synister_jax.command import UserError
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
+from synister_jax.tables import synapses
+from synister_jax.training import shards
 
 Cut = Callable[..., shards.Shards]
 

@@ -16,8 +16,9 @@ import pytest
 from pyarrow import feather
 from test_predict import output_files, run_command
 
-from synister_jax import dask_workers, jobs, planning, predict
-from synister_jax.command import UserError
+from synister_jax import predict
+from synister_jax.base.errors import UserError
+from synister_jax.bulk import dask_cluster, inputs, planning
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_a_plan_made_anew_is_not_the_old_one(
 ) -> None:
     """A worker that outlives a plan tells the next command's folder from it."""
     record = json.loads((alone / "predictions.json").read_text())
-    job = jobs.Job(
+    job = inputs.Job(
         ((str(trained_run), 40),),
         4,
         1,
@@ -184,14 +185,14 @@ def test_a_plan_made_anew_is_not_the_old_one(
     )
     plan = planning.open(tmp_path / "copy")
     there = job.elsewhere(plan)
-    assert jobs.execute_unit(there, 0).synapses == 0  # its part is there
+    assert inputs.execute_unit(there, 0).synapses == 0  # its part is there
     changed = json.loads((tmp_path / "copy" / "plan.json").read_text())
     changed["synapses_sha256"] = "another table"
     (tmp_path / "copy" / "plan.json").write_text(json.dumps(changed))
     anew = planning.open(tmp_path / "copy")
     with pytest.raises(UserError, match="planned anew"):
-        jobs.execute_unit(dataclasses.replace(there, batch_size=8), 0)
-    assert jobs.execute_unit(job.elsewhere(anew), 0).synapses == 3
+        inputs.execute_unit(dataclasses.replace(there, batch_size=8), 0)
+    assert inputs.execute_unit(job.elsewhere(anew), 0).synapses == 3
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ def test_what_the_flags_may_say(trained_run: pathlib.Path) -> None:
     for text in ("3/3", "3", "-1/3", "a/b"):
         with pytest.raises(UserError, match="I from 0 to N - 1"):
             predict.units_of(text, 7)
-    dask_workers.check("local")
-    dask_workers.check("tcp://host:8786")
+    dask_cluster.check("local")
+    dask_cluster.check("tcp://host:8786")
     with pytest.raises(UserError, match="--cluster=pbs: give local, slurm, lsf or"):
-        dask_workers.check("pbs")
+        dask_cluster.check("pbs")

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 from conftest import CLASSES, tiny_config
 
-from synister_jax import data, sharding, shards, synapses
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.network import sharding
+from synister_jax.tables import synapses
+from synister_jax.training import data, shards
 
 
 @pytest.fixture(scope="module")

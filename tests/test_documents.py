@@ -6,8 +6,9 @@ import math
 import pyarrow as pa
 import pytest
 
-from synister_jax import documents, synapses
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.tables import synapses
+from synister_jax.tables.mongo import documents
 
 
 def table(**columns: list) -> pa.Table:

@@ -12,8 +12,11 @@ from formats import CHUNK_ZYX, MAKERS, SHAPE_ZYX, make_n5, make_zarr
 from test_execution import make_workdir
 from test_planning import make_plan, make_volume, source_of, table_of
 
-from synister_jax import crops, estimate, inference, predict, sharding, volumes
-from synister_jax.volumes import Volume
+from synister_jax import predict
+from synister_jax.bulk import estimate
+from synister_jax.em import crops, volumes
+from synister_jax.em.volumes import Volume
+from synister_jax.network import inference, sharding
 
 CROP_ZYX = (4, 16, 16)
 

@@ -8,17 +8,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from synister_jax import (
-    checkpoint,
-    data,
-    evaluate,
-    inference,
-    measurement,
-    metrics,
-    predictions,
-    sharding,
-)
-from synister_jax.command import UserError
+from synister_jax import evaluate
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import accuracy, measurement
+from synister_jax.network import checkpoint, inference, sharding
+from synister_jax.tables import predictions
+from synister_jax.training import data
 
 
 def test_independent_of_batch_size_and_devices(
@@ -43,9 +38,9 @@ def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -
     folder = short_run / "evaluation" / "validation"
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert [c["step"] for c in summary["checkpoints"]] == [10, 20]
-    accuracy = [c["synapse_mean_class_accuracy"] for c in summary["checkpoints"]]
+    means = [c["synapse_mean_class_accuracy"] for c in summary["checkpoints"]]
     # Of equal ones the latest.
-    assert summary["best_step"] == (10 if accuracy[0] > accuracy[1] else 20)
+    assert summary["best_step"] == (10 if means[0] > means[1] else 20)
     assert checkpoint.best_step(short_run) == summary["best_step"]
     for step in (10, 20):
         found = {p.name for p in (folder / f"step-{step}").iterdir()}
@@ -57,7 +52,7 @@ def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -
         }
     # The loop's own validation, at the same step, says the same.
     measured = json.loads((folder / "step-20" / "metrics.json").read_text())
-    [logged] = [x for x in metrics.read(short_run) if "validation/loss" in x]
+    [logged] = [x for x in accuracy.read(short_run) if "validation/loss" in x]
     for name, value in measurement.scalars("validation", measured).items():
         assert logged[name] == pytest.approx(value, rel=1e-4)
 
@@ -69,26 +64,26 @@ def test_confusion_against_a_plain_loop() -> None:
     for t, c in zip(truth, called, strict=True):
         if t >= 0 and c >= 0:
             expected[t, c] += 1
-    np.testing.assert_array_equal(metrics.confusion(truth, called, 5), expected)
+    np.testing.assert_array_equal(accuracy.confusion(truth, called, 5), expected)
     names = list("abcde")
     recall = [expected[i, i] / expected[i].sum() for i in range(5)]
-    summary = metrics.summary(expected, names)
+    summary = accuracy.summary(expected, names)
     assert summary["mean_class_accuracy"] == pytest.approx(np.mean(recall))
     assert summary["accuracy"] == pytest.approx(np.trace(expected) / expected.sum())
 
 
 def test_writer_tells_one_story_after_a_resume(tmp_path: pathlib.Path) -> None:
-    writer = metrics.Writer(tmp_path, 0)
+    writer = accuracy.Writer(tmp_path, 0)
     for step in range(1, 6):
         writer.write(step, {"loss": 1 / step})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    writer = metrics.Writer(tmp_path, 3)
+    writer = accuracy.Writer(tmp_path, 3)
     writer.write(4, {"loss": 0.0})
     writer.close()
-    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2, 3, 4]
-    assert metrics.read(tmp_path)[-1]["loss"] == 0
+    assert [line["step"] for line in accuracy.read(tmp_path)] == [1, 2, 3, 4]
+    assert accuracy.read(tmp_path)[-1]["loss"] == 0
 
 
 def test_mistakes(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -16,19 +16,14 @@ import pytest
 from conftest import tiny_config
 from test_planning import source_of, table_of
 
-from synister_jax import (
-    checkpoint,
-    crops,
-    execution,
-    inference,
-    parts,
-    predict,
-    sharding,
-    volumes,
-)
-from synister_jax.command import Progress, UserError
-from synister_jax.planning import Plan
-from synister_jax.volumes import Volume
+from synister_jax import predict
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.bulk import execution, unit_results
+from synister_jax.bulk.planning import Plan
+from synister_jax.em import crops, volumes
+from synister_jax.em.volumes import Volume
+from synister_jax.network import checkpoint, inference, sharding
 
 CROP_ZYX = (4, 16, 16)
 BATCH = 8
@@ -148,7 +143,7 @@ def test_parts_are_what_the_network_says_of_each_crop(
     padded = np.pad(array, 16)
     assert len(reference) == 9 and reference.predicted_rows == 170
     for unit in range(len(reference)):
-        part = parts.read(reference, unit)
+        part = unit_results.read(reference, unit)
         assert part is not None and part.whole.all() and not part.unreadable
         rows, starts = reference.unit(unit)
         np.testing.assert_array_equal(part.rows, rows)
@@ -253,7 +248,7 @@ def test_an_error_of_the_volume_comes_out_and_parts_stay(
     assert there.items() <= whole.items()
     # What is lost is what was under way: four batches, which are of two units.
     assert len(there) >= at // UNIT_ROWS - 2
-    left = list(parts.unfinished(plan, range(9), False))
+    left = list(unit_results.unfinished(plan, range(9), False))
     assert len(left) == 9 - len(there) > 0
     execution.execute(plan, left, classifier, volume)
     assert content(plan) == whole
@@ -328,7 +323,7 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
         chunk.rename(tmp_path / f"away{number}")
     plan = plan_in(tmp_path / "out", table, classifier, volumes.open(str(own)))
     execution.execute(plan, range(9), classifier, volumes.open(str(own)))
-    before = [parts.read(plan, unit) for unit in range(9)]
+    before = [unit_results.read(plan, unit) for unit in range(9)]
     first = content(plan)
     expected, touched = set(), []
     for unit, part in enumerate(before):
@@ -345,8 +340,8 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
         expected |= set(map(tuple, np.maximum(starts[touches], 0).tolist()))
         touched += [unit] if touches.any() else []
     assert len(expected) > 5 and 1 < len(touched) < 9
-    assert list(parts.unfinished(plan, range(9), True)) == touched
-    assert list(parts.unfinished(plan, range(9), False)) == []
+    assert list(unit_results.unfinished(plan, range(9), True)) == touched
+    assert list(unit_results.unfinished(plan, range(9), False)) == []
 
     # Still missing: the same again.
     opened = volumes.open(str(own))
@@ -361,13 +356,13 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
     assert set(Recording.starts) == expected
     assert len(Recording.starts) == sum((~part.whole).sum() for part in before)
     for unit, part in enumerate(before):
-        found, fresh = parts.read(plan, unit), parts.read(reference, unit)
+        found, fresh = unit_results.read(plan, unit), unit_results.read(reference, unit)
         assert found.whole.all() and not found.unreadable
         np.testing.assert_array_equal(
             found.probabilities[part.whole], part.probabilities[part.whole]
         )
         np.testing.assert_allclose(found.probabilities, fresh.probabilities, atol=1e-6)
-    assert list(parts.unfinished(plan, range(9), True)) == []
+    assert list(unit_results.unfinished(plan, range(9), True)) == []
 
     # Nothing to do: nothing is written.
     written = {
@@ -392,7 +387,7 @@ def test_retry_missing_without_a_part_does_the_whole_unit(
     volume: Volume,
 ) -> None:
     plan = plan_in(tmp_path, table, classifier, volume)
-    parts.path_of(plan, 2).write_bytes(b"damaged")
+    unit_results.path_of(plan, 2).write_bytes(b"damaged")
     execution.execute(plan, range(9), classifier, volume, retry_missing=True)
     assert content(plan) == content(reference)
 
@@ -418,7 +413,7 @@ def test_times_add_up(
     assert 0 < times.read + times.put <= times.wall * 1.05
     assert times.storage >= 0  # whole milliseconds of each read: here mostly 0
     for unit in (0, 8):
-        parts.path_of(plan, unit).unlink()
+        unit_results.path_of(plan, unit).unlink()
     again = execution.execute(plan, [0, 8], classifier, volume)
     assert again.synapses == plan.size(0) + plan.size(8)
     total = execution.Times()

@@ -9,8 +9,10 @@ import pytest
 from prediction_tables import NEURON, SIX
 from pyarrow import feather, parquet
 
-from synister_jax import export, exports, exports_synapses, files
-from synister_jax.command import UserError
+from synister_jax import export
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.exchange import exports_synapses, writing
 from synister_jax.export import Options
 
 
@@ -161,7 +163,7 @@ def test_a_killed_folder_is_of_its_predictions(
     # Nothing was written yet: anyone may have the folder.
     export.export(path, "cave", output, Options())
     output = tmp_path / "killed later"
-    write = exports.write
+    write = writing.write
     with monkeypatch.context() as patch:
         patch.setattr(
             exports_synapses.exports,
@@ -193,7 +195,7 @@ def test_not_complete_until_all_is_written(
     def fail(*arguments: object) -> None:
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(exports, "write_table", fail)
+    monkeypatch.setattr(writing, "write_table", fail)
     with pytest.raises(UserError, match="the disk is full"):
         export.export(path, "banc", output, Options())
     assert not files.read_json(output / "export.json")["finished"]
@@ -201,4 +203,4 @@ def test_not_complete_until_all_is_written(
 
 
 def test_all_consumers_are_known_to_all() -> None:
-    assert list(export.TAKES) == list(exports.NAMES) == list(export.FILES)
+    assert list(export.TAKES) == list(writing.NAMES) == list(export.FILES)

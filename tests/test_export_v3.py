@@ -5,14 +5,14 @@ import subprocess
 from conftest import shared_data
 from test_synapses import write_export
 
-from synister_jax import documents, export_v3
+from synister_jax.tables.mongo import documents, json_export
 
 
 def test_documents_are_complete_as_the_original_writes_them(
     tmp_path: pathlib.Path,
 ) -> None:
     write_export(tmp_path)
-    found = export_v3.collections(tmp_path)
+    found = json_export.collections(tmp_path)
     assert list(found) == list(documents.COLLECTIONS)
     assert found["hemi_lineages"][0] == {
         "hemi_lineage_id": 1,
@@ -41,11 +41,11 @@ def test_published_files_are_recognised(tmp_path: pathlib.Path) -> None:
     published = shared_data("fafb_v3")
     for name in ("skeletons_v3.json", "hemi_lineages_v3.json"):
         (tmp_path / name).write_bytes((published / name).read_bytes())
-    assert export_v3.unpublished(tmp_path) == {"synapses_v3.json": "missing"}
+    assert json_export.unpublished(tmp_path) == {"synapses_v3.json": "missing"}
     with open(tmp_path / "skeletons_v3.json", "a") as file:
         file.write("\n")
     (tmp_path / "synapses_v3.json").write_text("{}")
-    assert export_v3.unpublished(tmp_path) == {
+    assert json_export.unpublished(tmp_path) == {
         "skeletons_v3.json": "differs",
         "synapses_v3.json": "differs",
     }
@@ -57,4 +57,4 @@ def test_blob_id_is_that_of_git(tmp_path: pathlib.Path) -> None:
     told = subprocess.run(
         ["git", "hash-object", str(path)], capture_output=True, text=True, check=True
     )
-    assert export_v3.git_blob(path) == told.stdout.strip()
+    assert json_export.git_blob(path) == told.stdout.strip()

@@ -19,9 +19,10 @@ from prediction_tables import (
 )
 from pyarrow import feather
 
-from synister_jax import aggregate, predictions
-from synister_jax.command import UserError
+from synister_jax import aggregate
+from synister_jax.base.errors import UserError
 from synister_jax.export import Options
+from synister_jax.tables import predictions
 
 
 def test_a_class_without_a_column(tmp_path: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ from pyarrow import feather
 
 from synister_jax import aggregate
 from synister_jax.export import Options
-from synister_jax.predictions import Predictions
+from synister_jax.tables.predictions import Predictions
 
 
 def test_flyem_bodies(tmp_path: pathlib.Path) -> None:

@@ -19,9 +19,10 @@ from prediction_tables import (
 )
 from pyarrow import feather, parquet
 
-from synister_jax import predictions, published
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.exchange import published
 from synister_jax.export import Options
+from synister_jax.tables import predictions
 
 
 def test_flyem_synapses(tmp_path: pathlib.Path) -> None:

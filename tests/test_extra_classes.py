@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from synister_jax import crops, extra_classes, files, shards, synapses, volumes
-from synister_jax.command import UserError
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.em import crops, volumes
+from synister_jax.tables import synapses
+from synister_jax.training import pseudo_classes, shards
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLASSES = ("gaba", "acetylcholine", "dopamine", "unknown", "neither")
@@ -73,7 +76,7 @@ def extra_rows(
     options = {"classes": CLASSES, "split": "skeleton", "seed": 0}
     options |= {"record_shape_zyx": RECORD_SHAPE_ZYX}
     options |= {"neither_crops": 50, "unknown_per_class": 20} | (change or {})
-    both = extra_classes.with_extra_classes(table, volume, **options)
+    both = pseudo_classes.with_extra_classes(table, volume, **options)
     assert both.slice(0, len(table)).equals(table, check_metadata=True)
     return both.slice(len(table))
 

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from synister_jax import figures
+from synister_jax.base import figures
 
 LINES = [
     {"step": 1, "train/loss": 2.0, "validation/synapse_accuracy": 0.2},

@@ -14,15 +14,9 @@ import numpy as np
 import pytest
 
 from configs import skeleton
-from synister_jax import (
-    augment,
-    checkpoint,
-    inference,
-    model,
-    recipe,
-    sharding,
-    train,
-)
+from synister_jax import train
+from synister_jax.network import checkpoint, inference, model, sharding
+from synister_jax.training import augment, optimisation
 
 CUBIC = ((2, 2, 2),) * 4
 FLAT = ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2))
@@ -48,7 +42,7 @@ def test_imported_weights_give_the_same_logits(arguments: tuple) -> None:
     pytest.importorskip("torch")
     import test_torch_weights as small
 
-    from synister_jax import torch_weights
+    from synister_jax.network import torch_weights
 
     config = small.vgg_config(*arguments)
     found = small.deviation(config, small.torch_vgg(config), torch_weights.vgg3d)
@@ -62,7 +56,7 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
     config = skeleton.get_config()
     config.batch_size = 1
     mesh = sharding.make_mesh(jax.devices()[:1])
-    tx = recipe.make_optimizer(config)
+    tx = optimisation.make_optimizer(config)
     init = jax.jit(lambda key: train.create_state(key, config, tx))
     rng = np.random.default_rng(0)
     margin = augment.Settings.of(config).margin_vx_zyx

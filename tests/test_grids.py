@@ -11,9 +11,11 @@ import pyarrow as pa
 import pytest
 import tensorstore as ts
 
-from synister_jax import container, grids, synapses
-from synister_jax.command import UserError
-from synister_jax.grids import Grid
+from synister_jax.base.errors import UserError
+from synister_jax.bulk import grids
+from synister_jax.bulk.grids import Grid
+from synister_jax.em import container
+from synister_jax.tables import synapses
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 # No axis is a multiple of the chunk, no two are alike.

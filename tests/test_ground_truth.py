@@ -16,8 +16,10 @@ import pytest
 from conftest import shared_data
 from pyarrow import feather
 
-from synister_jax import dialects, ground_truth, spaces, synapses, volumes
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.em import spaces, volumes
+from synister_jax.ground_truth import dialects, importing
+from synister_jax.tables import synapses
 
 FAFB = dialects.DIALECTS["fafb"]
 ALL = {"minimum_synapses": 0, "minimum_neurons": 0}
@@ -43,7 +45,7 @@ def write_csv(path: pathlib.Path, columns: tuple[str, ...], *rows: tuple) -> Non
 def fafb(path: pathlib.Path, *rows: tuple, **options: object) -> dict:
     """{synapse id: row} of a FAFB file with these rows."""
     write_csv(path, FAFB_COLUMNS, *rows)
-    found = ground_truth.read([path], FAFB, **(ALL | options))
+    found = importing.read([path], FAFB, **(ALL | options))
     return {row["synapse_id"]: row for row in found.table.to_pylist()}
 
 
@@ -87,7 +89,7 @@ def test_flywire_column_and_single_transmitter_column(tmp_path: pathlib.Path) ->
         (720575940612345678, 1, "gaba", 1, 2, 43, "TRUE"),
         (720575940612345679, 2, "gaba", 1, 2, 43, "FALSE"),
     )
-    found = ground_truth.read([path], FAFB, **ALL)
+    found = importing.read([path], FAFB, **ALL)
     assert found.table["neuron_id"].to_pylist() == [720575940612345678]
     assert found.report["absent_columns"] == {
         str(path): ["ItoLee.Hemilineage", "inside"]
@@ -105,8 +107,8 @@ def test_hemibrain_is_turned(tmp_path: pathlib.Path) -> None:
     write_csv(tmp_path / "a.csv", columns, row)
     dialect = dialects.DIALECTS["hemibrain"]
     with pytest.raises(UserError, match="--volume"):
-        ground_truth.read([tmp_path / "a.csv"], dialect, **ALL)
-    found = ground_truth.read([tmp_path / "a.csv"], dialect, volume=volume, **ALL)
+        importing.read([tmp_path / "a.csv"], dialect, **ALL)
+    found = importing.read([tmp_path / "a.csv"], dialect, volume=volume, **ALL)
     position = synapses.positions_nm_zyx(found.table).tolist()
     assert position == [[(50 - 1 - 11) * 8, 13 * 8, 12 * 8]]
 
@@ -120,7 +122,7 @@ def test_consolidated_json_is_not_moved_again(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "consolidated.csv"  # as the original names them
     path.write_text(json.dumps(rows))
     dialect = dialects.DIALECTS["consolidated"]
-    table = ground_truth.read([path], dialect, **ALL).table
+    table = importing.read([path], dialect, **ALL).table
     assert synapses.positions_nm_zyx(table).tolist() == [[3, 2, 1.5]] * 2
     assert table["neuron_id"].to_pylist() == [16, 720575940612345678]
     assert table["brain_region"].to_pylist() == ["AL", "AL"]
@@ -140,9 +142,7 @@ def test_banc(tmp_path: pathlib.Path) -> None:
         }
     )
     feather.write_feather(table, str(tmp_path / "gt.feather"))
-    found = ground_truth.read(
-        [tmp_path / "gt.feather"], dialects.DIALECTS["banc"], **ALL
-    )
+    found = importing.read([tmp_path / "gt.feather"], dialects.DIALECTS["banc"], **ALL)
     assert found.dropped["reason"].to_pylist() == ["size below 5 or missing"]
     [row] = found.table.to_pylist()
     assert (row["z_nm"], row["y_nm"], row["x_nm"]) == (30 * 45, 80, 40)
@@ -164,9 +164,9 @@ def test_own_columns_splits_and_ids_of_voxels(tmp_path: pathlib.Path) -> None:
     scaled = spaces.Space("mine", (40, 4, 4), (100, 0, 0))
     options = ALL | {"space": scaled, "keep_unknown": True}
     with pytest.raises(UserError, match="no synapse id.*row 2.*"):
-        ground_truth.read([path], dialect, **options)
+        importing.read([path], dialect, **options)
     dialect = dialects.dataclasses.replace(dialect, voxel_size_nm_zyx=(40, 4, 4))
-    found = ground_truth.read([path], dialect, **options).table
+    found = importing.read([path], dialect, **options).table
     assert found["synapse_id"].to_pylist()[:2] == [1, 2]
     known = ["acetylcholine", "dopamine+gaba", None]
     assert found["neurotransmitter"].to_pylist() == known
@@ -184,13 +184,13 @@ def test_a_table_is_never_moved_twice(tmp_path: pathlib.Path) -> None:
         columns,
         (16, 5, "gaba", "unknown", "", "", "", 1, 2, 100, 3),
     )
-    table = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL).table
+    table = importing.read([tmp_path / "a.csv"], FAFB, **ALL).table
     synapses.write(table, tmp_path / "a.feather")
     again = dialects.of_table({axis: f"{axis}_nm" for axis in "xyz"})
     options = ALL | {"space": spaces.SPACES["fafb-catmaid"]}
     with pytest.raises(UserError, match="in its volume's frame already"):
-        ground_truth.read([tmp_path / "a.feather"], again, **options)
-    same = ground_truth.read([tmp_path / "a.feather"], again, **ALL).table
+        importing.read([tmp_path / "a.feather"], again, **options)
+    same = importing.read([tmp_path / "a.feather"], again, **ALL).table
     assert synapses.positions_nm_zyx(same).tolist() == [[60, 2, 1]]
 
 
@@ -206,7 +206,7 @@ def test_duplicates(tmp_path: pathlib.Path) -> None:
         (16, 7, *row[2:]),
         (16, 6, *row[2:]),
     )
-    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL)
+    found = importing.read([tmp_path / "a.csv"], FAFB, **ALL)
     assert found.table["synapse_id"].to_pylist() == [5, 7]
     listed = found.dropped.select(["row", "synapse_id", "reason"]).to_pylist()
     conflict = "conflicting rows of one synapse id"
@@ -223,13 +223,13 @@ def test_small_classes_are_left_out_with_their_numbers(tmp_path: pathlib.Path) -
     rows += [(30, 9, "glutamate", "unknown", "", "", "", 1, 2, 100)] * 2
     write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows)
     options = {"minimum_synapses": 2, "minimum_neurons": 1}
-    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **options)
+    found = importing.read([tmp_path / "a.csv"], FAFB, **options)
     # Counted after the identical row is gone.
     assert found.report["dropped"] == {
         "identical row again": 1,
         "glutamate: only 1 synapses of 1 neurons (needed: 2 of 1)": 1,
     }
-    with_three = ground_truth.read(
+    with_three = importing.read(
         [tmp_path / "a.csv"], FAFB, minimum_synapses=9, minimum_neurons=3
     )
     assert len(with_three.table) == 9
@@ -258,10 +258,10 @@ def test_bad_rows_are_named_or_listed(
     good = (17, 7, *GOOD[2:])
     write_csv(tmp_path / "a.csv", FAFB_COLUMNS, GOOD, tuple(bad.values()), good)
     with pytest.raises(UserError, match=message) as error:
-        ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL)
+        importing.read([tmp_path / "a.csv"], FAFB, **ALL)
     assert "a.csv" in str(error.value) and "--drop_bad_rows" in str(error.value)
     options = ALL | {"drop_bad_rows": True}
-    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **options)
+    found = importing.read([tmp_path / "a.csv"], FAFB, **options)
     assert len(found.table) + len(found.dropped) == 3
     assert 0 not in found.dropped["synapse_id"].to_pylist()
     assert 7 in found.table["synapse_id"].to_pylist()
@@ -271,19 +271,19 @@ def test_bad_rows_are_named_or_listed(
 def test_partly_unknown_neurons_go_whole(tmp_path: pathlib.Path) -> None:
     rows = GOOD, (16, 6, "unknown", *GOOD[3:]), (17, 7, "unknown", *GOOD[3:])
     write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows, (18, 8, *GOOD[2:]))
-    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL)
+    found = importing.read([tmp_path / "a.csv"], FAFB, **ALL)
     assert found.table["neuron_id"].to_pylist() == [18]
     partly = "neuron partly without a transmitter"
     known = ["no known neurotransmitter"]
     assert found.dropped["reason"].to_pylist() == [partly, partly, *known]
     options = ALL | {"keep_unknown": True}
-    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **options)
+    found = importing.read([tmp_path / "a.csv"], FAFB, **options)
     assert found.table["neuron_id"].to_pylist() == [17, 18]
 
 
 def test_row_names_of_r_and_pandas_are_no_column(tmp_path: pathlib.Path) -> None:
     write_csv(tmp_path / "a.csv", ("", *FAFB_COLUMNS), ("1", *GOOD))
-    [row] = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL).table.to_pylist()
+    [row] = importing.read([tmp_path / "a.csv"], FAFB, **ALL).table.to_pylist()
     assert (row["cell_type"], row["neurotransmitter"]) == (None, "gaba")
 
 
@@ -294,7 +294,7 @@ def test_first_hemilineage_of_a_neuron_is_that_of_all_its_rows(
     for at, name in enumerate(("NA", "LHl1", "ALad1", "")):
         rows[at][1], rows[at][4] = at, name
     write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows)
-    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL)
+    found = importing.read([tmp_path / "a.csv"], FAFB, **ALL)
     assert found.table["hemilineage"].to_pylist() == ["LHl1"] * 4
     assert found.report["first_value_taken"] == {"hemilineage": 1}
 
@@ -302,29 +302,29 @@ def test_first_hemilineage_of_a_neuron_is_that_of_all_its_rows(
 def test_own_table_with_ids_and_coordinates_alone(tmp_path: pathlib.Path) -> None:
     write_csv(tmp_path / "a.csv", ("synapse_id", "x", "y", "z"), (5, 1, 2, 3))
     options = ALL | {"keep_unknown": True}
-    found = ground_truth.read([tmp_path / "a.csv"], dialects.of_table({}), **options)
+    found = importing.read([tmp_path / "a.csv"], dialects.of_table({}), **options)
     assert found.table["synapse_id"].to_pylist() == [5]
     mapped = dialects.of_table({"neuron_id": "body"})
     with pytest.raises(UserError, match="no column body"):
-        ground_truth.read([tmp_path / "a.csv"], mapped, **options)
+        importing.read([tmp_path / "a.csv"], mapped, **options)
 
 
 def test_odd_cells_are_named(tmp_path: pathlib.Path) -> None:
     rows = [{"synapse_id": 1, "x": 1, "y": 2, "z": 3, "neurotransmitter": ["gaba"]}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match="unknown neurotransmitter.*a.json row 0"):
-        ground_truth.read([tmp_path / "a.json"], dialects.of_table({}), **ALL)
+        importing.read([tmp_path / "a.json"], dialects.of_table({}), **ALL)
     columns = ("synapse_id", "x", "y", "z", "split_a")
     write_csv(tmp_path / "b.csv", columns, (1, 1, 2, 3, "train"), (2, 1, 2, 3, "tset"))
     options = ALL | {"keep_unknown": True}
     with pytest.raises(UserError, match="split_a is not train, .*b.csv row 1"):
-        ground_truth.read([tmp_path / "b.csv"], dialects.of_table({}), **options)
+        importing.read([tmp_path / "b.csv"], dialects.of_table({}), **options)
 
 
 def test_quoted_line_breaks_in_a_long_file(tmp_path: pathlib.Path) -> None:
     rows = [(16, i, *GOOD[2:6], "A\nL", 1, 2, 100 + i) for i in range(60_000)]
     write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows)
-    found = ground_truth.read([tmp_path / "a.csv"], FAFB, **ALL)
+    found = importing.read([tmp_path / "a.csv"], FAFB, **ALL)
     assert found.table["brain_region"].unique().to_pylist() == ["A\nL"]
     assert len(found.table) == 60_000
 
@@ -336,7 +336,7 @@ def tbars() -> list[pathlib.Path]:
 
 
 def test_male_vnc() -> None:
-    found = ground_truth.read(tbars(), dialects.DIALECTS["malevnc"])
+    found = importing.read(tbars(), dialects.DIALECTS["malevnc"])
     assert found.report["classes"] == {
         "acetylcholine": {"synapses": 47_471, "neurons": 67},
         "gaba": {"synapses": 21_606, "neurons": 55},
@@ -362,7 +362,7 @@ def test_male_vnc_id_that_lost_digits(tmp_path: pathlib.Path) -> None:
     assert rounded != row[-1]
     write_csv(path, columns, row, (*row[:-1], rounded))
     with pytest.raises(UserError, match="digits were lost: .*gaba.csv row 1"):
-        ground_truth.read([path], dialects.DIALECTS["malevnc"], **ALL)
+        importing.read([path], dialects.DIALECTS["malevnc"], **ALL)
 
 
 # --- damaged files --------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_hundreds_of_damaged_files(tmp_path: pathlib.Path) -> None:
         expected = by_the_rules(content)
         options = {"minimum_synapses": 4, "minimum_neurons": 2}
         try:
-            lenient = ground_truth.read([path], FAFB, drop_bad_rows=True, **options)
+            lenient = importing.read([path], FAFB, drop_bad_rows=True, **options)
         except UserError as error:
             assert expected == BROKEN and "damaged.csv" in str(error), content
             outcomes["broken"] += 1
@@ -556,7 +556,7 @@ def test_hundreds_of_damaged_files(tmp_path: pathlib.Path) -> None:
         assert lenient.table.to_pylist() == rows, content
         assert len(lenient.table) + len(lenient.dropped) == read
         try:
-            strict = ground_truth.read([path], FAFB, **options)
+            strict = importing.read([path], FAFB, **options)
         except UserError as error:
             assert bad and re.search(r"damaged.csv row \d", str(error)), content
             outcomes["bad rows named"] += 1

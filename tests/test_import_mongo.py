@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax import mongo, mongo_uri, predictions, synapses
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.mongo import address, databases
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLASSES = ("gaba", "acetylcholine", "dopamine")
@@ -100,7 +101,7 @@ def test_there_and_back(
     source, output = tmp_path / "s.feather", tmp_path / "back.feather"
     feather.write_feather(table, str(source))
     location = f"--mongo={mongo_database}"
-    shown = mongo_uri.redact(mongo_database)
+    shown = address.redact(mongo_database)
 
     printed = run("load", location, f"--synapses={source}")
     assert f"note: {len(table)} positions are not whole nm" in printed
@@ -150,14 +151,14 @@ def big_table(path: pathlib.Path) -> int:
 
 
 def contents(uri: str) -> dict[str, list]:
-    with mongo.connect(uri) as database:
+    with databases.connect(uri) as database:
         names = database.list_collection_names()
         return {name: list(database[name].find()) for name in sorted(names)}
 
 
 def kill_when(uri: str, arguments: list[str], wanted: str | int) -> bool:
     """Kills -9 an import at so many synapses or in a state; False if it came to end."""
-    with mongo.connect(uri) as database:
+    with databases.connect(uri) as database:
         process = subprocess.Popen(
             command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL
         )
@@ -165,7 +166,9 @@ def kill_when(uri: str, arguments: list[str], wanted: str | int) -> bool:
             if isinstance(wanted, int):
                 there = database.synapses.count_documents({}) >= wanted
             else:
-                state = mongo.recorded(database, mongo.GROUND_TRUTH).get("state")
+                state = databases.recorded(database, databases.GROUND_TRUTH).get(
+                    "state"
+                )
                 there = state == wanted
             if there:
                 process.kill()
@@ -183,10 +186,10 @@ def test_killed_and_run_again(
     undisturbed = contents(mongo_database)
     assert len(undisturbed["synapses"]) == count
     killed = []
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         database.client.drop_database(database.name)
     # Each goes on where the one before was killed.
-    for wanted in (mongo.FILLING, 1, 4_000, 5_001, 9_000):
+    for wanted in (databases.FILLING, 1, 4_000, 5_001, 9_000):
         killed.append(kill_when(mongo_database, arguments, wanted))
     run(*arguments)
     assert contents(mongo_database) == undisturbed

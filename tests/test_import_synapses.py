@@ -10,7 +10,8 @@ from conftest import shared_data
 from pyarrow import feather
 from test_synapses import write_export
 
-from synister_jax import synapses, volumes
+from synister_jax.em import volumes
+from synister_jax.tables import synapses
 
 ROOT = pathlib.Path(__file__).parents[1]
 

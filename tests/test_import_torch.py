@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from synister_jax import checkpoint, inference, sharding
+from synister_jax.network import checkpoint, inference, sharding
 
 torch = pytest.importorskip("torch")
 from benchmarks import torch_networks  # noqa: E402

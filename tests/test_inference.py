@@ -11,15 +11,10 @@ import numpy as np
 import pytest
 from conftest import CLASSES, VOXEL_SIZE_NM_ZYX
 
-from synister_jax import (
-    augment,
-    calibration,
-    checkpoint,
-    inference,
-    model,
-    sharding,
-)
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import calibration
+from synister_jax.network import checkpoint, inference, model, sharding
+from synister_jax.training import augment
 
 Members = list[tuple[pathlib.Path, int | None]]
 

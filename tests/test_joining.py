@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax import joining, published
-from synister_jax.command import UserError
-from synister_jax.joining import Side
+from synister_jax.base.errors import UserError
+from synister_jax.exchange import joining, published
+from synister_jax.exchange.joining import Side
 
 
 def side(folder: pathlib.Path, name: str, ids: Sequence[int | None]) -> Side:

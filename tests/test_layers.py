@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synister_jax import layers
+from synister_jax.network import layers
 
 
 def test_gradient_of_batch_norm_is_that_of_its_formula() -> None:

@@ -5,8 +5,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import leakage, synapses
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.ground_truth import leakage
+from synister_jax.tables import synapses
 
 SHAPE, VOXEL = (4, 20, 30), (40.0, 4.0, 4.0)
 

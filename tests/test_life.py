@@ -13,8 +13,12 @@ import pytest
 import runs
 from conftest import tiny_config
 
-from synister_jax import checkpoint, data, files, life, metrics, train
-from synister_jax.command import UserError
+from synister_jax import train
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import accuracy
+from synister_jax.network import checkpoint
+from synister_jax.training import data, stopping
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def test_sigterm_saves_and_ends_well(
     config.checkpoint_every_steps = 10_000
     config.eval_every_steps = 10_000
     process = runs.start(runs.command(tmp_path, config, tmp_path / "run"))
-    while len(metrics.read(tmp_path / "run")) < 20:  # lines of the log
+    while len(accuracy.read(tmp_path / "run")) < 20:  # lines of the log
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -49,7 +53,7 @@ def test_sigterm_saves_and_ends_well(
     config.num_train_steps = step + 1  # and it does
     train.train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [step, step + 1]
-    logged = [line["step"] for line in metrics.read(tmp_path / "run")]
+    logged = [line["step"] for line in accuracy.read(tmp_path / "run")]
     assert logged == list(range(1, step + 2))
 
 
@@ -94,24 +98,24 @@ def test_early_stop_keeps_the_best(
     config.keep_latest = 1
     config.early_stop_evals = 3
     train.train(config, tmp_path)
-    lines = [x for x in metrics.read(tmp_path) if checkpoint.BEST_BY in x]
+    lines = [x for x in accuracy.read(tmp_path) if checkpoint.BEST_BY in x]
     history = [line[checkpoint.BEST_BY] for line in lines]
     stopped_at = lines[-1]["step"]
     assert stopped_at < 200  # 200 steps of it would reach 1 and stay there
-    counted = [life.Patience(3, [*enumerate(h)]) for h in (history, history[:-1])]
+    counted = [stopping.Patience(3, [*enumerate(h)]) for h in (history, history[:-1])]
     assert [each.is_over for each in counted] == [True, False]
     kept = checkpoint.steps(tmp_path)
     best = checkpoint.best_step(tmp_path)
     assert set(kept) == {best, stopped_at}
     assert history[best // 2 - 1] == max(history)
-    before = metrics.read(tmp_path)
+    before = accuracy.read(tmp_path)
     train.train(config, tmp_path)  # the same command: it stays stopped
-    assert metrics.read(tmp_path) == before
+    assert accuracy.read(tmp_path) == before
 
 
 def test_patience_is_counted_in_evaluations() -> None:
     def is_over(evaluations: int, values: list[float]) -> bool:
-        return life.Patience(evaluations, [*enumerate(values)]).is_over
+        return stopping.Patience(evaluations, [*enumerate(values)]).is_over
 
     assert not is_over(2, [])
     assert not is_over(2, [0.1, 0.3, 0.2])
@@ -128,12 +132,12 @@ def test_sigterm_before_a_validation_leaves_it_to_the_next_start(
     """A cluster gives seconds: the state is saved at once, the log gets its line."""
     train.train(config, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(life.StopRequest, "reached", lambda self, step: step == 3)
+        patched.setattr(stopping.StopRequest, "reached", lambda self, step: step == 3)
         train.train(config, tmp_path / "stopped")
-    lines = metrics.read(tmp_path / "stopped")
+    lines = accuracy.read(tmp_path / "stopped")
     assert [line["step"] for line in lines] == [1, 2, 3]
     train.train(config, tmp_path / "stopped")
-    assert metrics.read(tmp_path / "stopped") == metrics.read(tmp_path / "whole")
+    assert accuracy.read(tmp_path / "stopped") == accuracy.read(tmp_path / "whole")
     states = [
         runs.saved_state(tmp_path / name, 6, config) for name in ("whole", "stopped")
     ]

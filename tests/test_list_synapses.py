@@ -16,7 +16,7 @@ import pytest
 import tensorstore as ts
 from service_servers import Answer, NeuPrint, make_certificate
 
-from synister_jax import synapse_batches, synapses
+from synister_jax.tables import batches, synapses
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "list_synapses.py"
 SHAPE_ZYX = (60, 50, 40)
@@ -131,7 +131,7 @@ def test_killed_and_started_again_it_has_the_same_bytes(
     about = json.loads(table.schema.metadata[b"synister_jax"])
     assert about["dataset"] == "hemibrain:v1.2.1"
     assert about["coordinates"]["shape_zyx"] == list(SHAPE_ZYX)
-    assert sum(len(t) for t in synapse_batches.open(whole).tables()) == 6_000
+    assert sum(len(t) for t in batches.open(whole).tables()) == 6_000
 
 
 def test_who_has_no_listing_is_refused_at_once(

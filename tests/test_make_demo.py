@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import shared_data
 
-from synister_jax import synapses, volumes
+from synister_jax.em import volumes
+from synister_jax.tables import synapses
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--synapses=150", "--neurons=40", "--shape_zyx=25,600,650"]

@@ -10,7 +10,8 @@ import pytest
 from conftest import shared_data
 from pyarrow import feather
 
-from synister_jax import dialects, ground_truth, synapses
+from synister_jax.ground_truth import dialects, importing
+from synister_jax.tables import synapses
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -150,7 +151,7 @@ def test_columns_of_ones_own_are_not_written_over(
 def test_male_vnc(tmp_path: pathlib.Path) -> None:
     folder = shared_data("malevnc_tbars")
     paths = [folder / f"{n}.csv.gz" for n in ("acetylcholine", "gaba", "glutamate")]
-    found = ground_truth.read(paths, dialects.DIALECTS["malevnc"])
+    found = importing.read(paths, dialects.DIALECTS["malevnc"])
     source, output = tmp_path / "source.feather", tmp_path / "split.feather"
     synapses.write(found.table, source)
     options = [f"--synapses={source}", "--by=neuron", "--name=skeleton"]

@@ -16,18 +16,11 @@ import pyarrow as pa
 import pytest
 from conftest import shared_data
 
-from synister_jax import (
-    aggregate,
-    compare,
-    confusions,
-    export,
-    files,
-    measurement,
-    one_transmitter,
-    predictions,
-    published,
-    report,
-)
+from synister_jax import aggregate, compare, export, one_transmitter, report
+from synister_jax.base import files
+from synister_jax.evaluation import confusions, measurement
+from synister_jax.exchange import published
+from synister_jax.tables import predictions
 
 CLASSES = (
     "gaba",

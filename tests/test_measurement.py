@@ -10,7 +10,8 @@ import sklearn.metrics
 from conftest import CLASSES
 from prediction_tables import drawn, table_of
 
-from synister_jax import measurement, predictions, synapses
+from synister_jax.evaluation import measurement
+from synister_jax.tables import predictions, synapses
 
 NAN = [np.nan] * 3
 

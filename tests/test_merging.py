@@ -19,20 +19,14 @@ from test_planning import (
     table_of,
 )
 
-from synister_jax import (
-    merging,
-    parts,
-    planning,
-    predictions,
-    queries,
-    synapse_batches,
-    synapses,
-)
-from synister_jax.command import UserError
-from synister_jax.parts import Part
-from synister_jax.planning import Plan
-from synister_jax.synapse_batches import Source
-from synister_jax.volumes import Volume
+from synister_jax.base import queries
+from synister_jax.base.errors import UserError
+from synister_jax.bulk import merging, planning, unit_results
+from synister_jax.bulk.planning import Plan
+from synister_jax.bulk.unit_results import Part
+from synister_jax.em.volumes import Volume
+from synister_jax.tables import batches, predictions, synapses
+from synister_jax.tables.batches import Source
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 ABOUT = {"members": [{"workdir": "run", "step": 7}], "views": 1}
@@ -56,7 +50,7 @@ def write_parts(plan: Plan) -> None:
         whole = is_whole(rows)
         values = np.where(whole[:, None], probabilities_of(rows), 0).astype(np.float32)
         corners = frozenset({(8, 0, 32 * unit), (0, 0, 0)})
-        parts.write(plan, unit, Part(rows, whole, values, corners))
+        unit_results.write(plan, unit, Part(rows, whole, values, corners))
 
 
 def labelled(positions: np.ndarray, seed: int = 0) -> pa.Table:
@@ -257,13 +251,13 @@ def test_a_refused_answer_leaves_nothing(
 def test_without_one_part_there_is_no_answer(
     plan: Plan, volume: Volume, table: pa.Table, file_format: str, damage: str
 ) -> None:
-    path = parts.path_of(plan, 5)
+    path = unit_results.path_of(plan, 5)
     if damage == "missing":
         path.unlink()
     else:
         content = bytearray(path.read_bytes())
         content[len(content) // 3] ^= 0xFF
-        other = parts.path_of(plan, 4).read_bytes()
+        other = unit_results.path_of(plan, 4).read_bytes()
         path.write_bytes(content if damage == "damaged" else other)
     message = f"^{path} is missing or damaged; run again"
     refused(plan, table, volume, file_format, message)
@@ -368,7 +362,7 @@ def test_a_part_of_the_table_is_answered_alone(
     # Whole batches have none of it.
     order = np.argsort([p != "test" for p in table["split_skeleton"].to_pylist()])
     feather.write_feather(table.take(order), str(tmp_path / "t.feather"), chunksize=50)
-    source = synapse_batches.open(tmp_path / "t.feather", ("skeleton", "test"))
+    source = batches.open(tmp_path / "t.feather", ("skeleton", "test"))
     given = pa.concat_tables(source.tables())
     assert 100 < len(given) < 500 and 0 in [len(t) for t in source.tables()]
     plan = make_plan(source, volume, tmp_path / "part", 30)
@@ -402,7 +396,7 @@ def test_parts_larger_than_the_memory_are_merged_on_the_disk(
         numbers, _ = plan.unit(unit)
         values = np.repeat(probabilities_of(numbers)[:, :1], 9, axis=1)
         whole = np.ones(len(numbers), bool)
-        parts.write(plan, unit, Part(numbers, whole, values, frozenset()))
+        unit_results.write(plan, unit, Part(numbers, whole, values, frozenset()))
     merged, spilled, first = merging.Merged(), 0, 0
     for answer in merging.tables(plan, source, volume, ABOUT, merged):
         found = (out / "query.tmp").glob("*")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from synister_jax import mixtures
+from synister_jax.evaluation import mixtures
 
 # P(called | true), of a network that confuses the second class with the third.
 ROWS = np.array(

@@ -8,8 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from configs import hemibrain, skeleton
-from synister_jax import inference, model
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.network import inference, model
 
 
 def reference_convolution(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:

@@ -21,18 +21,17 @@ from pymongo import errors, uri_parser
 from pymongo.collection import Collection
 from pymongo.database import Database
 
-from synister_jax import (
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.mongo import (
+    address,
+    brains,
+    databases,
     documents,
-    export_v3,
-    files,
-    mongo,
-    mongo_brain,
-    mongo_predictions,
-    mongo_uri,
-    predictions,
-    synapses,
+    json_export,
+    test_sets,
 )
-from synister_jax.command import UserError
 
 CLASSES = ("dopamine", "gaba", "acetylcholine")
 BIG = 2**60 + 1  # no double holds it
@@ -113,16 +112,16 @@ def typed(value: Any) -> Any:
 
 def contents(uri: str) -> dict[str, list]:
     """All documents of all collections, in natural order."""
-    with mongo.connect(uri) as database:
+    with databases.connect(uri) as database:
         names = sorted(database.list_collection_names())
         return {name: typed(list(database[name].find())) for name in names}
 
 
 def load_table(uri: str, table: pa.Table, overwrite: bool = False) -> bool:
     sha256 = files.sha256_of_columns(table, table.column_names)
-    with mongo.connect(uri) as database:
+    with databases.connect(uri) as database:
         found = documents.from_table(table)
-        return mongo.write(database, found, table, sha256, overwrite)
+        return databases.write(database, found, table, sha256, overwrite)
 
 
 def is_real(database: Database) -> bool:
@@ -137,13 +136,13 @@ def test_no_jax_and_pymongo_in_one_module() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout == "False\n", found.stderr
-    package = pathlib.Path(mongo.__file__).parent
+    package = pathlib.Path(databases.__file__).parent
     importers = {
         path.name
         for path in package.rglob("*.py")
         if re.search(r"^\s*(import|from) (pymongo|bson)", path.read_text(), re.M)
     }
-    assert importers == {"mongo.py"}
+    assert importers == {"databases.py"}
 
 
 def test_export_v3_as_the_original_imports_it(
@@ -151,8 +150,10 @@ def test_export_v3_as_the_original_imports_it(
 ) -> None:
     write_export(tmp_path)
     table = synapses.load(tmp_path)
-    with mongo.connect(mongo_database) as database:
-        assert mongo.write(database, export_v3.collections(tmp_path), table, "sha")
+    with databases.connect(mongo_database) as database:
+        assert databases.write(
+            database, json_export.collections(tmp_path), table, "sha"
+        )
         real = is_real(database)
         for name, indexes in documents.INDEXES.items():
             found = database[name].index_information()
@@ -168,7 +169,7 @@ def test_export_v3_as_the_original_imports_it(
     loaded = synapses.load(mongo_database)
     assert loaded.equals(table) and loaded.schema.equals(table.schema)
     source = json.loads(loaded.schema.metadata[b"synister_jax"])["source"]
-    assert source == mongo_uri.redact(mongo_database)
+    assert source == address.redact(mongo_database)
 
 
 def random_table(seed: int) -> pa.Table:
@@ -232,7 +233,7 @@ def test_what_is_there_stays_unless_told(mongo_database: str) -> None:
     assert synapses.load(mongo_database).equals(second)
     assert load_table(mongo_database, first, overwrite=True)
     assert contents(mongo_database) == before
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         database.synapses.delete_one({"synapse_id": first["synapse_id"][3].as_py()})
     with pytest.raises(UserError, match="nothing says that they are this"):
         load_table(mongo_database, first)
@@ -279,8 +280,8 @@ def interrupted_anywhere(
     monkeypatch: pytest.MonkeyPatch, start: Callable[[], Any], run: Callable[[], Any]
 ) -> Iterable[int]:
     """Runs `start`, then `run` stopped at its first, second, … point; yields each."""
-    monkeypatch.setattr(mongo, "BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr(mongo_predictions, "BATCH_ROWS", 4)
+    monkeypatch.setattr(databases, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(test_sets, "BATCH_ROWS", 4)
     for at in itertools.count():
         start()
         with monkeypatch.context() as patch:
@@ -322,7 +323,7 @@ def test_an_import_interrupted_anywhere(
 
 
 def drop(uri: str) -> None:
-    with mongo.connect(uri) as database:
+    with databases.connect(uri) as database:
         for name in (database.name, f"{database.name}_predictions"):
             database.client.drop_database(name)
 
@@ -333,7 +334,7 @@ def test_another_source_starts_anew(
     first, second = random_table(3), random_table(4)
     with monkeypatch.context() as patch:
         interrupt(patch, 12)
-        patch.setattr(mongo, "BATCH_DOCUMENTS", 10)
+        patch.setattr(databases, "BATCH_DOCUMENTS", 10)
         with pytest.raises(Interrupted):
             load_table(mongo_database, first)
     with pytest.raises(UserError, match="an import into .* is unfinished"):
@@ -368,7 +369,7 @@ def test_documents_of_a_killed_client_that_arrive_late(
         return insert_many(self, batch)
 
     monkeypatch.setattr(Collection, "insert_many", beaten)
-    monkeypatch.setattr(mongo, "BATCH_DOCUMENTS", 20)
+    monkeypatch.setattr(databases, "BATCH_DOCUMENTS", 20)
     load_table(mongo_database, table)
     assert not late
     assert synapses.load(mongo_database).equals(table)
@@ -383,7 +384,7 @@ def test_something_else_in_a_half_filled_collection(
             interrupt(patch, 12)
             with pytest.raises(Interrupted):
                 load_table(mongo_database, table)
-        with mongo.connect(mongo_database) as database:
+        with databases.connect(mongo_database) as database:
             strange = [{"_id": -5 - i, "synapse_id": -5 - i} for i in range(foreign)]
             database.synapses.drop()
             database.synapses.insert_many(strange)
@@ -398,11 +399,11 @@ def test_an_id_twice_in_the_source(mongo_database: str) -> None:
     table = random_table(1)
     found = documents.from_table(table)
     found["skeletons"].append(found["skeletons"][0])
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         with pytest.raises(
             UserError, match=r"skeletons: skeleton_id \d+ is there twice"
         ):
-            mongo.write(database, found, table, "sha")
+            databases.write(database, found, table, "sha")
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_an_id_twice_in_the_source(mongo_database: str) -> None:
 def test_unusable_documents_are_named(
     mongo_database: str, collection: str, change: dict, message: str
 ) -> None:
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         # An old database: no splits, no brain_region, no type, ids of its own.
         database.hemi_lineages.insert_one(
             {"hemi_lineage_id": 1, "hemi_lineage_name": "A"}
@@ -462,7 +463,7 @@ def test_unusable_documents_are_named(
 
 def test_two_documents_of_one_neuron(mongo_database: str) -> None:
     load_table(mongo_database, random_table(1))
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         neuron = database.skeletons.find_one({}, {"_id": False})
         database.skeletons.insert_one(dict(neuron))  # says the same: no harm
         synapses.load(mongo_database)
@@ -475,7 +476,7 @@ def test_missing_collections(mongo_database: str) -> None:
     every = "hemi_lineages, skeletons, synapses"
     with pytest.raises(UserError, match=f"synister_test_.* has no collection {every}$"):
         synapses.load(mongo_database)
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         database.synapses.insert_one({"synapse_id": 1})
         database.hemi_lineages.insert_one({"hemi_lineage_id": 1})
     with pytest.raises(UserError, match="has no collection skeletons$"):
@@ -485,8 +486,8 @@ def test_missing_collections(mongo_database: str) -> None:
 def test_a_split_named_while_reading(mongo_database: str) -> None:
     table = random_table(1)
     load_table(mongo_database, table)
-    with mongo.connect(mongo_database) as database:
-        schema, batches = mongo.read_batches(database)
+    with databases.connect(mongo_database) as database:
+        schema, batches = databases.read_batches(database)
         synapse = {"synapse_id": table["synapse_id"][3].as_py()}
         database.synapses.update_one(synapse, {"$set": {"splits": {"new": "test"}}})
         with pytest.raises(UserError, match="has split_new, which was not there when"):
@@ -498,8 +499,8 @@ def test_a_server_that_stops_half_way(tmp_path: pathlib.Path) -> None:
     try:
         load_table(f"{uri}/db", random_table(1))
         with pytest.raises(UserError, match="/db: the connection was lost half-way"):
-            with mongo.connect(f"{uri}/db") as database:
-                _, batches = mongo.read_batches(database)
+            with databases.connect(f"{uri}/db") as database:
+                _, batches = databases.read_batches(database)
                 server.kill()
                 server.wait()
                 list(batches)
@@ -524,7 +525,7 @@ def test_errors_of_the_server_are_one_line(
 ) -> None:
     name = mongo_database.rpartition("/")[2]
     with pytest.raises(UserError, match=rf"mongodb://.*/{name}: .*{message}"):
-        with mongo.connect(mongo_database):
+        with databases.connect(mongo_database):
             raise error
 
 
@@ -537,13 +538,13 @@ def test_credentials_of_the_original(tmp_path: pathlib.Path) -> None:
         f"[Credentials]\nuser = me@home\npassword = {PASSWORD}\n"
         "host = 127.0.0.1\nport = 9\n"
     )
-    uri = mongo_uri.resolve("synister_v3", str(ini))
+    uri = address.resolve("synister_v3", str(ini))
     parsed = uri_parser.parse_uri(uri)
     assert parsed["username"] == "me@home" and parsed["password"] == PASSWORD
     assert parsed["nodelist"] == [("127.0.0.1", 9)]
     assert parsed["database"] == "synister_v3"
     assert parsed["options"]["authSource"] == "admin"
-    assert mongo_uri.redact(uri) == "mongodb://127.0.0.1:9/synister_v3"
+    assert address.redact(uri) == "mongodb://127.0.0.1:9/synister_v3"
     with pytest.raises(UserError) as refused:
         synapses.load(f"{uri}&serverSelectionTimeoutMS=200")
     assert str(refused.value) == (
@@ -551,7 +552,7 @@ def test_credentials_of_the_original(tmp_path: pathlib.Path) -> None:
         "is it running?"
     )
     ini.write_text("[Credentials]\nhost = db.org\n")
-    assert mongo_uri.resolve("d", str(ini)) == "mongodb://db.org:27017/d"
+    assert address.resolve("d", str(ini)) == "mongodb://db.org:27017/d"
 
 
 @pytest.mark.parametrize(
@@ -569,10 +570,10 @@ def test_unusable_credentials(tmp_path: pathlib.Path, text: str, message: str) -
     ini = tmp_path / "db_credentials.ini"
     ini.write_text(text)
     with pytest.raises(UserError, match=message) as refused:
-        mongo_uri.resolve("db", str(ini))
+        address.resolve("db", str(ini))
     assert "secret" not in str(refused.value)
     with pytest.raises(UserError, match="cannot read .*no.ini"):
-        mongo_uri.resolve("db", str(tmp_path / "no.ini"))
+        address.resolve("db", str(tmp_path / "no.ini"))
 
 
 QUOTED = urllib.parse.quote_plus(PASSWORD)
@@ -607,9 +608,9 @@ QUOTED = urllib.parse.quote_plus(PASSWORD)
 )
 def test_a_malformed_uri_is_not_quoted(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
-        with mongo.connect(uri):
+        with databases.connect(uri):
             pass
-    shown = str(refused.value) + mongo_uri.redact(uri) * uri.startswith("mongodb")
+    shown = str(refused.value) + address.redact(uri) * uri.startswith("mongodb")
     assert not re.search("secret|sec[@/?]|ret@", shown)
     assert "\n" not in str(refused.value)
 
@@ -625,15 +626,15 @@ def test_a_malformed_uri_is_not_quoted(uri: str, message: str) -> None:
     ],
 )
 def test_redact(uri: str, shown: str) -> None:
-    assert mongo_uri.redact(uri) == shown
-    assert mongo_uri.redact(shown) == shown
+    assert address.redact(uri) == shown
+    assert address.redact(shown) == shown
 
 
 def test_a_name_needs_credentials_and_a_uri_none() -> None:
     with pytest.raises(UserError, match="give --credentials=INI"):
-        mongo_uri.resolve("synister_v3")
+        address.resolve("synister_v3")
     with pytest.raises(UserError, match="not both"):
-        mongo_uri.resolve("mongodb://h/db", "db_credentials.ini")
+        address.resolve("mongodb://h/db", "db_credentials.ini")
 
 
 def write_predictions(path: pathlib.Path, table: pa.Table, seed: int = 0) -> pa.Table:
@@ -653,18 +654,18 @@ def write_predictions(path: pathlib.Path, table: pa.Table, seed: int = 0) -> pa.
 
 
 def write_test_set(uri: str, path: pathlib.Path, overwrite: bool = False) -> bool:
-    source = mongo_predictions.open_feather(str(path))
-    name = mongo_predictions.test_set_name("skeleton", "fafb", 3, 1000)
-    with mongo.connect(uri) as database:
-        return mongo_predictions.write_test_set(database, name, source, overwrite)
+    source = test_sets.open_feather(str(path))
+    name = test_sets.test_set_name("skeleton", "fafb", 3, 1000)
+    with databases.connect(uri) as database:
+        return test_sets.write_test_set(database, name, source, overwrite)
 
 
 def read_test_set(
     uri: str, output: pathlib.Path, classes: list[str] | None = None
 ) -> pa.Table:
     name = "skeleton_fafb_t3_p1000"
-    with mongo.connect(uri) as database:
-        found = mongo_predictions.read_test_set(database, name, classes, "there")
+    with databases.connect(uri) as database:
+        found = test_sets.read_test_set(database, name, classes, "there")
         synapses.write_batches(str(output), *found)
     return predictions.load(output)
 
@@ -712,17 +713,17 @@ def test_predictions_of_one_part(tmp_path: pathlib.Path, mongo_database: str) ->
     given = write_predictions(tmp_path / "p.feather", table)
     load_table(mongo_database, table)
     path = str(tmp_path / "p.feather")
-    source = mongo_predictions.open_feather(path, "b", "test")
-    with mongo.connect(mongo_database) as database:
+    source = test_sets.open_feather(path, "b", "test")
+    with databases.connect(mongo_database) as database:
         name = "skeleton_fafb_t3_p1000"
-        assert mongo_predictions.write_test_set(database, name, source, False)
-        whole = mongo_predictions.open_feather(path)
+        assert test_sets.write_test_set(database, name, source, False)
+        whole = test_sets.open_feather(path)
         with pytest.raises(UserError, match="give --overwrite"):
-            mongo_predictions.write_test_set(database, name, whole, False)
+            test_sets.write_test_set(database, name, whole, False)
     found = read_test_set(mongo_database, tmp_path / "back.feather")
     assert_same(found, given.filter(pa.compute.equal(given["split_b"], "test")))
     with pytest.raises(UserError, match="no split 'c'"):
-        mongo_predictions.open_feather(path, "c", "test")
+        test_sets.open_feather(path, "c", "test")
 
 
 def test_predictions_that_the_original_wrote(
@@ -731,7 +732,7 @@ def test_predictions_that_the_original_wrote(
     load_table(mongo_database, random_table(1))
     table = synapses.load(mongo_database)
     ids = table["synapse_id"].to_pylist()
-    with mongo.connect(f"{mongo_database}_predictions") as database:
+    with databases.connect(f"{mongo_database}_predictions") as database:
         collection = database["skeleton_fafb_t3_p1000"]
         collection.insert_many(
             [
@@ -785,14 +786,14 @@ def test_predictions_interrupted_anywhere(
 def write_brain(
     uri: str, path: pathlib.Path, number: int, overwrite: bool = False
 ) -> bool:
-    source = mongo_predictions.open_feather(str(path))
-    with mongo.connect(uri) as database:
-        return mongo_brain.write_brain(database, "partners", number, source, overwrite)
+    source = test_sets.open_feather(str(path))
+    with databases.connect(uri) as database:
+        return brains.write_brain(database, "partners", number, source, overwrite)
 
 
 def read_brain(uri: str, number: int, output: pathlib.Path) -> pa.Table:
-    with mongo.connect(uri) as database:
-        found = mongo_brain.read_brain(database, "partners", number, None, "there")
+    with databases.connect(uri) as database:
+        found = brains.read_brain(database, "partners", number, None, "there")
         mongo_brain_rows = synapses.write_batches(str(output), *found)
     result = predictions.load(output)
     assert len(result) == mongo_brain_rows
@@ -814,7 +815,7 @@ def test_predictions_of_a_brain(tmp_path: pathlib.Path, mongo_database: str) -> 
     given = write_predictions(tmp_path / "8.feather", table)
     assert write_brain(mongo_database, tmp_path / "8.feather", 8)
     assert not write_brain(mongo_database, tmp_path / "8.feather", 8)
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         keys = [i["key"] for i in database.partners.index_information().values()]
         # nx-27017 does not tell of an index on this field.
         assert [("id", 1)] in keys or not is_real(database)
@@ -923,16 +924,16 @@ def test_a_half_made_brain_is_replaced_by_another_file(
     half, path = tmp_path / "a.feather", tmp_path / "b.feather"
     write_predictions(half, table)
     write_predictions(path, table.slice(0, 3), 1)  # lies in the half that is there
-    monkeypatch.setattr(mongo, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(databases, "BATCH_DOCUMENTS", 4)
     with monkeypatch.context() as patch:
         interrupt(patch, 11)
         with pytest.raises(Interrupted):
             write_brain(mongo_database, half, 8)
-    with mongo.connect(mongo_database) as database:
-        [name] = set(database.list_collection_names()) - {mongo.IMPORTS}
+    with databases.connect(mongo_database) as database:
+        [name] = set(database.list_collection_names()) - {databases.IMPORTS}
         assert 3 < database[name].count_documents({}) < 11
     assert write_brain(mongo_database, path, number)
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         assert database[name].count_documents({}) == 3
     assert not write_brain(mongo_database, path, number)
 
@@ -941,7 +942,7 @@ def test_a_brain_that_the_original_wrote(
     tmp_path: pathlib.Path, mongo_database: str
 ) -> None:
     output = tmp_path / "p.feather"
-    with mongo.connect(mongo_database) as database:
+    with databases.connect(mongo_database) as database:
         position = {"pre_x": 1, "pre_y": 2, "pre_z": 3.5, "cypher_id": "x"}
         database.partners.insert_many(
             [
@@ -980,7 +981,7 @@ def test_a_brain_that_the_original_wrote(
             key = {"_id": document["_id"]}
             database.partners.update_one(key, {"$set": change})
             with pytest.raises(UserError, match=message):
-                source = mongo_brain.read_brain(
+                source = brains.read_brain(
                     database, "partners", 3, ["gaba", "dopamine"], "there"
                 )
                 synapses.write_batches(str(output), *source)
@@ -991,20 +992,20 @@ def test_what_is_no_prediction_table(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "t.feather"
     feather.write_feather(random_table(1), str(path))
     with pytest.raises(UserError, match="is not a prediction table"):
-        mongo_predictions.open_feather(str(path))
+        test_sets.open_feather(str(path))
     path.write_text("no")
     with pytest.raises(UserError, match="cannot read predictions"):
-        mongo_predictions.open_feather(str(path))
+        test_sets.open_feather(str(path))
     table = random_table(1)
     write_predictions(path, pa.concat_tables([table, table]))
     with pytest.raises(UserError, match=r"has synapse \d+ twice"):
-        mongo_predictions.open_feather(str(path)).count()
+        test_sets.open_feather(str(path)).count()
 
 
 @pytest.mark.parametrize("name", ["imports", "", "a b", "$a", "9a"])
 def test_names_that_no_collection_can_have(name: str) -> None:
     with pytest.raises(UserError, match="no collection can be called"):
-        mongo_predictions.check_name(name)
+        test_sets.check_name(name)
 
 
 def test_pymongo_is_not_needed_to_load_files() -> None:

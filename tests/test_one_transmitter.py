@@ -13,8 +13,10 @@ from conftest import CLASSES
 from prediction_tables import table_of
 from pyarrow import feather
 
-from synister_jax import confusions, mixtures, one_transmitter, predictions
-from synister_jax.command import UserError
+from synister_jax import one_transmitter
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import confusions, mixtures
+from synister_jax.tables import predictions
 
 # Of 100 labelled synapses of 10 neurons a class, and of these neurons.
 SYNAPSES = np.array([[90, 6, 4], [5, 85, 10], [8, 2, 90]])

@@ -8,10 +8,11 @@ import pytest
 from pyarrow import feather
 from test_planning import make_plan, make_volume, positions_in_and_out, table_of
 
-from synister_jax import files, parts
-from synister_jax.command import UserError
-from synister_jax.parts import Part
-from synister_jax.planning import Plan
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.bulk import unit_results
+from synister_jax.bulk.planning import Plan
+from synister_jax.bulk.unit_results import Part
 
 CORNERS = frozenset({(8, 64, 0), (0, 0, 0), (2**40, 1, 2)})
 
@@ -40,12 +41,12 @@ def same(a: Part, b: Part) -> bool:
 def test_a_part_comes_back(plan: Plan) -> None:
     assert len(plan) > 4
     for unit in range(len(plan)):
-        assert parts.read(plan, unit) is None
-        parts.write(plan, unit, made_up(plan, unit))
+        assert unit_results.read(plan, unit) is None
+        unit_results.write(plan, unit, made_up(plan, unit))
     for unit in range(len(plan)):
-        found = parts.read(plan, unit)
+        found = unit_results.read(plan, unit)
         assert found is not None and same(found, made_up(plan, unit))
-    found = parts.read(plan, 1)
+    found = unit_results.read(plan, 1)
     assert found is not None and found.unreadable == CORNERS
     names = sorted(path.name for path in (plan.folder / "parts").iterdir())
     assert names == [
@@ -55,8 +56,8 @@ def test_a_part_comes_back(plan: Plan) -> None:
 
 def test_a_part_is_a_table_of_its_rows(plan: Plan) -> None:
     part = made_up(plan, 1)
-    parts.write(plan, 1, part)
-    table = feather.read_table(parts.path_of(plan, 1), memory_map=False)
+    unit_results.write(plan, 1, part)
+    table = feather.read_table(unit_results.path_of(plan, 1), memory_map=False)
     assert table.column_names == ["row", "whole", *plan.about["classes"]]
     kinds = [pa.int64(), pa.bool_(), *[pa.float32()] * 3]
     assert table.schema.types == kinds
@@ -64,20 +65,20 @@ def test_a_part_is_a_table_of_its_rows(plan: Plan) -> None:
 
 
 def test_the_same_part_is_the_same_bytes(plan: Plan) -> None:
-    parts.write(plan, 1, made_up(plan, 1))
-    first = parts.path_of(plan, 1).read_bytes()
+    unit_results.write(plan, 1, made_up(plan, 1))
+    first = unit_results.path_of(plan, 1).read_bytes()
     turned = made_up(plan, 1)
     # Laid out in another way, and with the corners in another order.
     values = np.asfortranarray(turned.probabilities)
     corners = frozenset(sorted(CORNERS, reverse=True))
-    parts.write(plan, 1, Part(turned.rows, turned.whole, values, corners))
-    assert parts.path_of(plan, 1).read_bytes() == first
+    unit_results.write(plan, 1, Part(turned.rows, turned.whole, values, corners))
+    assert unit_results.path_of(plan, 1).read_bytes() == first
 
 
 def test_any_byte_that_changed_is_noticed_or_changes_nothing(plan: Plan) -> None:
     part = made_up(plan, 1)
-    parts.write(plan, 1, part)
-    path = parts.path_of(plan, 1)
+    unit_results.write(plan, 1, part)
+    path = unit_results.path_of(plan, 1)
     content = path.read_bytes()
     noticed = 0
     # All of the end, which says what the bytes before it mean.
@@ -87,33 +88,33 @@ def test_any_byte_that_changed_is_noticed_or_changes_nothing(plan: Plan) -> None
             damaged = bytearray(content)
             damaged[place] ^= flip
             path.write_bytes(damaged)
-            found = parts.read(plan, 1)
+            found = unit_results.read(plan, 1)
             noticed += found is None
             assert found is None or same(found, part), place
     assert noticed > len(every)  # of twice as many; the rest is padding and the like
     path.write_bytes(content)
-    assert parts.read(plan, 1) is not None
+    assert unit_results.read(plan, 1) is not None
 
 
 def test_a_part_cut_short_anywhere_is_none(plan: Plan) -> None:
-    parts.write(plan, 1, made_up(plan, 1))
-    path = parts.path_of(plan, 1)
+    unit_results.write(plan, 1, made_up(plan, 1))
+    path = unit_results.path_of(plan, 1)
     content = path.read_bytes()
     for length in range(0, len(content), 11):
         path.write_bytes(content[:length])
-        assert parts.read(plan, 1) is None, length
+        assert unit_results.read(plan, 1) is None, length
     path.write_bytes(bytes(len(content)))
-    assert parts.read(plan, 1) is None
+    assert unit_results.read(plan, 1) is None
     path.unlink()
     path.mkdir()
-    assert parts.read(plan, 1) is None
+    assert unit_results.read(plan, 1) is None
 
 
 def test_a_value_changed_with_the_file_whole_is_noticed(plan: Plan) -> None:
     part = made_up(plan, 1)
     for change in ("row", "whole", "probability", "unreadable", "order", "classes"):
-        parts.write(plan, 1, part)
-        path = parts.path_of(plan, 1)
+        unit_results.write(plan, 1, part)
+        path = unit_results.path_of(plan, 1)
         table = feather.read_table(path, memory_map=False)
         about = table.schema.metadata
         if change == "order":
@@ -136,7 +137,7 @@ def test_a_value_changed_with_the_file_whole_is_noticed(plan: Plan) -> None:
             place = table.column_names.index(name)
             table = table.set_column(place, name, pa.array(values))
         files.write_feather(path, table.replace_schema_metadata(about))
-        assert parts.read(plan, 1) is None, change
+        assert unit_results.read(plan, 1) is None, change
 
 
 @pytest.mark.parametrize("kind", [pa.uint64(), pa.float64(), pa.timestamp("s")])
@@ -144,72 +145,74 @@ def test_the_same_bytes_read_as_another_type_are_noticed(
     plan: Plan, kind: pa.DataType
 ) -> None:
     """What one flipped bit of the file's schema does."""
-    parts.write(plan, 1, made_up(plan, 1))
-    path = parts.path_of(plan, 1)
+    unit_results.write(plan, 1, made_up(plan, 1))
+    path = unit_results.path_of(plan, 1)
     table = feather.read_table(path, memory_map=False)
     about = table.schema.metadata
     rows = table["row"].combine_chunks().view(kind)
     table = table.set_column(0, "row", rows).replace_schema_metadata(about)
     files.write_feather(path, table)
-    assert parts.read(plan, 1) is None
+    assert unit_results.read(plan, 1) is None
 
 
 def test_the_part_of_another_unit_or_plan_is_none(
     plan: Plan, tmp_path: pathlib.Path
 ) -> None:
     for unit in (0, 1):
-        parts.write(plan, unit, made_up(plan, unit))
-    shutil.copy(parts.path_of(plan, 0), parts.path_of(plan, 1))
-    assert parts.read(plan, 0) is not None and parts.read(plan, 1) is None
+        unit_results.write(plan, unit, made_up(plan, unit))
+    shutil.copy(unit_results.path_of(plan, 0), unit_results.path_of(plan, 1))
+    assert unit_results.read(plan, 0) is not None and unit_results.read(plan, 1) is None
 
     # The same rows in the same units, of a network with other weights.
     volume = make_volume(tmp_path / "volume")
     table = table_of(positions_in_and_out(300))
     other = make_plan(table, volume, tmp_path / "other", 40, parameters_sha256=["1"])
     assert other.unit(0)[0].tolist() == plan.unit(0)[0].tolist()
-    shutil.copy(parts.path_of(plan, 0), parts.path_of(other, 0))
-    assert parts.read(other, 0) is None
+    shutil.copy(unit_results.path_of(plan, 0), unit_results.path_of(other, 0))
+    assert unit_results.read(other, 0) is None
 
     again = make_plan(table, volume, tmp_path / "out", 40)
-    found = parts.read(again, 0)
+    found = unit_results.read(again, 0)
     assert found is not None and same(found, made_up(plan, 0))
 
 
 def test_unfinished_are_those_without_a_part_in_the_order_given(plan: Plan) -> None:
     count = len(plan)
-    assert list(parts.unfinished(plan, range(count), False)) == list(range(count))
+    assert list(unit_results.unfinished(plan, range(count), False)) == list(
+        range(count)
+    )
     for unit in range(count):
-        parts.write(plan, unit, made_up(plan, unit))
-    assert list(parts.unfinished(plan, range(count), False)) == []
-    parts.path_of(plan, 3).unlink()
-    parts.path_of(plan, 1).write_bytes(b"damaged")
-    assert list(parts.unfinished(plan, range(count), False)) == [1, 3]
-    assert list(parts.unfinished(plan, [4, 3, 2, 1], False)) == [3, 1]
+        unit_results.write(plan, unit, made_up(plan, unit))
+    assert list(unit_results.unfinished(plan, range(count), False)) == []
+    unit_results.path_of(plan, 3).unlink()
+    unit_results.path_of(plan, 1).write_bytes(b"damaged")
+    assert list(unit_results.unfinished(plan, range(count), False)) == [1, 3]
+    assert list(unit_results.unfinished(plan, [4, 3, 2, 1], False)) == [3, 1]
     # Each has rows that could not be read.
-    assert list(parts.unfinished(plan, range(count), True)) == list(range(count))
+    assert list(unit_results.unfinished(plan, range(count), True)) == list(range(count))
     rows, _ = plan.unit(2)
     whole = made_up(plan, 2)
-    parts.write(
+    unit_results.write(
         plan, 2, Part(rows, np.ones_like(whole.whole), whole.probabilities, frozenset())
     )
-    left = list(parts.unfinished(plan, range(count), True))
+    left = list(unit_results.unfinished(plan, range(count), True))
     assert left == [unit for unit in range(count) if unit != 2]
 
 
 def test_a_part_that_cannot_be_written_is_told(plan: Plan) -> None:
-    parts.write(plan, 0, made_up(plan, 0))
+    unit_results.write(plan, 0, made_up(plan, 0))
     shutil.rmtree(plan.folder / "parts")
     (plan.folder / "parts").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write .*part-000000-of-"):
-        parts.write(plan, 0, made_up(plan, 0))
+        unit_results.write(plan, 0, made_up(plan, 0))
 
 
 def test_leftovers_of_a_killed_writer_are_no_part(plan: Plan) -> None:
-    parts.write(plan, 0, made_up(plan, 0))
-    path = parts.path_of(plan, 0)
+    unit_results.write(plan, 0, made_up(plan, 0))
+    path = unit_results.path_of(plan, 0)
     leftover = path.with_name(f"{path.name}.0123.partial")
     path.rename(leftover)
-    assert parts.read(plan, 0) is None
-    assert list(parts.unfinished(plan, [0], False)) == [0]
-    parts.write(plan, 0, made_up(plan, 0))
-    assert parts.read(plan, 0) is not None and leftover.exists()
+    assert unit_results.read(plan, 0) is None
+    assert list(unit_results.unfinished(plan, [0], False)) == [0]
+    unit_results.write(plan, 0, made_up(plan, 0))
+    assert unit_results.read(plan, 0) is not None and leftover.exists()

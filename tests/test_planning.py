@@ -14,19 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, feather
 
-from synister_jax import (
-    crops,
-    planning,
-    queries,
-    synapse_batches,
-    synapses,
-    table_files,
-    volumes,
-)
-from synister_jax.command import UserError
-from synister_jax.planning import Plan
-from synister_jax.synapse_batches import Source
-from synister_jax.volumes import Volume
+from synister_jax.base import queries
+from synister_jax.base.errors import UserError
+from synister_jax.bulk import planning
+from synister_jax.bulk.planning import Plan
+from synister_jax.em import crops, volumes
+from synister_jax.em.volumes import Volume
+from synister_jax.tables import batches, formats, synapses
+from synister_jax.tables.batches import Source
 
 SHAPE_ZYX = (60, 500, 700)
 CHUNK_ZYX = (8, 32, 64)
@@ -171,7 +166,7 @@ def test_the_plan_says_how_many_rows_have_which_status(
     assert plan.about["rows"] == 1000
     said = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert said == plan.about and said["classes"] == MADE_FROM["classes"]
-    found = synapse_batches.checksum(source_of(table_of(positions)))
+    found = batches.checksum(source_of(table_of(positions)))
     assert said["synapses_sha256"] == found.hexdigest()
 
 
@@ -186,8 +181,8 @@ def test_a_plan_does_not_depend_on_batches(
         assert plan.fingerprint == first.fingerprint
 
     feather.write_feather(table, str(tmp_path / "t.feather"))
-    monkeypatch.setattr(table_files, "BATCH_ROWS", 100)
-    source = synapse_batches.open(tmp_path / "t.feather")
+    monkeypatch.setattr(formats, "BATCH_ROWS", 100)
+    source = batches.open(tmp_path / "t.feather")
     assert len(list(source.tables())) == 15
     plan = make_plan(source, volume, tmp_path / "file")
     assert contents(plan) == contents(first) and plan.about == first.about
@@ -408,7 +403,7 @@ def test_a_table_without_rows_has_a_plan_without_units(
     tmp_path: pathlib.Path, volume: Volume
 ) -> None:
     csv.write_csv(table_of(np.zeros((0, 3))), tmp_path / "none.csv")
-    source = synapse_batches.open(tmp_path / "none.csv")
+    source = batches.open(tmp_path / "none.csv")
     for _ in range(2):  # made, compared
         plan = make_plan(source, volume, tmp_path / "out")
         assert len(plan) == plan.predicted_rows == plan.about["rows"] == 0
@@ -429,7 +424,7 @@ def test_a_table_outside_the_volume_has_a_plan_without_units(
 def test_an_error_in_the_last_batch_of_the_table_is_that_error(
     tmp_path: pathlib.Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_files, "BATCH_ROWS", 100)
+    monkeypatch.setattr(formats, "BATCH_ROWS", 100)
     good = table_of(positions_in_and_out(1000))
     labels: list[str | None] = [None] * 1000
     good = good.append_column("neurotransmitter", pa.array(labels, pa.string()))
@@ -439,23 +434,23 @@ def test_an_error_in_the_last_batch_of_the_table_is_that_error(
     feather.write_feather(bad, str(path))
     message = rf"^{path}: unknown neurotransmitter 'nonsense' .*row 998 \('nonsense'\)"
     with pytest.raises(UserError, match=message) as caught:
-        make_plan(synapse_batches.open(path), volume, out)
+        make_plan(batches.open(path), volume, out)
     assert "duckdb" not in str(caught.value).lower()
     assert names_in(out) == {"parts", ".lock"}
     feather.write_feather(good, str(path))  # mended
-    plan = make_plan(synapse_batches.open(path), volume, out)
+    plan = make_plan(batches.open(path), volume, out)
     assert contents(plan) == contents(make_plan(good, volume, tmp_path / "other"))
 
 
 def test_a_file_that_breaks_off_is_the_error_of_the_file(
     tmp_path: pathlib.Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_files, "_CSV_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 4096)
     path, out = tmp_path / "t.csv", tmp_path / "out"
     csv.write_csv(table_of(positions_in_and_out(1000)), path)
     path.write_text(path.read_text() + "1000,2\n")
     with pytest.raises(UserError, match=f"cannot read synapse table {path}: .*column"):
-        make_plan(synapse_batches.open(path), volume, out)
+        make_plan(batches.open(path), volume, out)
     assert names_in(out) == {"parts", ".lock"}
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synister_jax import position_ids
+from synister_jax.tables import position_ids
 
 
 def cantor_by_definition(*index: int) -> int:

@@ -18,25 +18,14 @@ import tensorstore as ts
 from conftest import CLASSES, shared_data
 from pyarrow import csv, feather, parquet
 
-from synister_jax import (
-    calibrate,
-    calibration,
-    crops,
-    evaluate,
-    execution,
-    files,
-    inference,
-    jobs,
-    parts,
-    planning,
-    predict,
-    predictions,
-    sharding,
-    synapse_batches,
-    synapses,
-    volumes,
-)
-from synister_jax.command import UserError
+from synister_jax import calibrate, evaluate, predict
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.bulk import execution, inputs, planning, unit_results
+from synister_jax.em import crops, volumes
+from synister_jax.evaluation import calibration
+from synister_jax.network import inference, sharding
+from synister_jax.tables import batches, predictions, synapses
 
 
 def classifier(
@@ -46,8 +35,8 @@ def classifier(
     return inference.Classifier([(trained_run, None)], batch_size, mesh)
 
 
-def source_of(table: pa.Table) -> synapse_batches.Source:
-    return synapse_batches.Source("table", lambda: iter(table.to_batches()))
+def source_of(table: pa.Table) -> batches.Source:
+    return batches.Source("table", lambda: iter(table.to_batches()))
 
 
 def predict_all(
@@ -60,11 +49,11 @@ def predict_all(
 ) -> pa.Table:
     """What the command does, in this process."""
     if isinstance(table, pathlib.Path):
-        source = synapse_batches.open(table)
+        source = batches.open(table)
     else:
         source = source_of(table)
     plan = predict.make_plan(model, source, volume, output, unit_rows)
-    left = list(parts.unfinished(plan, range(len(plan)), retry_missing))
+    left = list(unit_results.unfinished(plan, range(len(plan)), retry_missing))
     execution.execute(plan, left, model, volume, retry_missing=retry_missing)
     record = predict.finish(plan, model, source, volume)
     return predictions.load(output / record["file"])
@@ -252,7 +241,7 @@ def test_a_damaged_part_is_done_again(
         tmp_path,
         30,
     )
-    assert list(parts.unfinished(plan, range(3), False)) == [0]
+    assert list(unit_results.unfinished(plan, range(3), False)) == [0]
     predict_all(*arguments, tmp_path, unit_rows=30)
     assert output_files(tmp_path) == expected
 
@@ -789,7 +778,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
         with pytest.raises(UserError, match=f"temperature was 1.5, now {other}"):
             planned(other, "sharp")
     # A worker elsewhere has it from the job.
-    job = jobs.Job(
+    job = inputs.Job(
         ((str(trained_run), 40),),
         8,
         1,
@@ -799,7 +788,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
         False,
         temperature=1.5,
     ).elsewhere(plan)
-    assert [jobs.execute_unit(job, unit).synapses for unit in range(3)] == [30] * 3
+    assert [inputs.execute_unit(job, unit).synapses for unit in range(3)] == [30] * 3
     source, model = source_of(synapse_table), at(1.5)
     record = predict.finish(plan, model, source, volume, abstain_below=0.7)
     assert (record["temperature"], record["abstain_below"]) == (1.5, 0.7)

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import queries
-from synister_jax.command import UserError
+from synister_jax.base import queries
+from synister_jax.base.errors import UserError
 
 SCHEMA = pa.schema([("key", pa.int64()), ("row", pa.int64()), ("value", pa.float32())])
 QUERY = 'SELECT "row", value FROM rows ORDER BY key, "row"'

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from formats import ARRAY_ZYX, JPEG_MAKERS, MAKERS, SHAPE_ZYX, make_n5, make_zarr
 
-from synister_jax import crops, volumes
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.em import crops, volumes
 
 # TensorStore reads it once, at the first request of the process.
 os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"

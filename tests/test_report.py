@@ -13,18 +13,11 @@ import pyarrow as pa
 import pytest
 from conftest import CLASSES
 
-from synister_jax import (
-    calibrate,
-    evaluate,
-    files,
-    predictions,
-    report,
-    report_neurons,
-    report_predictions,
-    report_run,
-    synapses,
-)
-from synister_jax.command import UserError
+from synister_jax import calibrate, evaluate, report
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.pages import neurons_table, predictions_section, run_section
+from synister_jax.tables import predictions, synapses
 
 EVIL = "</script><b>=1+1"
 
@@ -336,7 +329,7 @@ def test_contact_sheet_has_the_surest_and_the_least_sure_first(
     about = predictions.about(table)
     built = predictions.build(known, probability, status, classes, about)
     files.write_feather(path, built)
-    [part] = [p for p in report_run.content(copy)["parts"] if p["name"] == "test"]
+    [part] = [p for p in run_section.content(copy)["parts"] if p["name"] == "test"]
     (of_class, kinds), *_ = part["sheet"]
     assert of_class.name == classes[0]
     ids = table["synapse_id"].to_numpy()[rows]
@@ -394,7 +387,7 @@ def test_invisible_characters_in_names_are_spelled_out(tmp_path: pathlib.Path) -
 def test_neurons_that_are_not_in_the_page_are_counted(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_neurons, "MOST", 20)
+    monkeypatch.setattr(neurons_table, "MOST", 20)
     page = Page(_render(tmp_path, _predictions(50)))
     text = " ".join(" ".join(page.words).split())
     assert "the 20 neurons with the most predicted synapses, of 50." in text
@@ -423,9 +416,9 @@ def test_predictions_without_rows(tmp_path: pathlib.Path) -> None:
 
 def test_counts_do_not_depend_on_the_pieces() -> None:
     table = _predictions(40)
-    whole = report_predictions.Counter(CLASSES)
+    whole = predictions_section.Counter(CLASSES)
     whole.add(table)
-    pieces = report_predictions.Counter(CLASSES)
+    pieces = predictions_section.Counter(CLASSES)
     for start in range(0, len(table), 17):
         pieces.add(table.slice(start, 17))
     called = predictions.called(table)
@@ -443,9 +436,9 @@ def test_counts_do_not_depend_on_the_pieces() -> None:
 
 
 def test_each_class_has_a_colour_of_its_own() -> None:
-    known = report_neurons.legend(synapses.CLASSES)
+    known = neurons_table.legend(synapses.CLASSES)
     assert [c.colour for c in known] == list(range(10))
-    [gaba, other, new] = report_neurons.legend(["gaba", "dopamine", "proctolin"])
+    [gaba, other, new] = neurons_table.legend(["gaba", "dopamine", "proctolin"])
     assert (gaba.colour, other.colour) == (0, 5)
     assert new.colour not in (0, 5)
 

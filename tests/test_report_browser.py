@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import evaluate, files, predictions, report, synapses
+from synister_jax import evaluate, report
+from synister_jax.base import files
+from synister_jax.tables import predictions, synapses
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
 

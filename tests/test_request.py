@@ -13,7 +13,7 @@ import pytest
 import service_servers
 from pyarrow import csv
 
-from synister_jax import predictions, synapses
+from synister_jax.tables import predictions, synapses
 
 ANSWER = ("predictions.feather", "predictions.csv", "report.html", "answer.json")
 

@@ -11,8 +11,9 @@ import pytest
 from prediction_tables import NEURON, SIX, make, write
 from test_report import Page
 
-from synister_jax import report_neurons, request_page
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand import answer_page
+from synister_jax.pages import neurons_table
 
 if TYPE_CHECKING:
     from playwright import sync_api
@@ -51,7 +52,7 @@ def _render(
 ) -> str:
     write(folder, make(neurons, calls, classes))
     about = {"asked": len({*neurons} - {None})} | about
-    return request_page.render(folder, _about(rows=len(neurons), **about))
+    return answer_page.render(folder, _about(rows=len(neurons), **about))
 
 
 def _text(page: str) -> str:
@@ -172,13 +173,13 @@ def test_only_its_own_script_may_run(page_text: str) -> None:
     ],
 )
 def test_doubts(counts: list[int], expected: int) -> None:
-    assert len(report_neurons.doubts(counts)) == expected
+    assert len(neurons_table.doubts(counts)) == expected
 
 
 def test_more_neurons_than_charts(tmp_path: pathlib.Path) -> None:
     ids = [NEURON + (i * 37) % 101 for i in range(101)]
     page = _render(tmp_path, ids, ["gaba"] * 101)
-    assert list(_cards(page)) == [str(i) for i in ids[: request_page.MOST_CHARTS]]
+    assert list(_cards(page)) == [str(i) for i in ids[: answer_page.MOST_CHARTS]]
     assert "The first 60 of 101 neurons, in the order asked" in _text(page)
     assert len(Page(page).data[0]["counts"]) == 101
 
@@ -203,7 +204,7 @@ def test_positions_without_neurons(tmp_path: pathlib.Path) -> None:
     assert "The first 200 of 230 positions" in text
     body = page.rpartition("<tbody>")[2].partition("</tbody>")[0]
     shown = [_text(row).split() for row in body.split("</tr>")[:-1]]
-    assert len(shown) == request_page.MOST_POSITIONS
+    assert len(shown) == answer_page.MOST_POSITIONS
     first = 9_007_199_254_740_993
     assert shown[0][:2] == [str(first), "gaba"]
     assert shown[0][3:] == ["ok", "0", "0", "0"]
@@ -247,7 +248,7 @@ def test_names_from_anywhere_stay_text(tmp_path: pathlib.Path) -> None:
 
 def test_predictions_that_are_not_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="cannot read predictions"):
-        request_page.render(tmp_path, _about(1, 1))
+        answer_page.render(tmp_path, _about(1, 1))
 
 
 @pytest.fixture(scope="module")

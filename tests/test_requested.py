@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from synister_jax import requested, requested_lines
-from synister_jax.command import UserError
-from synister_jax.requested import Checked, Problem
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand import csv_lines, questions
+from synister_jax.ondemand.questions import Checked, Problem
 
 NEURON = 720_575_940_600_000_001  # no double holds it
 LARGEST = 2**63 - 1
@@ -20,14 +20,14 @@ LARGEST = 2**63 - 1
 
 def _check(text: str | bytes, **options: object) -> Checked:
     raw = text.encode() if isinstance(text, str) else text
-    return requested.check(io.BytesIO(raw), **options)
+    return questions.check(io.BytesIO(raw), **options)
 
 
 def _asked(text: str | bytes, **options: object) -> dict[str, list]:
     checked = _check(text, **options)
     assert checked.errors == []
     table = checked.asked.table
-    schema = {"neurons": requested.NEURONS, "positions": requested.POSITIONS}
+    schema = {"neurons": questions.NEURONS, "positions": questions.POSITIONS}
     assert table.schema == schema[checked.asked.kind]
     assert checked.asked.kind == checked.kind
     return table.to_pydict()
@@ -37,7 +37,7 @@ def _positions(*rows: tuple[int, int | None, float, float, float]) -> dict[str, 
     return {
         name: list(values)
         for name, values in zip(
-            requested.POSITIONS.names, zip(*rows, strict=True), strict=True
+            questions.POSITIONS.names, zip(*rows, strict=True), strict=True
         )
     }
 
@@ -50,7 +50,7 @@ def _errors(text: str | bytes, **options: object) -> list[tuple[int, str, str]]:
 
 
 @pytest.mark.parametrize(
-    "name", [*requested.NEURON, "  Skeleton ID ", "BodyId", "Skid"]
+    "name", [*questions.NEURON, "  Skeleton ID ", "BodyId", "Skid"]
 )
 def test_neurons_under_any_name(name: str) -> None:
     text = f"comment,{name}\na,7\n,{NEURON}\nb,{LARGEST}\n"
@@ -58,7 +58,7 @@ def test_neurons_under_any_name(name: str) -> None:
     assert _asked(text, kind="neurons") == {"neuron_id": [7, NEURON, LARGEST]}
 
 
-@pytest.mark.parametrize("name", [*requested.ID, "Connector ID"])
+@pytest.mark.parametrize("name", [*questions.ID, "Connector ID"])
 def test_positions_under_any_name(name: str) -> None:
     text = f"Z ,Y,{name}, X,Skid\n1,2.5,{NEURON},-3,16\n4,5,{NEURON},6,\n7,8,0,9,-1\n"
     assert _asked(text) == _positions(
@@ -281,7 +281,7 @@ def test_blank_lines_are_bounded_too() -> None:
 
 def test_the_first_problems_are_kept_and_all_counted() -> None:
     checked = _check("x,y,z\n" + "a,b,c\n" * 70 + ",1,2\n" * 150)
-    most = requested_lines.MOST_TOLD
+    most = csv_lines.MOST_TOLD
     assert (len(checked.errors), checked.error_count) == (most, 210)
     assert (len(checked.warnings), checked.warning_count) == (most, 150)
     assert checked.errors[-1].line == 35
@@ -301,7 +301,7 @@ class _Slow(io.BytesIO):
 )
 def test_pieces_do_not_matter(lines: list[tuple[int, str]]) -> None:
     raw = "".join(f"{number}{end}" for number, end in lines).encode() + b"x"
-    checked = requested.check(_Slow(raw))
+    checked = questions.check(_Slow(raw))
     assert checked == _check(raw)
     assert checked.errors[0].line == len(lines) + 1
 
@@ -318,7 +318,7 @@ _TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), max_s
     ),
     delimiter=st.sampled_from(",;\t"),
     end=st.sampled_from(["\n", "\r\n", "\r"]),
-    names=st.tuples(st.sampled_from(requested.ID), st.sampled_from(requested.NEURON)),
+    names=st.tuples(st.sampled_from(questions.ID), st.sampled_from(questions.NEURON)),
     order=st.permutations(range(6)),
     header=st.booleans(),
     bom=st.booleans(),
@@ -437,29 +437,29 @@ def test_time_grows_with_the_length(row: str) -> None:
 def test_load(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "asked.csv"
     path.write_text("skid\n5\n5\n")
-    asked, [warning] = requested.load(str(path), "neurons")
+    asked, [warning] = questions.load(str(path), "neurons")
     assert asked.table["neuron_id"].to_pylist() == [5]
     assert warning.line == 0
     path.write_text("skid\n" + "a\n" * 7)
     with pytest.raises(UserError) as raised:
-        requested.load(str(path), None)
+        questions.load(str(path), None)
     said = str(raised.value)
     assert said.startswith(f"{path}: line 2, column skid: 'a' is not an id; write ")
     assert "line 6" in said and "line 7" not in said and said.endswith("; and 2 more")
     for name in (str(tmp_path / "no.csv"), str(tmp_path), "a\0b"):
         with pytest.raises(UserError, match="cannot read "):
-            requested.load(name, None)
+            questions.load(name, None)
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "－"])
 def test_cells_are_no_formulas(start: str) -> None:
     cell = f"{start}SUM(A1)"
-    assert requested.neutralised(cell) == f"'{cell}"
+    assert questions.neutralised(cell) == f"'{cell}"
 
 
 @pytest.mark.parametrize("text", ["", "gaba", "-1", "-0.5e3", "+7", "a=1", "'=1", "16"])
 def test_other_cells_stay(text: str) -> None:
-    assert requested.neutralised(text) == text
+    assert questions.neutralised(text) == text
 
 
 @pytest.mark.parametrize(
@@ -473,13 +473,13 @@ def test_other_cells_stay(text: str) -> None:
     ],
 )
 def test_as_other_programmes_write(text: str, kind: str, rows: int) -> None:
-    checked = requested.check(io.BytesIO(text.encode()))
+    checked = questions.check(io.BytesIO(text.encode()))
     assert checked.errors == []
     assert (checked.kind, checked.rows) == (kind, rows)
 
 
 def test_coordinates_that_are_left_out_are_told() -> None:
     text = b"pre_x,pre_y,pre_z,root_id\n1,2,3,4\n"
-    checked = requested.check(io.BytesIO(text))
+    checked = questions.check(io.BytesIO(text))
     assert checked.kind == "neurons"
     assert "pre_x" in checked.warnings[0].message

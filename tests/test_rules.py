@@ -7,9 +7,10 @@ import pytest
 from conftest import CLASSES
 from prediction_tables import table_of
 
-from synister_jax import aggregate, rules, tallies
-from synister_jax.command import UserError
-from synister_jax.confusions import Confusion
+from synister_jax import aggregate
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import rules, tallies
+from synister_jax.evaluation.confusions import Confusion
 
 # gaba, acetylcholine, dopamine; rows true.
 CONFUSION = Confusion("test", CLASSES, np.array([[8.0, 2, 0], [1, 9, 0], [0, 5, 5]]))

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pytest
 from prediction_tables import NEURON, table_of
 
-from synister_jax import files, report_neurons, synapses
+from synister_jax.base import files
+from synister_jax.pages import neurons_table
 from synister_jax.serve import annotations
+from synister_jax.tables import synapses
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 NAN = math.nan
@@ -193,7 +195,7 @@ def test_link_shows_volume_and_points_in_the_classes_colours(
     image, points = state["layers"]
     assert image["source"] == {"url": f"precomputed://{VIEW}/volume"}
     assert points["source"] == f"precomputed://{VIEW}/annotations"
-    for place, each in enumerate(report_neurons.legend(CLASSES)):
+    for place, each in enumerate(neurons_table.legend(CLASSES)):
         colour = bytes.fromhex(annotations.COLOURS[each.colour][1:])
         mixed = ", ".join(f"{part / 255:.3f}" for part in colour)
         assert f"prop_nt() == {place}u) setColor(vec3({mixed}))" in points["shader"]
@@ -222,7 +224,7 @@ def test_part_of_a_voxel_that_an_image_cannot_state_is_in_the_link(
 
 def test_palette_is_that_of_reports_in_the_dark() -> None:
     package = pathlib.Path(annotations.__file__).parents[1]
-    for name in ("report.css", "serve/page.css"):
+    for name in ("pages/style.css", "serve/page.css"):
         dark = (package / name).read_text().partition("prefers-color-scheme: dark")[2]
         for number, colour in enumerate(annotations.COLOURS):
             assert f"--c{number}: {colour};" in dark

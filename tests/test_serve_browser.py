@@ -18,7 +18,7 @@ import pytest
 import serving
 from pyarrow import feather
 
-from synister_jax import synapses
+from synister_jax.tables import synapses
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
 expect = sync_api.expect

@@ -8,7 +8,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from synister_jax import files
+from synister_jax.base import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

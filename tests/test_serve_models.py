@@ -6,7 +6,7 @@ import pathlib
 import pytest
 import serving
 
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
 from synister_jax.serve import models
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import serving
 
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
 from synister_jax.serve import tokens
 from synister_jax.serve.limits import Rate
 from synister_jax.serve.store import Store

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from synister_jax import files, volumes
-from synister_jax.command import UserError
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
 from synister_jax.serve import volume_view
 
 ANISOTROPIC, CUBIC = (40.0, 4.0, 4.0), (8.0, 8.0, 8.0)

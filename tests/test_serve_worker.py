@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax import answering, predictions, requested, sources
+from synister_jax.ondemand import answering, questions, sources
 from synister_jax.serve import models, tokens
 from synister_jax.serve.store import Job, Store
 from synister_jax.serve.worker import Worker
+from synister_jax.tables import predictions
 
 BATCH = 8
 
@@ -102,7 +103,7 @@ def test_job_is_answered_as_the_command_answers(
     job = service.wait("a" * 16, lambda job: job.state == "done")
     assert job.rows == 50 and job.bytes > 0 and job.attempts == 1
     folder = service.state / "jobs" / job.id
-    asked = requested.Asked(
+    asked = questions.Asked(
         "positions", feather.read_table(folder / "asked.feather", memory_map=False)
     )
     step = answering.choose_step(trained_run, "best")
@@ -229,7 +230,7 @@ def test_step_that_was_asked_for_is_used(service: Service) -> None:
     table = pa.table(columns | {"y": [160.0], "z": [160.0]})
     folder = service.state / "jobs" / ("9" * 16)
     folder.mkdir()
-    table = table.cast(requested.POSITIONS)
+    table = table.cast(questions.POSITIONS)
     feather.write_feather(table, str(folder / "asked.feather"))
     worker.open_models()
     worker._do(service.store.claim("w1"))

@@ -3,8 +3,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from synister_jax import sharding
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.network import sharding
 
 
 def test_mesh_covers_all_devices_and_splits_the_batch() -> None:

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 from conftest import CLASSES, VOXEL_SIZE_NM_ZYX
 
-from synister_jax import files, shards
-from synister_jax.command import UserError
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.training import shards
 
 
 def test_record_round_trip() -> None:

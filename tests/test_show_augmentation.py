@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from conftest import CLASSES
 
-from synister_jax import figures
+from synister_jax.base import figures
 
 ROOT = pathlib.Path(__file__).parents[1]
 

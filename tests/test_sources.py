@@ -11,8 +11,9 @@ import pytest
 import service_servers
 from pyarrow import feather
 
-from synister_jax import sources, spaces
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.em import spaces
+from synister_jax.ondemand import sources
 
 
 def test_every_source_has_a_space_and_a_module() -> None:

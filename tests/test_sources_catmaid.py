@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from service_servers import PAGE, Answer, Catmaid, Fault, of_json
 
-from synister_jax import sources
-from synister_jax.command import UserError
-from synister_jax.sources import catmaid, credentials, http
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand import sources
+from synister_jax.ondemand.sources import catmaid, credentials, http
 
 TOKEN, USER, PASSWORD = "9944b09199c6", "tracer", "pässword"
 # (skeleton, connector, x, y, z): 16 and 27 share 901; 16 has two nodes at 902.

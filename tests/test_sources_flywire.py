@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from service_servers import PAGE, Answer, Cave, Transform, of_json
 
-from synister_jax import sources
-from synister_jax.command import UserError
-from synister_jax.sources import credentials, flywire, http
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand import sources
+from synister_jax.ondemand.sources import credentials, flywire, http
 
 TOKEN = "cave-token"
 ROOT, OTHER, LONELY = 720575940628857210, 720575940628857211, 720575940600000001

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from service_servers import PAGE, Answer, Fault, Request, Server, of_json
 
-from synister_jax.command import UserError
-from synister_jax.sources import http
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand.sources import http
 
 SECRET = "s3cr3t-t0k3n"
 

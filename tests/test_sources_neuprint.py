@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from service_servers import PAGE, Answer, NeuPrint, make_certificate, of_json
 
-from synister_jax import sources
-from synister_jax.command import UserError
-from synister_jax.sources import credentials, http, neuprint
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand import sources
+from synister_jax.ondemand.sources import credentials, http, neuprint
 
 TOKEN = "neuprint-token"
 BODIES = {

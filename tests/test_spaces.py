@@ -4,9 +4,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from synister_jax import spaces, volumes
-from synister_jax.command import UserError
-from synister_jax.spaces import SPACES
+from synister_jax.base.errors import UserError
+from synister_jax.em import spaces, volumes
+from synister_jax.em.spaces import SPACES
 
 
 def at(space: str, x: float, y: float, z: float, **options: object) -> list[float]:

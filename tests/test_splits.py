@@ -13,8 +13,9 @@ from conftest import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synister_jax import dialects, ground_truth, splits, synapses
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.ground_truth import dialects, importing, splits
+from synister_jax.tables import synapses
 
 CLASSES = ("gaba", "acetylcholine", "glutamate")
 FRACTIONS = (0.64, 0.16, 0.20)
@@ -301,7 +302,7 @@ def test_published_hemilineages() -> None:
 def test_male_vnc() -> None:
     folder = shared_data("malevnc_tbars")
     paths = [folder / f"{n}.csv.gz" for n in ("acetylcholine", "gaba", "glutamate")]
-    table = ground_truth.read(paths, dialects.DIALECTS["malevnc"]).table
+    table = importing.read(paths, dialects.DIALECTS["malevnc"]).table
     split = splits.make(table, "neuron")
     assert split.objective == 0 and split.optimal
     share = split.counts / split.counts.sum(axis=1, keepdims=True)

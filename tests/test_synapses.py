@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, feather, parquet
 
-from synister_jax import synapse_batches, synapses
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.tables import batches, synapses
 
 
 def rows(**columns: list) -> pa.Table:
@@ -174,7 +174,7 @@ def test_bad_positions_are_kept_when_asked(tmp_path: pathlib.Path) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match="z_nm is missing or not finite: row 0"):
         synapses.load(tmp_path / "t.csv")
-    [table] = synapse_batches.open(tmp_path / "t.csv").tables()
+    [table] = batches.open(tmp_path / "t.csv").tables()
     positions = synapses.positions_nm_zyx(table)
     assert np.isnan(positions[:, 0]).tolist() == [True, False, True]
 

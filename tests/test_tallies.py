@@ -7,8 +7,10 @@ import pytest
 from conftest import CLASSES
 from prediction_tables import drawn, table_of
 
-from synister_jax import predictions, queries, tallies
-from synister_jax.command import UserError
+from synister_jax.base import queries
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import tallies
+from synister_jax.tables import predictions
 
 
 def pieces(table: pa.Table, rows: int) -> list[pa.Table]:

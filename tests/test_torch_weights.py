@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from configs import skeleton
-from synister_jax import model, torch_weights
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.network import model, torch_weights
 
 torch = pytest.importorskip("torch")
 from benchmarks import torch_networks  # noqa: E402

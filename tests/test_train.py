@@ -18,19 +18,12 @@ from conftest import CLASSES, tiny_config, write_shards
 from pyarrow import feather
 from tensorboardX.proto import event_pb2
 
-from synister_jax import (
-    augment,
-    checkpoint,
-    data,
-    evaluate,
-    files,
-    metrics,
-    model,
-    recipe,
-    sharding,
-    train,
-)
-from synister_jax.command import UserError
+from synister_jax import evaluate, train
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import accuracy
+from synister_jax.network import checkpoint, model, sharding
+from synister_jax.training import augment, data, optimisation
 
 
 @pytest.fixture
@@ -72,7 +65,7 @@ def test_resume_is_bitwise(
     whole = runs.saved_state(tmp_path / "whole", 7, config)
     runs.assert_same_state(whole, runs.saved_state(tmp_path / "halves", 7, config))
     assert whole[".step"] == 7
-    lines = {name: metrics.read(tmp_path / name) for name in ("whole", "halves")}
+    lines = {name: accuracy.read(tmp_path / name) for name in ("whole", "halves")}
     assert lines["whole"] == lines["halves"]
     assert [x["step"] for x in lines["whole"] if "train/loss" in x] == [2, 4, 6]
     assert [x["step"] for x in lines["whole"] if "validation/loss" in x] == [3, 6]
@@ -117,7 +110,7 @@ def test_killed_and_resumed_is_bitwise(
         runs.assert_same_state(
             whole, runs.saved_state(tmp_path / "killed", step, config)
         )
-    assert metrics.read(tmp_path / "whole") == metrics.read(tmp_path / "killed")
+    assert accuracy.read(tmp_path / "whole") == accuracy.read(tmp_path / "killed")
 
 
 def run_steps(
@@ -212,7 +205,7 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
             train=True,
             mutable=["batch_stats"],
         )
-        value = recipe.losses(logits, labels, config).mean()
+        value = optimisation.losses(logits, labels, config).mean()
         return value, updated["batch_stats"]
 
     grad_fn = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -254,7 +247,7 @@ def test_it_learns(tmp_path: pathlib.Path, config: ml_collections.ConfigDict) ->
     config.eval_every_steps = 60
     config.checkpoint_every_steps = 60
     train.train(config, tmp_path)
-    lines = metrics.read(tmp_path)
+    lines = accuracy.read(tmp_path)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
     [last] = [line for line in lines if "validation/loss" in line]
@@ -285,7 +278,7 @@ def test_a_run_leaves_what_others_need(
     loaded = checkpoint.load_config(tmp_path)
     assert tuple(loaded.classes) == CLASSES and loaded.seed == 0
     logged = read_events(tmp_path / "events")
-    for line in metrics.read(tmp_path):
+    for line in accuracy.read(tmp_path):
         for name, value in line.items():
             if name != "step":
                 assert logged[name, line["step"]] == pytest.approx(value, rel=1e-6)
@@ -350,7 +343,7 @@ def test_a_table_without_neurons_trains(
     evaluate.evaluate(tmp_path / "run", "test")
     [last] = [
         x
-        for x in metrics.read(tmp_path / "run")
+        for x in accuracy.read(tmp_path / "run")
         if x["step"] == 6 and "validation/loss" in x
     ]
     assert "validation/synapse_accuracy" in last

@@ -18,8 +18,8 @@ from formats import (
     make_zarr,
 )
 
-from synister_jax import volumes
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
 
 
 @pytest.fixture(params=MAKERS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from synister_jax import warp
+from synister_jax.training import warp
 
 
 def reference_field(

@@ -23,18 +23,17 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import (
-    command,
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.tables import synapses
+from synister_jax.tables.mongo import (
+    address,
+    brains,
+    databases,
     documents,
-    export_v3,
-    files,
-    mongo,
-    mongo_brain,
-    mongo_predictions,
-    mongo_uri,
-    synapses,
+    json_export,
+    test_sets,
 )
-from synister_jax.command import UserError
 
 TEST_SET, BRAIN = "testset", "brain"
 _OF_LAYOUT = {
@@ -93,19 +92,19 @@ def load() -> None:
             "and the original system cuts their fractions off"
         )
     content, sha256 = _source(given.synapses, table)
-    with mongo.connect(given.mongo, given.credentials) as database:
-        written = mongo.write(database, content, table, sha256, given.overwrite)
-        counts = mongo.recorded(database, mongo.GROUND_TRUTH)["rows"]
+    with databases.connect(given.mongo, given.credentials) as database:
+        written = databases.write(database, content, table, sha256, given.overwrite)
+        counts = databases.recorded(database, databases.GROUND_TRUTH)["rows"]
     shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     print(f"{_where()}: {shown}{'' if written else ', there already'}")
 
 
 def _check_not_itself(source: str) -> None:
     """A killed --overwrite of a database by its own content would leave no copy."""
-    if not flags.FLAGS.overwrite or not source.startswith(mongo_uri.SCHEMES):
+    if not flags.FLAGS.overwrite or not source.startswith(address.SCHEMES):
         return
     names = [
-        mongo_uri.database_name(mongo_uri.resolve(*uri))
+        address.database_name(address.resolve(*uri))
         for uri in ((source,), (flags.FLAGS.mongo, flags.FLAGS.credentials))
     ]
     if names[0] == names[1]:
@@ -122,15 +121,13 @@ def _source(
     folder = pathlib.Path(location)
     if folder.is_dir():
         parts = [files.sha256(folder / f"{n}_v3.json") for n in documents.COLLECTIONS]
-        return export_v3.collections(folder), " ".join(parts)
+        return json_export.collections(folder), " ".join(parts)
     names = table.column_names
     return documents.from_table(table), files.sha256_of_columns(table, names)
 
 
 def _where() -> str:
-    return mongo_uri.redact(
-        mongo_uri.resolve(flags.FLAGS.mongo, flags.FLAGS.credentials)
-    )
+    return address.redact(address.resolve(flags.FLAGS.mongo, flags.FLAGS.credentials))
 
 
 def _define_dump() -> None:
@@ -142,8 +139,8 @@ def _define_dump() -> None:
 def dump() -> None:
     given = flags.FLAGS
     where = _where()
-    with mongo.connect(given.mongo, given.credentials) as database:
-        columns, batches = mongo.read_batches(database)
+    with databases.connect(given.mongo, given.credentials) as database:
+        columns, batches = databases.read_batches(database)
         schema = synapses.conform(columns.empty_table(), where).schema
         total = database.synapses.count_documents({})
         checked = _checked(batches, where)
@@ -176,16 +173,14 @@ def load_predictions() -> None:
     name = _collection()
     if given.layout == BRAIN and given.part != "all":
         raise UserError("--part is of a split; --layout=brain takes all rows")
-    feather = mongo_predictions.open_feather(given.predictions, given.split, given.part)
-    with mongo.connect(given.mongo, given.credentials) as database:
+    feather = test_sets.open_feather(given.predictions, given.split, given.part)
+    with databases.connect(given.mongo, given.credentials) as database:
         if given.layout == BRAIN:
-            written = mongo_brain.write_brain(
+            written = brains.write_brain(
                 database, name, given.predict, feather, given.overwrite
             )
         else:
-            written = mongo_predictions.write_test_set(
-                database, name, feather, given.overwrite
-            )
+            written = test_sets.write_test_set(database, name, feather, given.overwrite)
     done = "written" if written else "there already"
     print(f"{_where()}, {given.layout} {name}: {given.predictions} {done}")
 
@@ -195,10 +190,10 @@ def _collection() -> str:
     if given.layout == BRAIN:
         name = given.collection
     else:
-        name = mongo_predictions.test_set_name(
+        name = test_sets.test_set_name(
             given.split, given.experiment, given.train, given.predict
         )
-    mongo_predictions.check_name(name)
+    test_sets.check_name(name)
     return name
 
 
@@ -214,13 +209,13 @@ def dump_predictions() -> None:
     given = flags.FLAGS
     name = _collection()
     source = f"{_where()} {name}"
-    with mongo.connect(given.mongo, given.credentials) as database:
+    with databases.connect(given.mongo, given.credentials) as database:
         if given.layout == BRAIN:
-            schema, batches, total = mongo_brain.read_brain(
+            schema, batches, total = brains.read_brain(
                 database, name, given.predict, given.classes, source
             )
         else:
-            schema, batches, total = mongo_predictions.read_test_set(
+            schema, batches, total = test_sets.read_test_set(
                 database, name, given.classes, source
             )
         rows = synapses.write_batches(given.output, schema, batches, total)

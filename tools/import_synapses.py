@@ -18,18 +18,12 @@ import sys
 
 from absl import flags
 
-from synister_jax import (
-    command,
-    dialects,
-    export_v3,
-    files,
-    ground_truth,
-    sieve,
-    spaces,
-    synapses,
-    volumes,
-)
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.em import spaces, volumes
+from synister_jax.ground_truth import dialects, importing, row_filter
+from synister_jax.tables import synapses
+from synister_jax.tables.mongo import json_export
 
 _SOURCE = flags.DEFINE_enum(
     "source",
@@ -55,10 +49,10 @@ _VOXEL_SIZE = flags.DEFINE_list(
 )
 _VOLUME = flags.DEFINE_string("volume", None, "Check that the positions lie in it.")
 _MINIMUM_SYNAPSES = flags.DEFINE_integer(
-    "minimum_synapses", ground_truth.MINIMUM_SYNAPSES, "Of a class.", lower_bound=0
+    "minimum_synapses", importing.MINIMUM_SYNAPSES, "Of a class.", lower_bound=0
 )
 _MINIMUM_NEURONS = flags.DEFINE_integer(
-    "minimum_neurons", ground_truth.MINIMUM_NEURONS, "Of a class.", lower_bound=0
+    "minimum_neurons", importing.MINIMUM_NEURONS, "Of a class.", lower_bound=0
 )
 _KEEP_UNKNOWN = flags.DEFINE_bool(
     "keep_unknown", False, "Keep neurons whose transmitter is not known."
@@ -78,7 +72,7 @@ def main() -> None:
     if _SOURCE.value == "export-v3":
         result = _export_v3()
     else:
-        result = ground_truth.read(
+        result = importing.read(
             [pathlib.Path(path) for path in _INPUT.value],
             _dialect(),
             space=_space(),
@@ -106,7 +100,7 @@ _NOT_OF_EXPORT += ("voxel_size_nm_zyx", "minimum_synapses", "minimum_neurons")
 _NOT_OF_EXPORT += ("keep_unknown", "drop_bad_rows")
 
 
-def _export_v3() -> ground_truth.GroundTruth:
+def _export_v3() -> importing.GroundTruth:
     """As published: nothing is left out."""
     for name in _NOT_OF_EXPORT:
         if flags.FLAGS[name].present:
@@ -117,12 +111,12 @@ def _export_v3() -> ground_truth.GroundTruth:
     if not folder.is_dir():
         raise UserError(f"--input={folder} is not a folder of an export v3")
     table = synapses.load(folder)
-    different = export_v3.unpublished(folder)
+    different = json_export.unpublished(folder)
     for name, how in different.items():
         print(f"warning: {folder / name} {how} from the published one", file=sys.stderr)
     report = {"inputs": [str(folder)], "unpublished": different}
-    report |= ground_truth.summary(table)
-    return ground_truth.GroundTruth(table, sieve.NOTHING_DROPPED, report)
+    report |= importing.summary(table)
+    return importing.GroundTruth(table, row_filter.NOTHING_DROPPED, report)
 
 
 def _dialect() -> dialects.Dialect:
@@ -164,7 +158,7 @@ def _space() -> spaces.Space | None:
     return None if _SPACE.value is None else spaces.SPACES[_SPACE.value]
 
 
-def _check_positions(result: ground_truth.GroundTruth, volume: volumes.Volume) -> int:
+def _check_positions(result: importing.GroundTruth, volume: volumes.Volume) -> int:
     """How many lie outside; an error where the unit or the axes seem mistaken."""
     positions = synapses.positions_nm_zyx(result.table)
     outside = spaces.outside(positions, volume)

@@ -19,8 +19,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import checkpoint, command, torch_weights
-from synister_jax.command import UserError
+from synister_jax.base import command
+from synister_jax.base.errors import UserError
+from synister_jax.network import checkpoint, torch_weights
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/skeleton.py", lock_config=True

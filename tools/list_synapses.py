@@ -20,9 +20,13 @@ import pyarrow as pa
 from absl import flags
 from pyarrow import feather
 
-from synister_jax import command, files, sources, spaces, synapses, volumes
-from synister_jax.command import Progress, UserError
-from synister_jax.sources.credentials import Settings
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.em import spaces, volumes
+from synister_jax.ondemand import sources
+from synister_jax.ondemand.sources.credentials import Settings
+from synister_jax.tables import synapses
 
 _SOURCE = flags.DEFINE_enum(
     "source", None, list(sources.SOURCES), "Who is asked.", required=True

@@ -21,8 +21,10 @@ import demo_synapses
 import numpy as np
 from absl import flags
 
-from synister_jax import command, files, volumes
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.em import volumes
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
 _BACKGROUND = flags.DEFINE_string(
@@ -224,7 +226,7 @@ def _write_volume(
 ) -> None:
     shape_zyx = tuple(parameters["shape_zyx"])
     volume = np.empty(shape_zyx, np.uint8)
-    progress = command.Progress("painting", shape_zyx[0], "sections")
+    progress = Progress("painting", shape_zyx[0], "sections")
     sections = demo_em.paint(parameters["seed"], shape_zyx, synapses, background)
     for z, section in enumerate(sections):
         volume[z] = section

@@ -16,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import columns, command, figures, files, leakage, splits, synapses
-from synister_jax.command import UserError
+from synister_jax.base import command, figures, files
+from synister_jax.base.errors import UserError
+from synister_jax.ground_truth import leakage, splits
+from synister_jax.tables import columns, synapses
 
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Of the split.", required=True)

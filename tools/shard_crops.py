@@ -15,17 +15,11 @@ back, after cutting or, with nothing left to cut, alone.
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import (
-    augment,
-    command,
-    cutting,
-    extra_classes,
-    shards,
-    spaces,
-    synapses,
-    volumes,
-)
-from synister_jax.command import UserError
+from synister_jax.base import command
+from synister_jax.base.errors import UserError
+from synister_jax.em import spaces, volumes
+from synister_jax.tables import synapses
+from synister_jax.training import augment, cutting, pseudo_classes, shards
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
@@ -47,7 +41,7 @@ def main() -> None:
     options = ("neither_crops", "unknown_per_class", "seed")
     extra = {name: config[name] for name in options}
     margin_vx_zyx = augment.Settings.of(config).margin_vx_zyx
-    both = extra_classes.with_extra_classes(
+    both = pseudo_classes.with_extra_classes(
         table,
         volume,
         record_shape_zyx=shards.record_shape_zyx(config.crop_shape_zyx, margin_vx_zyx),

@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import augment, command, data, figures, files
+from synister_jax.base import command, figures, files
+from synister_jax.training import augment, data
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)

@@ -10,8 +10,9 @@ missing.
 import pathlib
 import sys
 
-from synister_jax import command, export_v3
 from synister_jax.command import UserError
+
+from synister_jax import command, export_v3
 
 
 def main() -> None:

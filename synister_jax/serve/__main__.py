@@ -23,8 +23,8 @@ import webbrowser
 import uvicorn
 from absl import flags
 
-from synister_jax import command, files
-from synister_jax.command import UserError
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
 from synister_jax.serve import annotations, app, models, supervisor, tokens
 from synister_jax.serve.service import Options, Service
 from synister_jax.serve.store import Store

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from synister_jax import files, predictions, report_neurons, synapses
+from synister_jax.base import files
+from synister_jax.pages import neurons_table
+from synister_jax.tables import predictions, synapses
 
 NEUROGLANCER = "https://neuroglancer-demo.appspot.com/"
 RELATIONSHIPS = {"neuron": "neuron_id", "synapse": "synapse_id"}
-# Of report.css's palette c0 to c9, as seen on a dark ground.
+# Of style.css's palette c0 to c9, as seen on a dark ground.
 COLOURS = (
     *("#3d8fd1", "#e8a72b", "#2bb38a", "#d995bb", "#e8793a"),
     *("#9bdcff", "#c8649d", "#b3b34d", "#c3cad1", "#7d8894"),
@@ -175,7 +177,7 @@ def link(
 
 def _shader(classes: tuple[str, ...]) -> str:
     lines = ["void main() {", "  setPointMarkerSize(9.0);"]
-    chosen = [COLOURS[c.colour] for c in report_neurons.legend(classes)]
+    chosen = [COLOURS[c.colour] for c in neurons_table.legend(classes)]
     for place, colour in enumerate([*chosen, _NONE]):
         # A word of its own for each class, for who changes a colour in the viewer.
         name = classes[place] if place < len(classes) else "no prediction"

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
 
 _BUSY_SECONDS = 20
 _VERSION = 1

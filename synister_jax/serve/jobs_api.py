@@ -12,7 +12,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from synister_jax import files
+from synister_jax.base import files
 from synister_jax.serve import annotations, shapes, tokens, uploads
 from synister_jax.serve.records import Job, LimitReached, Revoked
 from synister_jax.serve.service import Served, Service, User, revoked

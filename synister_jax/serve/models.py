@@ -7,9 +7,9 @@ import re
 import tomllib
 from typing import Any
 
-from synister_jax import files
-from synister_jax.command import UserError
-from synister_jax.sources import SOURCES
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand.sources import SOURCES
 
 FILE = "models.toml"
 _EXAMPLE = """\

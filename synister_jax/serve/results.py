@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax import predictions, report_neurons, synapses
+from synister_jax.pages import neurons_table
 from synister_jax.serve import shapes
+from synister_jax.tables import predictions, synapses
 
 NONE = "none"  # asked for as `called`: the rows without a prediction
 _CACHED = 8
@@ -68,7 +69,7 @@ def _neuron(found: _Neurons, row: int) -> shapes.Neuron:
         predicted=predicted,
         called=found.classes[first] if predicted else None,
         counts=dict(zip(found.classes, counts.tolist(), strict=True)),
-        uncertain=bool(report_neurons.doubts(counts.tolist())),
+        uncertain=bool(neurons_table.doubts(counts.tolist())),
     )
 
 

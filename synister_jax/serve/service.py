@@ -14,7 +14,7 @@ from typing import Annotated
 import pyarrow as pa
 from fastapi import Depends, HTTPException, Request
 
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
 from synister_jax.serve import annotations, tokens
 from synister_jax.serve.limits import Rate
 from synister_jax.serve.models import Model, Network

@@ -3,10 +3,10 @@
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
-from synister_jax import report_neurons
+from synister_jax.ondemand.sources import SOURCES
+from synister_jax.pages import neurons_table
 from synister_jax.serve import shapes, tokens
 from synister_jax.serve.service import COOKIE, Served, User, require
-from synister_jax.sources import SOURCES
 
 router = APIRouter(prefix="/api")
 
@@ -87,7 +87,7 @@ def models(served: Served, user: User) -> list[shapes.Model]:
                 title=model.title,
                 classes=[
                     shapes.Class(name=c.name, short=c.short, colour=c.colour)
-                    for c in report_neurons.legend(network.classes)
+                    for c in neurons_table.legend(network.classes)
                 ],
                 voxel_size_nm_zyx=network.voxel_size_nm_zyx,
                 crop_shape_zyx=network.crop_shape_zyx,

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
 from synister_jax.serve.store import Store
 
 _TICK_SECONDS = 0.2

@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import time
 
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
 from synister_jax.serve.database import Database
 
 SESSION_SECONDS = 12 * 3600.0

@@ -11,8 +11,9 @@ from typing import BinaryIO
 from fastapi import HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
-from synister_jax import files, requested
-from synister_jax.requested import Asked, Checked, Problem
+from synister_jax.base import files
+from synister_jax.ondemand import questions
+from synister_jax.ondemand.questions import Asked, Checked, Problem
 from synister_jax.serve import shapes
 from synister_jax.serve.models import Model
 from synister_jax.serve.records import Report
@@ -59,7 +60,7 @@ async def checked(
             body.seek(0)
             async with served.parsing:
                 most = served.options.most_rows
-                found = await run_in_threadpool(requested.check, body, kind, most)
+                found = await run_in_threadpool(questions.check, body, kind, most)
     if found.kind == "neurons" and not model.finds_neurons(source):
         why = "this model has nothing to look neurons up in; ask for positions"
         error = Problem(0, "", why)

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, HTTPException, Path
 from fastapi.responses import JSONResponse, Response
 
-from synister_jax import volumes
-from synister_jax.command import UserError
+from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
 from synister_jax.serve import annotations, shapes, volume_view
 from synister_jax.serve.models import Model
 from synister_jax.serve.records import Job

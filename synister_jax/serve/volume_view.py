@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from synister_jax import crops
-from synister_jax.volumes import Volume
+from synister_jax.em import crops
+from synister_jax.em.volumes import Volume
 
 _CHUNK = 64  # voxels
 _THIN = 16  # sections of a volume that is cut much thicker than it is wide

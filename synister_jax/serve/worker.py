@@ -21,9 +21,10 @@ import numpy as np
 from absl import flags
 from pyarrow import feather
 
-from synister_jax import answering, command, files, sources
-from synister_jax.command import UserError
-from synister_jax.requested import Asked
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError, redact
+from synister_jax.ondemand import answering, sources
+from synister_jax.ondemand.questions import Asked
 from synister_jax.serve import models
 from synister_jax.serve.store import Job, Point, Store
 
@@ -229,7 +230,7 @@ def _tell(error: Exception) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return command.redact(" ".join(str(error).split()))
+    return redact(" ".join(str(error).split()))
 
 
 def _watch_server(worker: Worker) -> None:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command shares: how it reads its flags, starts and fails."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from synister_jax.base.errors import UserError, redact
+
+
+def _parse_flags(argv: Sequence[str], positional: Sequence[str]) -> list[str]:
+    try:
+        arguments = flags.FLAGS(list(argv))
+        if "config" in flags.FLAGS:
+            # A config file that cannot be read fails at its first use only.
+            flags.FLAGS["config"].value.keys()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        _exit(f"flags: {error.args[0]}", 2)
+    except Exception as error:  # whatever goes wrong in the user's config file
+        _exit(f"--config: {type(error).__name__}: {error}", 2)
+    given = arguments[1:]
+    if len(given) > len(positional):
+        extra = given[len(positional)]
+        _exit(f"flags: unexpected argument {extra!r}; options start with --", 2)
+    if len(given) < len(positional):
+        missing = " ".join(positional[len(given) :])
+        _exit(f"flags: {missing} missing; give {' '.join(positional)}", 2)
+    return arguments
+
+
+def _exit(message: str, code: int, abandon_threads: bool = False) -> None:
+    # A URI given in the wrong place may hold a password.
+    one_line = redact(" ".join(message.split()))
+    print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {one_line}", file=sys.stderr)
+    if abandon_threads:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def three_numbers(
+    flag: str, texts: Sequence[str], positive: bool = False
+) -> tuple[float, float, float]:
+    """The finite numbers of a flag that takes three, as `--scale_nm_zyx=40,4,4`.
+
+    Raises:
+      UserError: there are not three, or they are not all possible.
+    """
+    given = f"--{flag}={','.join(texts)}"
+    try:
+        first, second, third = numbers = [float(text) for text in texts]
+    except ValueError:
+        raise UserError(f"{given}: the flag takes three numbers") from None
+    if not all(map(math.isfinite, numbers)) or (positive and min(numbers) <= 0):
+        raise UserError(f"{given}: not possible")
+    return first, second, third
+
+
+def subcommand(names: Sequence[str]) -> str:
+    """Takes the first word off the command line; exit code 2 unless it is of `names`.
+
+    Call it before flags are defined: each subcommand has its own.
+    """
+    given = sys.argv[1] if len(sys.argv) > 1 else ""
+    if given not in names:
+        _exit(f"first say what to do: {', '.join(names)} (not {given!r})", 2)
+    del sys.argv[1]
+    return given
+
+
+def run(
+    main: Callable[..., None],
+    abandon_threads: bool = False,
+    positional: Sequence[str] = (),
+) -> None:
+    """Parses flags, runs `main`; exit code 0 done, 1 a `UserError`, 2 wrong flags.
+
+    Args:
+      abandon_threads: after a `UserError` leave at once, whatever other threads do:
+        those of a save that failed may wait for ever.
+      positional: names of the arguments without a flag, which `main` is given.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+        try:
+            main(*argv[1:])
+        except UserError as error:
+            _exit(str(error), 1, abandon_threads)
+        except BrokenPipeError:  # as of `| head`; nothing more can be said there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        except KeyboardInterrupt:
+            _exit("interrupted; the same command goes on", 130)
+
+    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, positional))

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or absent: write to a temporary name, then rename."""
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv, feather
+
+from synister_jax.base.errors import UserError
+
+
+class OtherPlan(UserError):
+    """A folder is of something else than what is asked of it now."""
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike[str], several_writers: bool = False
+) -> Iterator[pathlib.Path]:
+    """Yields a temporary path beside `path`, renamed to `path` if all went well.
+
+    Leftovers of a killed run have the same temporary name and are overwritten.
+
+    Args:
+      several_writers: other processes may write the same at the same time: each has a
+        temporary name of its own, and leftovers stay.
+    """
+    path = pathlib.Path(path)
+    own = f".{uuid.uuid4().hex}" if several_writers else ""
+    partial = path.with_name(f"{path.name}{own}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        if several_writers and isinstance(error, FileNotFoundError) and path.exists():
+            return  # another wrote it, and cleared what was left
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise _not_written(path, error) from None
+
+
+@contextlib.contextmanager
+def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty folder beside `path` that becomes `path` if all went well.
+
+    What is there until then stays, and leftovers of a killed run are removed.
+    """
+    partial = path.with_name(path.name + ".partial")
+    replaced = path.with_name(path.name + ".replaced")
+    make_folder(path.parent)
+    try:
+        if replaced.exists() and not path.exists():  # killed between the two renames
+            replaced.rename(path)
+        for leftover in (partial, replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir()
+        yield partial
+        os.sync()  # the files before their names, as in `replacing`
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: pathlib.Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"cannot write {path} ({reason}); mend that and rerun")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], unique_keys: bool = False) -> Any:
+    """Raises `UserError` naming the file when it is absent or is not JSON.
+
+    Args:
+      unique_keys: refuse an object with a key twice; else the last one counts.
+    """
+    hook = _unique if unique_keys else None
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=hook)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(key, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r} is there twice")
+    return content
+
+
+def write_feather(
+    path: str | os.PathLike[str], table: pa.Table, several_writers: bool = False
+) -> None:
+    with replacing(path, several_writers) as partial:
+        feather.write_feather(table, str(partial), compression="zstd")
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
+    """Holds the folder for one process; it is free when that ends, however it ends.
+
+    Args:
+      wait: wait for another process that holds it.
+
+    Raises:
+      UserError: another process holds it, or the lock cannot be opened.
+    """
+    path = folder / ".lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise _not_written(path, error) from None
+    with file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(
+                        f"another process is at work in {folder}: wait for it, or "
+                        "choose another folder"
+                    ) from None
+                print(f"waiting for another process in {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def keep_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:
+    """Writes what a folder is made from, or refuses when it was something else."""
+    if not path.exists():
+        write_json(path, plan)
+        return
+    there = read_json(path)
+    if not isinstance(there, dict):
+        raise UserError(f"{path} is not what was written; remove it and rerun")
+    for key, value in plan.items():
+        if there.get(key) != value:
+            raise OtherPlan(
+                f"{path.parent} was made with other arguments: {key} was "
+                f"{there.get(key)}, now {value}; choose another --output"
+            )
+
+
+def sha256_of_columns(table: pa.Table, names: Sequence[str]) -> str:
+    """Of the rows as text: neither chunks nor where they came from matter."""
+    sink = pa.BufferOutputStream()
+    csv.write_csv(table.select(names), sink)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def scratch(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """An empty folder beside `path` for what is not kept; gone afterwards.
+
+    Leftovers of a killed run have the same name and are removed.
+    """
+    path = pathlib.Path(path)
+    folder = path.with_name(path.name + ".tmp")
+    make_folder(path.resolve().parent)
+    remove(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_other(
+    output: str | os.PathLike[str], source: str | os.PathLike[str]
+) -> None:
+    """Raises `UserError` where `output` would replace what it is made from."""
+    if pathlib.Path(output).resolve() == pathlib.Path(source).resolve():
+        raise UserError(f"--output={output} is what is read; name another file")
+
+
+def remove(path: pathlib.Path) -> None:
+    """A file, or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Creates `path` and proves that it can be written to, or raises `UserError`."""
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # of another host's process of that number
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path} ({error.strerror}); choose another folder"
+        ) from None
+    return path

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From parts to predictions: every row of the table in its order, streamed.
+
+Parts are sorted by row out of core and laid beside the table, which is read once more.
+Each row with a crop must have exactly one prediction, and the table must be the one
+that was planned: else nothing is written.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from synister_jax.base import files, queries
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.bulk import planning, unit_results
+from synister_jax.bulk.planning import Plan
+from synister_jax.em import crops
+from synister_jax.em.volumes import Volume
+from synister_jax.tables import batches, predictions, synapses
+from synister_jax.tables.batches import Source
+
+# A Parquet file of a folder has about this many rows.
+_FILE_ROWS = 1 << 22
+
+
+@dataclasses.dataclass
+class Merged:
+    """What merging found, complete once `tables` has been read to its end."""
+
+    status: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    unreadable: set[crops.Corner] = dataclasses.field(default_factory=set)
+
+
+def tables(
+    plan: Plan, source: Source, volume: Volume, about: dict[str, Any], merged: Merged
+) -> Iterator[pa.Table]:
+    """Prediction tables (predictions.py), one at least, that together are the answer.
+
+    Raises:
+      UserError: a part is missing or damaged, the table has changed, the disk is full.
+    """
+    classes = plan.about["classes"]
+    total = plan.about["rows"]
+    progress = Progress("merge", total, "rows")
+    predicted = _Sorted(plan, merged.unreadable)
+    checksum = batches.Checksum()
+    for table in source.tables():
+        first = checksum.rows
+        checksum.update(table)
+        _, status = planning.locate(table, plan.about["crop_shape_zyx"], volume)
+        expected = np.flatnonzero(planning.has_crop(status))
+        rows, whole, values = predicted.before(first + len(table))
+        if not np.array_equal(rows, first + expected):
+            raise UserError(
+                f"the parts in {plan.folder} do not answer rows {first:,} to "
+                f"{first + len(table):,} of {source.name} once each: has the table "
+                "changed while it was predicted? choose another --output"
+            )
+        status[expected[~whole]] = crops.MISSING_DATA
+        probabilities = np.full((len(table), len(classes)), np.nan, np.float32)
+        probabilities[expected[whole]] = values[whole]
+        merged.status.update(status.tolist())
+        yield predictions.build(table, probabilities, status, classes, about)
+        progress.add(len(table))
+    if checksum.hexdigest() != plan.about["synapses_sha256"]:
+        raise UserError(
+            f"{source.name} has changed while it was predicted; choose another --output"
+        )
+
+
+class _Sorted:
+    """The rows of all parts in the order of the table, taken a piece at a time."""
+
+    def __init__(self, plan: Plan, unreadable: set[crops.Corner]) -> None:
+        self._plan, self._unreadable = plan, unreadable
+        names = [f"p{i}" for i in range(len(plan.about["classes"]))]
+        floats = [(name, pa.float32()) for name in names]
+        self._schema = pa.schema([("row", pa.int64()), ("whole", pa.bool_()), *floats])
+        self._names = names
+        query = 'SELECT * FROM rows ORDER BY "row"'
+        self._batches = queries.run(query, self._schema, self._parts(), plan.folder)
+        self._waiting = pa.Table.from_batches([], self._schema)
+
+    def _parts(self) -> Iterator[pa.RecordBatch]:
+        for unit in range(len(self._plan)):
+            part = unit_results.read(self._plan, unit)
+            if part is None:
+                path = unit_results.path_of(self._plan, unit)
+                raise UserError(
+                    f"{path} is missing or damaged; run again, it will be made anew"
+                )
+            self._unreadable.update(part.unreadable)
+            columns = [part.rows, part.whole, *part.probabilities.T]
+            yield pa.record_batch(
+                [pa.array(np.ascontiguousarray(c)) for c in columns], self._schema
+            )
+
+    def before(self, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows, whole, probabilities) of the next rows up to and without `stop`."""
+        pieces = [self._waiting]
+        while not len(pieces[-1]) or pieces[-1]["row"][-1].as_py() < stop:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            pieces.append(pa.Table.from_batches([batch]))
+        table = pa.concat_tables(pieces)
+        end = int(np.searchsorted(table["row"].to_numpy(), stop))
+        self._waiting = table.slice(end)
+        table = table.slice(0, end)
+        values = [table[name].to_numpy() for name in self._names]
+        return table["row"].to_numpy(), table["whole"].to_numpy(), np.stack(values, 1)
+
+
+def write_feather(path: pathlib.Path, answer: Iterator[pa.Table]) -> None:
+    """One file, written batch by batch."""
+    first = next(answer)
+    with synapses.writer(path, first.schema) as sink:
+        for table in itertools.chain([first], answer):
+            sink.write_table(table.combine_chunks())
+
+
+def write_parquet(folder: pathlib.Path, answer: Iterator[pa.Table]) -> None:
+    """A folder of files, each of some millions of rows; in order by their names."""
+    with files.replacing_folder(folder) as partial, contextlib.ExitStack() as opened:
+        rows, number = _FILE_ROWS, 0
+        for table in answer:
+            if rows >= _FILE_ROWS:
+                opened.close()
+                path = partial / f"part-{number:05d}.parquet"
+                sink = parquet.ParquetWriter(path, table.schema, compression="zstd")
+                opened.enter_context(sink)
+                rows, number = 0, number + 1
+            sink.write_table(table)
+            rows += len(table)
+
+
+Write = Callable[[pathlib.Path, Iterator[pa.Table]], None]
+FORMATS: dict[str, tuple[str, Write]] = {
+    "feather": ("predictions.feather", write_feather),
+    "parquet": ("predictions.parquet", write_parquet),
+}

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a prediction: which rows of a table are predicted together, and when.
+
+Rows whose crop touches the volume are sorted along a space-filling curve over its
+chunks, out of core by DuckDB, and cut into units of equal size: what a unit reads lies
+together, and the next unit goes on beside it. A plan is a function of the table, the
+volume's grid and the crop's shape; `plan.json` says what it was made from, and row
+group i of `units.parquet` holds the rows of unit i.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from synister_jax.base import files, queries
+from synister_jax.base.progress import Progress
+from synister_jax.em import crops, spaces
+from synister_jax.em.volumes import Volume
+from synister_jax.tables import batches, predictions, synapses
+from synister_jax.tables.batches import Source
+
+_START = [(name, pa.int32()) for name in ("start_z_vx", "start_y_vx", "start_x_vx")]
+_UNIT = pa.schema([("row", pa.int64()), *_START])
+_CODED = pa.schema([("code", pa.int64()), *_UNIT])
+_SAMPLE_ROWS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A finished plan."""
+
+    folder: pathlib.Path
+    about: dict[str, Any]  # plan.json
+
+    @functools.cached_property
+    def _file(self) -> parquet.ParquetFile:
+        return parquet.ParquetFile(self.folder / "units.parquet")
+
+    def __len__(self) -> int:
+        return self._file.num_row_groups
+
+    @property
+    def predicted_rows(self) -> int:
+        return self._file.metadata.num_rows
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the units are there and as many as the plan says."""
+        counts = self.about["status_by_position"]
+        planned = counts.get(crops.OK, 0) + counts.get(crops.PARTLY_OUTSIDE, 0)
+        try:
+            return self.predicted_rows == planned
+        except (OSError, pa.ArrowException):
+            return False
+
+    def unit(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the table [n] int64 and their crops' starts [n, 3] int64."""
+        table = self._file.read_row_group(number)
+        starts = [table[name].to_numpy().astype(np.int64) for name, _ in _START]
+        return table["row"].to_numpy(), np.stack(starts, axis=1)
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """Of all that the plan was made from."""
+        return hashlib.sha256(json.dumps(self.about).encode()).digest()
+
+    def size(self, number: int) -> int:
+        return self._file.metadata.row_group(number).num_rows
+
+
+def make(
+    source: Source,
+    volume: Volume,
+    crop_shape_zyx: Sequence[int],
+    folder: pathlib.Path,
+    unit_rows: int,
+    made_from: dict[str, Any],
+) -> Plan:
+    """The folder's plan, made now where there is none.
+
+    Args:
+      unit_rows: rows of each unit but the last, which may have fewer.
+      made_from: what else must be the same when the folder is used again; JSON.
+
+    Raises:
+      UserError: the folder's plan is of other arguments, or of a table that has
+        changed since.
+    """
+    path = folder / "plan.json"
+    identity = made_from | {
+        "crop_shape_zyx": list(map(int, crop_shape_zyx)),
+        "volume": volume.uri,
+        "volume_shape_zyx": list(volume.shape_zyx),
+        "chunk_shape_zyx": list(volume.chunk_shape_zyx),
+        "voxel_size_nm_zyx": list(volume.voxel_size_nm_zyx),
+        "offset_nm_zyx": list(volume.offset_nm_zyx),
+        "unit_rows": unit_rows,
+    }
+    files.make_folder(folder / "parts")
+    with files.locked(folder, wait=True):
+        if path.exists():
+            files.keep_plan(path, identity)
+        if not path.exists() or not open(folder).is_whole:
+            counted = _Counted(source, volume, crop_shape_zyx)
+            _write_units(counted, folder, unit_rows)
+            files.write_json(path, identity | counted.about())
+            return open(folder)
+    # Not while others wait: each compares for itself.
+    print(f"{source.name}: comparing with the plan in {folder}", flush=True)
+    found = batches.checksum(source)
+    files.keep_plan(path, {"rows": found.rows})
+    files.keep_plan(path, {"synapses_sha256": found.hexdigest()})
+    return open(folder)
+
+
+def open(folder: pathlib.Path) -> Plan:  # noqa: A001
+    """The plan that is in a folder."""
+    return Plan(folder, files.read_json(folder / "plan.json"))
+
+
+def locate(
+    table: pa.Table, shape_zyx: Sequence[int], volume: Volume
+) -> tuple[np.ndarray, np.ndarray]:
+    """Crop starts [n, 3] int64, and statuses [n] as far as positions tell them."""
+    positions = synapses.positions_nm_zyx(table)
+    # Beyond this a voxel index does not fit int64; no volume reaches 9,000 km.
+    bad = ~(np.abs(positions) < 2.0**53).all(axis=1)
+    positions[bad] = 0
+    starts = crops.starts_vx_zyx(positions, shape_zyx, volume)
+    status = crops.border_status(starts, shape_zyx, volume)
+    status[bad] = predictions.BAD_POSITION
+    return starts, status
+
+
+def has_crop(status: np.ndarray) -> np.ndarray:
+    """[n] bool: the rows that `locate` finds something to predict for."""
+    return (status == crops.OK) | (status == crops.PARTLY_OUTSIDE)
+
+
+class _Counted:
+    """The rows with a crop, coded by their place, and what passing over them tells."""
+
+    def __init__(self, source: Source, volume: Volume, shape: Sequence[int]) -> None:
+        self._source, self._volume, self._shape = source, volume, shape
+        self._checksum = batches.Checksum()
+        self._status = collections.Counter[str]()
+        self._sample: list[np.ndarray] = []
+        self._stride = 1
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        progress = Progress("plan", None, "rows")
+        for table in self._source.tables():
+            first_row = self._checksum.rows
+            self._checksum.update(table)
+            starts, status = locate(table, self._shape, self._volume)
+            self._status.update(status.tolist())
+            self._keep_some(synapses.positions_nm_zyx(table), first_row)
+            kept = np.flatnonzero(has_crop(status))
+            starts = starts[kept]
+            code = crops.chunk_codes(starts, self._shape, self._volume)
+            columns = [code, first_row + kept, *starts.T.astype(np.int32)]
+            yield pa.record_batch(list(map(pa.array, columns)), schema=_CODED)
+            progress.add(len(table))
+
+    def _keep_some(self, positions: np.ndarray, first_row: int) -> None:
+        """Every stride-th row; the stride doubles as the rows turn out to be many."""
+        kept = positions[-first_row % self._stride :: self._stride]
+        self._sample.append(kept.copy())  # a view would keep the whole batch
+        while sum(map(len, self._sample)) > _SAMPLE_ROWS:
+            self._sample = [np.concatenate(self._sample)[::2]]
+            self._stride *= 2
+
+    def about(self) -> dict[str, Any]:
+        """Once all rows have gone by."""
+        positions = np.concatenate([np.zeros((0, 3)), *self._sample])
+        doubt = spaces.doubt(positions, self._volume)
+        if spaces.look_like_voxels(positions, self._volume):
+            doubt = (
+                f"all {len(positions):,} positions lie in the corner of volume "
+                f"{self._volume.uri} where voxel indices or micrometres would lie: "
+                "are they in nm?"
+            )
+        if doubt and self._stride > 1:
+            doubt = f"of every {self._stride}th row, {doubt}"
+        return {
+            "rows": self._checksum.rows,
+            "synapses_sha256": self._checksum.hexdigest(),
+            "status_by_position": dict(sorted(self._status.items())),
+            "doubt": doubt,
+        }
+
+
+def _write_units(counted: _Counted, folder: pathlib.Path, unit_rows: int) -> None:
+    names = ", ".join(f'"{name}"' for name in _UNIT.names)
+    query = f"""SELECT {names} FROM rows
+        ORDER BY code, start_z_vx, start_y_vx, start_x_vx, "row" """
+    with (
+        files.replacing(folder / "units.parquet") as partial,
+        # No dictionaries: hardly a number is there twice.
+        parquet.ParquetWriter(
+            partial, _UNIT, compression="zstd", use_dictionary=False
+        ) as sink,
+    ):
+        waiting = pa.Table.from_batches([], _UNIT)
+        for batch in queries.run(query, _CODED, iter(counted), folder):
+            waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+            while len(waiting) >= unit_rows:
+                sink.write_table(waiting.slice(0, unit_rows), row_group_size=unit_rows)
+                waiting = waiting.slice(unit_rows)
+        if len(waiting):
+            sink.write_table(waiting, row_group_size=unit_rows)

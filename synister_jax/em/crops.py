@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crops of a volume: where they lie, and their voxels, chunk by chunk."""
+
+import collections
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from synister_jax.base.errors import UserError
+from synister_jax.em import spaces, volumes
+from synister_jax.em.volumes import Volume, box_of
+
+OK = "ok"
+PARTLY_OUTSIDE = "partly_outside"
+OUTSIDE = "outside"
+MISSING_DATA = "missing_data"
+
+Corner = tuple[int, ...]  # first voxel of a chunk, (z, y, x)
+
+# What TensorStore says of a chunk that is absent, cut short or not decodable. Any
+# other error (network, permission) stops the command: TensorStore has already sent
+# the request again, `volumes.RETRIES`, wherever that may help.
+_UNREADABLE = ("NOT_FOUND", "FAILED_PRECONDITION", "DATA_LOSS", "OUT_OF_RANGE")
+
+
+def starts_vx_zyx(
+    positions_nm_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
+) -> np.ndarray:
+    """`spaces.crop_starts_vx_zyx` in the volume, [n, 3] int64."""
+    return spaces.crop_starts_vx_zyx(
+        positions_nm_zyx,
+        shape_zyx,
+        volume.voxel_size_nm_zyx,
+        volume.offset_nm_zyx,
+    )
+
+
+def border_status(
+    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
+) -> np.ndarray:
+    """`ok`, `partly_outside` or `outside` for each box, [n] of str objects."""
+    stops = starts_vx_zyx + np.asarray(shape_zyx)
+    bounds = np.asarray(volume.shape_zyx)
+    inside = ((starts_vx_zyx >= 0) & (stops <= bounds)).all(axis=1)
+    touching = ((starts_vx_zyx < bounds) & (stops > 0)).all(axis=1)
+    names = np.array([OUTSIDE, PARTLY_OUTSIDE, OK], object)
+    return names[touching.astype(np.int8) + inside]
+
+
+def chunk_codes(
+    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
+) -> np.ndarray:
+    """Place along a Z-order curve of the chunk that a crop's centre is in, [n] int64.
+
+    Crops in the order of their codes visit neighbouring chunks together: with a cache
+    of some of them each chunk is decoded about once.
+    """
+    centres = starts_vx_zyx + np.asarray(shape_zyx) // 2
+    places = np.clip(centres, 0, np.asarray(volume.shape_zyx) - 1)
+    origin = np.asarray(volume.store.chunk_layout.grid_origin)  # 0 or less
+    z, y, x = ((places - origin) // np.asarray(volume.chunk_shape_zyx)).T
+    return _spread(z) << 2 | _spread(y) << 1 | _spread(x)
+
+
+def _spread(cells: np.ndarray) -> np.ndarray:
+    """Bit i of 21 becomes bit 3·i; by halves, so in five steps."""
+    code = cells.astype(np.int64)
+    code = (code | code << 32) & 0x001F00000000FFFF
+    code = (code | code << 16) & 0x001F0000FF0000FF
+    code = (code | code << 8) & 0x100F00F00F00F00F
+    code = (code | code << 4) & 0x10C30C30C30C30C3
+    return (code | code << 2) & 0x1249249249249249
+
+
+def order(
+    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
+) -> np.ndarray:
+    """Permutation [n] by `chunk_codes`, then by position: a function of its arguments.
+
+    Neighbours within a chunk read the same chunks around it.
+    """
+    z, y, x = np.transpose(starts_vx_zyx)
+    return np.lexsort((x, y, z, chunk_codes(starts_vx_zyx, shape_zyx, volume)))
+
+
+def count_chunks(
+    starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
+) -> int:
+    """How many chunks the crops need, those that several need counted once."""
+    chunk = np.asarray(volume.chunk_shape_zyx)
+    origin = np.asarray(volume.store.chunk_layout.grid_origin)
+    low = np.maximum(starts_vx_zyx, 0)
+    high = np.minimum(starts_vx_zyx + shape_zyx, volume.shape_zyx)
+    inside = (high > low).all(axis=1)
+    low, high = low[inside], high[inside]
+    first, last = (low - origin) // chunk, (high - 1 - origin) // chunk
+    _, rows, columns = (np.asarray(volume.shape_zyx) - origin) // chunk + 1
+    found = [np.zeros(0, np.int64)]
+    for offset in np.ndindex(*((last - first).max(axis=0, initial=-1) + 1)):
+        z, y, x = (first + offset)[(first + offset <= last).all(axis=1)].T
+        found.append(np.unique((z * rows + y) * columns + x))
+    return len(np.unique(np.concatenate(found)))
+
+
+class Crop(NamedTuple):
+    """A crop as read; where nothing is unreadable it is whole."""
+
+    voxels: np.ndarray  # uint8 [z, y, x]
+    unreadable: tuple[Corner, ...]  # chunks that it needs and that cannot be had
+
+
+def read(
+    volume: Volume,
+    starts_vx_zyx: np.ndarray,
+    shape_zyx: Sequence[int],
+    bytes_in_flight: int = 256 << 20,
+) -> Iterator[Crop]:
+    """Yields the crop of each start, in the order given.
+
+    Voxels outside the volume and voxels of unreadable chunks (missing, or not to be
+    decoded) are 0. Reads run ahead of the consumer by at most `bytes_in_flight`.
+
+    Raises:
+      UserError: the volume is gone, out of reach, or may not be read.
+    """
+    ahead = max(1, bytes_in_flight // math.prod(shape_zyx))
+    bounds = np.asarray(volume.shape_zyx)
+    waiting: collections.deque[tuple[np.ndarray, np.ndarray, Any]] = collections.deque()
+    pending = iter(starts_vx_zyx)
+    for start in pending:
+        low, high = np.maximum(start, 0), np.minimum(start + shape_zyx, bounds)
+        future = None
+        if (high > low).all():
+            future = volume.start_reading(low, high)
+        waiting.append((start, np.stack([low, high]), future))
+        if len(waiting) >= ahead:
+            yield _finish(volume, shape_zyx, *waiting.popleft())
+    while waiting:
+        yield _finish(volume, shape_zyx, *waiting.popleft())
+
+
+def _finish(
+    volume: Volume,
+    shape_zyx: Sequence[int],
+    start: np.ndarray,
+    box: np.ndarray,
+    future: Any,
+) -> Crop:
+    if future is None:
+        return Crop(np.zeros(shape_zyx, np.uint8), ())
+    unreadable: tuple[Corner, ...] = ()
+    try:
+        found = future.result()
+    except volumes.ERRORS as error:
+        _raise_unless_chunk(volume, error)
+        found, unreadable = _read_present_chunks(volume, box)
+    if found.shape == tuple(shape_zyx):
+        return Crop(found, unreadable)
+    voxels = np.zeros(shape_zyx, np.uint8)
+    voxels[box_of(*(box - start))] = found
+    return Crop(voxels, unreadable)
+
+
+def _read_present_chunks(
+    volume: Volume, box: np.ndarray
+) -> tuple[np.ndarray, tuple[Corner, ...]]:
+    """The box, 0 in the chunks that cannot be read, and these."""
+    found = np.zeros(box[1] - box[0], np.uint8)
+    chunk = np.asarray(volume.chunk_shape_zyx)
+    # The grid's origin is not 0 where the container's domain did not start at 0.
+    origin = np.asarray(volume.store.chunk_layout.grid_origin)
+    first, last = (box[0] - origin) // chunk, (box[1] - 1 - origin) // chunk
+    reads = []
+    for cell in np.ndindex(*(last - first + 1)):
+        corner = origin + (first + cell) * chunk
+        low, high = np.maximum(box[0], corner), np.minimum(box[1], corner + chunk)
+        # The cache remembers that a chunk was missing, long after it is back.
+        future = volume.start_reading(low, high, fresh=True)
+        reads.append((corner, box_of(low - box[0], high - box[0]), future))
+    unreadable = []
+    for corner, place, future in reads:
+        try:
+            found[place] = future.result()
+        except volumes.ERRORS as error:
+            _raise_unless_chunk(volume, error)
+            unreadable.append(tuple(np.maximum(corner, 0).tolist()))
+    if unreadable:
+        volume.check_present()
+    return found, tuple(unreadable)
+
+
+def _raise_unless_chunk(volume: Volume, error: Exception) -> None:
+    # TensorStore's Python errors carry their status code as text only.
+    reason = volumes.reason(error)
+    if reason.startswith(_UNREADABLE):
+        return
+    advice = "what is written is kept, run again when it can be read"
+    if reason.startswith("PERMISSION_DENIED"):
+        advice = (
+            "check your credentials (of a chunk that is missing, too, a store may say "
+            "this to those who must not list its files)"
+        )
+    raise UserError(f"cannot read volume {volume.uri}: {reason}; {advice}") from None

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How right a prediction table of labelled synapses is, from synapses to cell types.
+
+What `evaluate` writes as metrics.json; docs/evaluation.md lists every key.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synister_jax import aggregate
+from synister_jax.evaluation import accuracy, calibration, intervals, mixtures, tallies
+from synister_jax.tables import predictions, synapses
+
+# Neurons of so many predicted synapses, and of such a share of votes for the winner,
+# whose accuracy is told apart (the original's `n_min` and `cutoff`, evaluate.py).
+N_MIN = (1, 10, 30, 100)
+CUTOFFS = (0.0, 0.5, 0.7, 0.9)
+RULE = "majority"
+
+
+def measure(
+    table: pa.Table,
+    n_mins: Sequence[int] = N_MIN,
+    cutoffs: Sequence[float] = CUTOFFS,
+) -> dict[str, Any]:
+    """The numbers of a prediction table; None what is undefined.
+
+    A synapse counts where its transmitter is one of the classes and it was predicted; a
+    group where its synapses name one transmitter and one of them was predicted. Rows
+    without a prediction are never a class.
+
+    Args:
+      n_mins, cutoffs: of `neuron_variants`, every pair.
+    """
+    classes = predictions.classes(table)
+    k = len(classes)
+    truth, called = synapses.labels(table, classes), predictions.called(table)
+    probabilities = predictions.probabilities(table)
+    neurons = _Groups.of(table, "neuron")
+    hemilineages = _Groups.of(table, "hemilineage")
+    cell_types = _Groups.of(table, "cell_type")
+    neuron_of = neurons.rows_of(table)
+    return {
+        "loss": calibration.loss(probabilities, truth),
+        "synapses": {
+            **accuracy.summary(accuracy.confusion(truth, called, k), classes),
+            "interval": intervals.by_group(neuron_of, truth, called, k),
+        },
+        "neurons": {
+            **neurons.summary(),
+            "interval": neurons.intervals(),
+            "tenth_of_synapses": neurons.tenth(),
+        },
+        "hemilineages": hemilineages.summary() if len(hemilineages) else None,
+        "cell_types": cell_types.summary() if len(cell_types) else None,
+        "brain_regions": _regions(table, truth, called, k),
+        "expected_probability": _expected(probabilities, truth, k),
+        "neuron_variants": [
+            _variant(neurons, neuron_of, truth, called, n_min, cutoff)
+            for n_min in n_mins
+            for cutoff in cutoffs
+        ],
+        "accuracy_by_synapses": _by_synapses(neurons),
+        "correlation": {
+            "synapses_within_neurons": mixtures.correlation(
+                neurons.tally.counts, neurons.truth
+            ),
+            "neurons_within_hemilineages": mixtures.correlation(
+                *_neurons_within(hemilineages, neurons)
+            ),
+        },
+        "calibration": calibration.reliability(probabilities, truth),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """The groups of one kind with what is known of them and what they are called."""
+
+    tally: tallies.Tally
+    truth: np.ndarray  # int32 [n], -1: not one known class
+    called: np.ndarray  # int32 [n], -1: nothing predicted
+    share: np.ndarray  # float64 [n], of the votes for the call; NaN without one
+
+    @classmethod
+    def of(cls, table: pa.Table, by: str) -> "_Groups":
+        tally = tallies.count([table], predictions.classes(table), by)
+        calls = aggregate.call(tally, RULE)
+        called = synapses.index_in(calls["predicted_neurotransmitter"], tally.classes)
+        truth = synapses.labels(tally.groups, tally.classes)
+        return cls(tally, truth, called, calls["score"].to_numpy())
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def rows_of(self, table: pa.Table) -> np.ndarray:
+        """The group of each row of `table`, [rows] int32; -1 for none."""
+        name = tallies.COLUMNS[self.tally.by]
+        names = self.tally.groups[name].combine_chunks()
+        found = pc.index_in(table[name], value_set=names)
+        return pc.fill_null(found, -1).to_numpy().astype(np.int32)
+
+    def summary(self) -> dict[str, Any]:
+        k = len(self.tally.classes)
+        confusion = accuracy.confusion(self.truth, self.called, k)
+        return {"rule": RULE} | accuracy.summary(confusion, self.tally.classes)
+
+    def intervals(self) -> dict[str, list[float] | None]:
+        """Of `summary`: of the accuracy Wilson's, of the means by drawing groups."""
+        k, counted = len(self.tally.classes), (self.truth >= 0) & (self.called >= 0)
+        found = intervals.by_group(np.arange(len(self)), self.truth, self.called, k)
+        right = (self.truth == self.called)[counted]
+        return found | {"accuracy": intervals.wilson(int(right.sum()), len(right))}
+
+    def tenth(self) -> int | None:
+        """A tenth of the labelled, predicted groups have fewer predicted synapses."""
+        sizes = self.tally.predicted[(self.truth >= 0) & (self.called >= 0)]
+        return int(np.ceil(np.quantile(sizes, 0.1))) if len(sizes) else None
+
+
+def _regions(
+    table: pa.Table, truth: np.ndarray, called: np.ndarray, k: int
+) -> dict[str, Any]:
+    """Of the synapses in each brain region; a region releases no one transmitter."""
+    regions = sorted(pc.unique(table["brain_region"].drop_null()).to_pylist())
+    place = synapses.index_in(table["brain_region"], regions)
+    return {
+        name: accuracy.accuracies(
+            accuracy.confusion(truth[place == i], called[place == i], k)
+        )
+        for i, name in enumerate(regions)
+    }
+
+
+def _expected(
+    probabilities: np.ndarray, truth: np.ndarray, k: int
+) -> list[list[float] | None]:
+    """Mean probabilities of the synapses of each class; None of one without any.
+
+    The original's `expected_probability_matrix`.
+    """
+    probabilities, truth = calibration.known(probabilities, truth)
+    return [
+        probabilities[truth == i].mean(axis=0, dtype=np.float64).tolist()
+        if (truth == i).any()
+        else None
+        for i in range(k)
+    ]
+
+
+def _variant(
+    neurons: _Groups,
+    neuron_of: np.ndarray,
+    truth: np.ndarray,
+    called: np.ndarray,
+    n_min: int,
+    cutoff: float,
+) -> dict[str, Any]:
+    """Of the neurons that are large and sure enough, and of their synapses."""
+    k = len(neurons.tally.classes)
+    kept = (neurons.tally.predicted >= n_min) & (neurons.share >= cutoff)
+    rows = (neuron_of >= 0) & np.append(kept, False)[neuron_of]
+    return {
+        "n_min": n_min,
+        "cutoff": cutoff,
+        **accuracy.accuracies(
+            accuracy.confusion(neurons.truth[kept], neurons.called[kept], k)
+        ),
+        "synapses": accuracy.accuracies(
+            accuracy.confusion(truth[rows], called[rows], k)
+        ),
+    }
+
+
+def _by_synapses(neurons: _Groups) -> list[dict[str, Any]]:
+    """Accuracy of neurons of 1, 2 to 3, 4 to 7, … predicted synapses."""
+    known = (neurons.truth >= 0) & (neurons.called >= 0)
+    right = neurons.truth == neurons.called
+    sizes = neurons.tally.predicted
+    found = []
+    for exponent in range(int(sizes.max(initial=0)).bit_length()):
+        low, high = 2**exponent, 2 ** (exponent + 1) - 1
+        there = known & (sizes >= low) & (sizes <= high)
+        if there.any():
+            numbers = {
+                "neurons": int(there.sum()),
+                "accuracy": float(right[there].mean()),
+            }
+            found.append({"synapses": [low, high], **numbers})
+    return found
+
+
+def _neurons_within(
+    hemilineages: _Groups, neurons: _Groups
+) -> tuple[np.ndarray, np.ndarray]:
+    """Neurons of each hemilineage by their call, [n, k], and its class, [n]."""
+    names, counts = tallies.calls_of_neurons(neurons.tally, "hemilineage")
+    every = hemilineages.tally.groups["hemilineage"].combine_chunks()
+    return counts, hemilineages.truth[pc.index_in(names, value_set=every).to_numpy()]
+
+
+def scalars(part: str, measured: dict[str, Any]) -> dict[str, float]:
+    """What a run logs of `measure`; nothing of what is undefined."""
+    of_synapses, neurons = measured["synapses"], measured["neurons"]
+    values = {
+        f"{part}/loss": measured["loss"],
+        f"{part}/synapse_accuracy": of_synapses["accuracy"],
+        f"{part}/synapse_mean_class_accuracy": of_synapses["mean_class_accuracy"],
+        f"{part}/synapse_macro_f1": of_synapses["macro_f1"],
+        f"{part}/neuron_accuracy": neurons["accuracy"],
+    }
+    return {name: value for name, value in values.items() if value is not None}

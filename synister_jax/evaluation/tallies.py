@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the synapses of each neuron, hemilineage, cell type or region add up to.
+
+One pass over a prediction table of any size; DuckDB holds the groups, on disk where
+they are too many for memory.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synister_jax.base import queries
+from synister_jax.base.errors import UserError
+from synister_jax.tables import predictions
+
+COLUMNS = {
+    "neuron": "neuron_id",
+    "hemilineage": "hemilineage",
+    "cell_type": "cell_type",
+    "brain_region": "brain_region",
+}
+# Of a neuron: the one value that all its synapses name.
+_OF_NEURON = ("hemilineage", "cell_type")
+WEIGHT = "cleft_score"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Sums over the synapses of n groups, in ascending order of the groups.
+
+    `groups` has a row a group: its column (`COLUMNS`), `synapses` (all rows),
+    `predicted` (rows that count below), `neurons` (distinct ones), `neurotransmitter`
+    (the only known one, else null), and of neurons `hemilineage` and `cell_type` (the
+    only one, else null).
+    """
+
+    by: str
+    classes: tuple[str, ...]
+    groups: pa.Table
+    counts: np.ndarray  # int64 [n, k], synapses called each class
+    mean: np.ndarray  # float64 [n, k], mean probability; NaN where none is predicted
+    top: np.ndarray  # float64 [n, k], sum of the highest one, where called that class
+    # float64 [n, k], mean weighted by cleft score; NaN where the weights sum to zero;
+    # None without a column of them.
+    weighted: np.ndarray | None
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """int64 [n]."""
+        return self.groups["predicted"].to_numpy()
+
+
+def count(
+    tables: Iterable[pa.Table],
+    classes: Sequence[str],
+    by: str,
+    folder: pathlib.Path | None = None,
+    min_probability: float = 0.0,
+) -> Tally:
+    """Adds up the rows of `tables`, the pieces of one prediction table.
+
+    Rows that belong to no group are left out; rows without a prediction, or whose
+    highest probability is below `min_probability`, are in `synapses` alone.
+
+    Args:
+      by: of `COLUMNS`.
+      folder: on a disk with room for what does not fit into memory.
+
+    Raises:
+      UserError: a weight is negative; the disk is full.
+    """
+    tables = iter(tables)
+    first = next(tables, None)
+    if first is None:
+        raise ValueError("no tables; an empty one is one")
+    weighted = WEIGHT in first.column_names
+    schema = _schema(first.schema, classes, by, weighted)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        table: pa.Table | None = first
+        while table is not None:
+            yield _prepared(table, classes, schema, min_probability)
+            table = next(tables, None)
+
+    query = _query(schema, len(classes), by)
+    # One thread: sums of floats are then the same bit for bit every time.
+    found = pa.Table.from_batches(queries.run(query, schema, batches(), folder, 1))
+    return _tally(found, tuple(classes), by, weighted)
+
+
+def calls_of_neurons(
+    neurons: Tally, by: str, least: int = 1
+) -> tuple[pa.Array, np.ndarray]:
+    """How many neurons of each hemilineage or cell type are called what.
+
+    A neuron is called by majority of its synapses, ties to the first class. One whose
+    synapses name several groups, or none, counts in no group.
+
+    Args:
+      neurons: the tally of neurons.
+      by: of "hemilineage" and "cell_type".
+      least: neurons of fewer predicted synapses do not count.
+
+    Returns:
+      The groups in ascending order, and counts int64 [n, k].
+    """
+    column = neurons.groups[COLUMNS[by]].combine_chunks()
+    names = pc.unique(column.drop_null())
+    names = names.take(pc.sort_indices(names))
+    group = pc.fill_null(pc.index_in(column, value_set=names), -1).to_numpy()
+    there = (group >= 0) & (neurons.predicted >= max(least, 1))
+    counts = np.zeros((len(names), len(neurons.classes)), np.int64)
+    np.add.at(counts, (group[there], neurons.counts.argmax(axis=1)[there]), 1)
+    return names, counts
+
+
+def columns_needed(names: Sequence[str], classes: Sequence[str], by: str) -> list[str]:
+    """Of the columns `names` of a prediction table, those that `count` reads."""
+    wanted = ["neuron_id", "neurotransmitter", *COLUMNS.values(), WEIGHT]
+    if by != "neuron":
+        wanted = ["neuron_id", "neurotransmitter", COLUMNS[by], WEIGHT]
+    wanted += map(predictions.probability_column, classes)
+    return [name for name in dict.fromkeys(wanted) if name in names]
+
+
+def _schema(
+    table: pa.Schema, classes: Sequence[str], by: str, weighted: bool
+) -> pa.Schema:
+    names = [COLUMNS[by], "neurotransmitter"]
+    names += _OF_NEURON if by == "neuron" else ["neuron_id"]
+    fields = [pa.field(name, table.field(name).type) for name in names]
+    fields += [("called", pa.int8()), ("top", pa.float32())]
+    fields += [(f"p{i}", pa.float32()) for i in range(len(classes))]
+    fields += [("weight", pa.float32())] if weighted else []
+    return pa.schema(fields)
+
+
+def _prepared(
+    table: pa.Table, classes: Sequence[str], schema: pa.Schema, min_probability: float
+) -> pa.RecordBatch:
+    """The rows with their call (-1: none) and 0 for the numbers of those without."""
+    names = [predictions.probability_column(name) for name in classes]
+    values = np.stack([table[name].to_numpy() for name in names], axis=1)
+    called = predictions.called_of(values)
+    top = np.where(called >= 0, values.max(axis=1), 0)
+    called[top < min_probability] = -1
+    values[called < 0] = 0
+    columns = {"called": called.astype(np.int8), "top": top}
+    columns |= {f"p{i}": np.ascontiguousarray(v) for i, v in enumerate(values.T)}
+    if "weight" in schema.names:
+        columns["weight"] = np.where(called < 0, 0, weights(table))
+    arrays = [
+        pa.array(columns[field.name], field.type)
+        if field.name in columns
+        else table[field.name].combine_chunks()
+        for field in schema
+    ]
+    return pa.record_batch(arrays, schema)
+
+
+def weights(table: pa.Table) -> np.ndarray:
+    """Cleft scores, float32 [n], 0 where unknown.
+
+    Raises:
+      UserError: one is negative or infinite.
+    """
+    found = pc.fill_null(table[WEIGHT], 0).to_numpy().astype(np.float32)
+    if (wrong := (found < 0) | np.isinf(found)).any():
+        raise UserError(
+            f"{WEIGHT} is {found[wrong][0]} somewhere; weights are 0 or more"
+        )
+    return np.nan_to_num(found)
+
+
+def _query(schema: pa.Schema, classes: int, by: str) -> str:
+    group = COLUMNS[by]
+    terms = [group, "count(*) AS synapses"]
+    terms += ["count(*) FILTER (called >= 0) AS predicted"]
+    terms += ["1 AS neurons" if by == "neuron" else "count(DISTINCT neuron_id) neurons"]
+    only = ["neurotransmitter", *(_OF_NEURON if by == "neuron" else ())]
+    terms += [f"CASE WHEN min({n}) = max({n}) THEN min({n}) END AS {n}" for n in only]
+    for i in range(classes):
+        terms.append(f"count(*) FILTER (called = {i}) AS count{i}")
+        terms.append(f"sum(p{i}) AS sum{i}")
+        terms.append(f"coalesce(sum(top) FILTER (called = {i}), 0) AS top{i}")
+    if "weight" in schema.names:
+        terms.append("sum(weight) AS weight")
+        terms += [f"sum(weight * p{i}) AS weighted{i}" for i in range(classes)]
+    return f"""SELECT {", ".join(terms)} FROM rows
+        WHERE {group} IS NOT NULL GROUP BY {group} ORDER BY {group}"""
+
+
+def _tally(found: pa.Table, classes: tuple[str, ...], by: str, weighted: bool) -> Tally:
+    def numbers(name: str) -> np.ndarray:
+        columns = [found[f"{name}{i}"].to_numpy() for i in range(len(classes))]
+        return np.stack(columns, axis=1)
+
+    def mean(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        weights = np.where(weights > 0, weights, np.nan)
+        return sums / weights[:, None]
+
+    names = [COLUMNS[by], "synapses", "predicted", "neurons", "neurotransmitter"]
+    names += _OF_NEURON if by == "neuron" else ()
+    groups = found.select(names)
+    for name in ("synapses", "predicted", "neurons"):
+        place = groups.schema.get_field_index(name)
+        groups = groups.set_column(place, name, groups[name].cast(pa.int64()))
+    return Tally(
+        by,
+        classes,
+        groups,
+        numbers("count").astype(np.int64),
+        mean(numbers("sum"), found["predicted"].to_numpy()),
+        numbers("top"),
+        mean(numbers("weighted"), found["weight"].to_numpy()) if weighted else None,
+    )

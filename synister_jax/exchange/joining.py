@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that two tables of predictions have in common, whatever their size.
+
+Both are sorted together out of core, so that rows of one key follow one another.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from synister_jax.base import queries
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.exchange.published import Published
+from synister_jax.tables import synapses
+
+_EXAMPLES = 3
+_GRID = ("grid_z", "grid_y", "grid_x")
+_MOST = 2.0**63  # int64
+KEYS = {"id": ("id",), "position": _GRID}
+
+
+@dataclasses.dataclass
+class Side:
+    """One of the tables, and what joining found of it once all pairs were read."""
+
+    source: Published
+    rows: int = 0
+    without_key: int = 0  # no id, or no position
+    with_neuron: int = 0  # complete when the first pairs come
+    duplicates: int = 0  # rows whose key an earlier row has; they are left out
+    duplicate_examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    alone: int = 0  # rows whose key the other table lacks
+    alone_examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    lowest_nm_zyx: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.full(3, np.inf)
+    )
+    highest_nm_zyx: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.full(3, -np.inf)
+    )
+
+
+def pairs(
+    a: Side,
+    b: Side,
+    by: str,
+    grid_nm_zyx: Sequence[float],
+    classes: Sequence[str],
+    folder: pathlib.Path,
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Rows of `a` and of `b` with the same key, side by side, in the order of the key.
+
+    Each table has `id`, `z_nm`, `y_nm`, `x_nm`, `neuron_id` and the `classes`, NaN for
+    those that its side lacks. Of several rows with one key the first counts.
+
+    Args:
+      by: "id", or "position": positions that round to the same point of the grid.
+      folder: where the disk has room for both tables.
+
+    Raises:
+      UserError: what reading raises; a grid too fine for its points to be counted; the
+        disk is full.
+    """
+    keys = KEYS[by]
+    # Names of classes are anyone's, also "row".
+    numbered = [f"p{i}" for i in range(len(classes))]
+    schema = pa.schema(
+        [
+            *((name, pa.int64()) for name in _GRID if by == "position"),
+            ("side", pa.int8()),
+            ("row", pa.int64()),
+            ("id", pa.int64()),
+            *((name, pa.float64()) for name in synapses.POSITION),
+            ("neuron_id", pa.int64()),
+            *((name, pa.float32()) for name in numbered),
+        ]
+    )
+    both = (
+        batch
+        for number, side in enumerate((a, b))
+        for batch in _rows(side, number, keys, grid_nm_zyx, classes, schema)
+    )
+    query = f'SELECT * FROM rows ORDER BY {", ".join(keys)}, side, "row"'
+    result = ["id", *synapses.POSITION, "neuron_id", *numbered]
+    names = [*result[:5], *classes]
+    for table in _deduplicated(queries.run(query, schema, both, folder), keys, (a, b)):
+        in_b = table["side"].to_numpy() == 1
+        second = ~_starts(table, keys)
+        _count_alone(table, second, in_b, (a, b))
+        at = np.flatnonzero(second)
+        left = table.take(pa.array(at - 1)).select(result).rename_columns(names)
+        right = table.take(pa.array(at)).select(result).rename_columns(names)
+        yield left, right
+
+
+def _rows(
+    side: Side,
+    number: int,
+    keys: Sequence[str],
+    grid_nm_zyx: Sequence[float],
+    classes: Sequence[str],
+    schema: pa.Schema,
+) -> Iterator[pa.RecordBatch]:
+    progress = Progress(f"read {side.source.name}", None, "rows")
+    for table in side.source.tables():
+        count = len(table)
+        row = np.arange(side.rows, side.rows + count)
+        position = [table[name].to_numpy() for name in synapses.POSITION]
+        _extend(side, np.stack(position))
+        side.rows += count
+        side.with_neuron += count - table["neuron_id"].null_count
+        made = {
+            name: table[name] for name in schema.names if name in table.schema.names
+        }
+        if keys == _GRID:
+            known = ~np.isnan(position).any(axis=0)
+            for name, values, grid in zip(_GRID, position, grid_nm_zyx, strict=True):
+                with np.errstate(over="ignore"):
+                    whole = np.rint(np.where(known, values, 0) / grid)
+                if (np.abs(whole) >= _MOST).any():
+                    raise UserError(
+                        f"{side.source.name}: {name.replace('grid_', '')} of "
+                        f"{np.abs(values[known]).max():g} nm has no number on a grid "
+                        f"of {grid:g} nm; give a larger --tolerance_nm"
+                    )
+                made[name] = whole.astype(np.int64)
+        else:
+            known = table["id"].is_valid().to_numpy()
+        side.without_key += int((~known).sum())
+        made |= {"side": np.full(count, number, np.int8), "row": row}
+        absent = np.full(count, np.nan, np.float32)
+        for index, name in enumerate(classes):
+            here = name in side.source.classes
+            made[f"p{index}"] = table[name] if here else absent
+        columns = {name: made[name] for name in schema.names}
+        filtered = pa.table(columns, schema=schema).filter(pa.array(known))
+        yield from filtered.combine_chunks().to_batches()
+        progress.add(count)
+
+
+def _extend(side: Side, position_nm_zyx: np.ndarray) -> None:
+    for bound, smaller in ((side.lowest_nm_zyx, True), (side.highest_nm_zyx, False)):
+        ufunc = np.fmin if smaller else np.fmax  # which pass over NaN
+        initial = np.inf if smaller else -np.inf
+        ufunc(bound, ufunc.reduce(position_nm_zyx, axis=1, initial=initial), out=bound)
+
+
+def _starts(table: pa.Table, keys: Sequence[str]) -> np.ndarray:
+    """[n] bool: the rows whose key the row before has not."""
+    result = np.zeros(len(table), bool)
+    result[:1] = True
+    for name in keys:
+        values = table[name].to_numpy()
+        result[1:] |= values[1:] != values[:-1]
+    return result
+
+
+def _deduplicated(
+    batches: Iterator[pa.RecordBatch], keys: Sequence[str], sides: tuple[Side, Side]
+) -> Iterator[pa.Table]:
+    """Sorted rows, at most one a side and key; a key's rows come together."""
+    waiting: pa.Table | None = None
+    for batch in itertools.chain(batches, [None]):
+        pieces = [] if waiting is None else [waiting]
+        pieces += [] if batch is None else [pa.Table.from_batches([batch])]
+        if not pieces:
+            return
+        table = pa.concat_tables(pieces).combine_chunks()
+        number = table["side"].to_numpy()
+        first = _starts(table, keys)
+        first[1:] |= number[1:] != number[:-1]
+        _count_duplicates(table, ~first, sides)
+        table = table.filter(pa.array(first))
+        # The last key may go on in the next batch.
+        end = len(table)
+        if batch is not None:
+            end = int(np.flatnonzero(_starts(table, keys))[-1])
+        waiting = table.slice(end)
+        if end:
+            yield table.slice(0, end)
+
+
+def _count_duplicates(
+    table: pa.Table, again: np.ndarray, sides: tuple[Side, Side]
+) -> None:
+    number = table["side"].to_numpy()
+    for index, side in enumerate(sides):
+        at = np.flatnonzero(again & (number == index))
+        side.duplicates += len(at)
+        _give_examples(side.duplicate_examples, table, at)
+
+
+def _count_alone(
+    table: pa.Table, second: np.ndarray, in_b: np.ndarray, sides: tuple[Side, Side]
+) -> None:
+    paired = second.copy()
+    paired[:-1] |= second[1:]
+    for side, mask in zip(sides, (~in_b, in_b), strict=True):
+        at = np.flatnonzero(~paired & mask)
+        side.alone += len(at)
+        _give_examples(side.alone_examples, table, at)
+
+
+def _give_examples(
+    examples: list[dict[str, Any]], table: pa.Table, at: np.ndarray
+) -> None:
+    at = at[: _EXAMPLES - len(examples)]
+    examples += table.select(["id", *synapses.POSITION]).take(pa.array(at)).to_pylist()

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained networks as a function from crops to class probabilities."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from synister_jax.base.errors import UserError
+from synister_jax.network import checkpoint, convolution, model, sharding
+from synister_jax.training import augment
+
+Variables = dict[str, Any]  # {"params", "batch_stats"}
+
+# What the runs of one mean must agree in; how crops are scaled is the same for all.
+_COMMON = ("classes", "crop_shape_zyx", "voxel_size_nm_zyx")
+
+
+def make_classify(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    views: int = 1,
+    temperature: float | None = None,
+) -> Callable[[Variables, jax.Array], jax.Array]:
+    """Jitted (variables, uint8 records [batch, *record]) → probabilities [batch, k].
+
+    The batch is split over the mesh; crops are taken from the records' middle. Every
+    process gets all probabilities.
+
+    Args:
+      views: 1, or 8 for the mean of the probabilities over the symmetries of the
+        section plane: mirrored in y, in x, transposed. The published training mirrors
+        every axis and transposes y with x (train_pipeline.py); these 8 keep the label
+        whatever the thickness of the sections.
+      temperature: that the logits are divided by (calibration.py); None: they are
+        taken as they are.
+
+    Raises:
+      UserError: other views, or 8 of crops that are not square in y and x.
+    """
+    network = model.from_config(config, sharding.head_input(mesh))
+    crop_shape_zyx = tuple(config.crop_shape_zyx)
+    if views not in (1, 8):
+        raise UserError(f"views is {views}; choose 1 or 8")
+    if views == 8 and crop_shape_zyx[1] != crop_shape_zyx[2]:
+        raise UserError(
+            f"views is 8, which swaps y and x, but config.crop_shape_zyx is "
+            f"{crop_shape_zyx}; choose 1"
+        )
+
+    def probabilities(variables: Variables, crops: jax.Array) -> jax.Array:
+        logits = network.apply(variables, crops, train=False)
+        return jax.nn.softmax(logits if temperature is None else logits / temperature)
+
+    def classify(variables: Variables, records: jax.Array) -> jax.Array:
+        crops = augment.centre(records, crop_shape_zyx)
+        if views == 1:
+            return probabilities(variables, crops)
+        # One after the other: the network is compiled once, and holds one view's
+        # activations.
+        each = jax.lax.map(
+            lambda index: probabilities(variables, _view(crops, index)),
+            jnp.arange(views),
+        )
+        return each.mean(axis=0)
+
+    return jax.jit(
+        classify,
+        in_shardings=(None, sharding.batch(mesh)),
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=convolution.compiler_options(),
+    )
+
+
+def _view(crops: jax.Array, index: jax.Array) -> jax.Array:
+    """One of the 8 symmetries of the section plane, of crops [batch, z, y, x]."""
+    crops = jnp.where(index & 1, jnp.flip(crops, 2), crops)
+    crops = jnp.where(index & 2, jnp.flip(crops, 3), crops)
+    return jnp.where(index & 4, crops.swapaxes(2, 3), crops)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """One checkpoint of a mean, its variables on every device."""
+
+    workdir: pathlib.Path
+    step: int
+    classify: Callable[[Variables, jax.Array], jax.Array]
+    variables: Variables
+
+    @classmethod
+    def load(
+        cls,
+        workdir: pathlib.Path,
+        step: int | None,
+        config: ml_collections.ConfigDict,
+        mesh: Mesh,
+        views: int,
+        temperature: float | None,
+    ) -> "_Member":
+        chosen = checkpoint.choose_step(workdir, step)
+        classify = make_classify(config, mesh, views, temperature)
+        abstract = sharding.abstract(
+            abstract_variables(config), sharding.replicated(mesh)
+        )
+        variables = checkpoint.load_variables(workdir, chosen, abstract, config)
+        # Not left to the probabilities: oneDNN's ReLU makes 0 of NaN.
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
+            raise UserError(
+                f"{workdir}, step {chosen}: parameters are NaN or infinite; choose "
+                "another step"
+            )
+        return cls(workdir, chosen, classify, variables)
+
+
+class Classifier:
+    """Checkpoints, ready to classify crops: the mean of their probabilities.
+
+    Args:
+      members: (folder of the run, step) of each checkpoint, the latest step when None;
+        the run's config.json says what the network is. All count alike.
+      batch_size: crops that are computed at once.
+      views: of every crop, 1 or 8; see `make_classify`.
+      temperature: of one checkpoint and one view, see `make_classify`.
+
+    Raises:
+      UserError: no run, no such checkpoint, one of another architecture, or one whose
+        parameters are not finite; runs that
+        differ in classes, crop or voxel size; views that the crops do not have; a
+        temperature for several checkpoints or views.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[tuple[pathlib.Path, int | None]],
+        batch_size: int,
+        mesh: Mesh,
+        views: int = 1,
+        temperature: float | None = None,
+    ) -> None:
+        if temperature is not None:
+            require_one(len(members), views)
+        sharding.require_divisible(batch_size, mesh)
+        configs = [checkpoint.load_config(workdir) for workdir, _ in members]
+        for (workdir, _), config in zip(members, configs, strict=True):
+            _require_alike(members[0][0], configs[0], workdir, config)
+        self.config = configs[0]  # of the first; the networks of others may differ
+        self.batch_size, self.views = batch_size, views
+        self.temperature = temperature
+        self._batch_sharding = sharding.batch(mesh)
+        self._members = [
+            _Member.load(*member, config, mesh, views, temperature)
+            for member, config in zip(members, configs, strict=True)
+        ]
+        self._mean = jax.jit(_mean, out_shardings=sharding.replicated(mesh))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config.classes)
+
+    @functools.cached_property
+    def members(self) -> list[dict[str, Any]]:
+        """{workdir, step, parameters_sha256} of each checkpoint, for provenance."""
+        return [
+            {
+                "workdir": str(member.workdir),
+                "step": member.step,
+                "parameters_sha256": _sha256_of_leaves(member.variables),
+            }
+            for member in self._members
+        ]
+
+    def __call__(self, records: np.ndarray) -> np.ndarray:
+        """uint8 [n, *record] → float32 probabilities [n, classes]."""
+        parts = [np.zeros((0, len(self.classes)), np.float32)]
+        for first in range(0, len(records), self.batch_size):
+            batch = self.put(records[first : first + self.batch_size])
+            parts.append(np.asarray(self.start(batch)))
+        return np.concatenate(parts)[: len(records)]
+
+    def put(self, records: Sequence[np.ndarray]) -> jax.Array:
+        """n ≤ batch_size uint8 records → [batch_size, *record] on the devices.
+
+        Filled up with zeros. Returns when the transfer is complete.
+        """
+        filled = np.zeros((self.batch_size, *records[0].shape), np.uint8)
+        for place, record in enumerate(records):
+            filled[place] = record
+        return jax.block_until_ready(jax.device_put(filled, self._batch_sharding))
+
+    def start(self, batch: jax.Array) -> jax.Array:
+        """Batch on the devices → float32 probabilities [batch_size, classes].
+
+        Does not wait for them. Every process gets all.
+        """
+        each = [member.classify(member.variables, batch) for member in self._members]
+        return each[0] if len(each) == 1 else self._mean(each)
+
+
+def require_one(members: int, views: int) -> None:
+    """Raises `UserError` where a temperature would be of several networks or views."""
+    if members > 1 or views > 1:
+        raise UserError(
+            "--calibrated: the temperature was fitted for one network and one view, "
+            f"here are {members} and {views}; leave it out, or ask for one of each"
+        )
+
+
+@contextlib.contextmanager
+def told_if_too_large(batch_size: int) -> Iterator[None]:
+    """Raises `UserError` where a batch, or what is computed of it, has no room."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+            raise UserError(
+                f"batches of {batch_size:,} crops do not fit into memory; give a "
+                "smaller --batch_size"
+            ) from None
+        raise
+
+
+def abstract_variables(config: ml_collections.ConfigDict) -> Variables:
+    """Shapes and types of the network's variables."""
+    network = model.from_config(config)
+    crops = jnp.zeros((1, *config.crop_shape_zyx), jnp.float32)
+    return jax.eval_shape(
+        lambda key: network.init(key, crops, train=False), jax.random.key(0)
+    )
+
+
+def _require_alike(
+    first: pathlib.Path,
+    first_config: ml_collections.ConfigDict,
+    other: pathlib.Path,
+    other_config: ml_collections.ConfigDict,
+) -> None:
+    for name in _COMMON:
+        a, b = list(first_config[name]), list(other_config[name])
+        if a != b:
+            raise UserError(
+                f"{first} has {name} {a}, {other} has {b}; only runs with the same can "
+                "be averaged"
+            )
+
+
+def _mean(each: Sequence[jax.Array]) -> jax.Array:
+    """Float32 sum in this order, divided by the number."""
+    return sum(each[1:], start=each[0]) / len(each)
+
+
+def _sha256_of_leaves(variables: Variables) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

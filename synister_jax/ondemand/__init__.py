@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests answered: what is asked, where its synapses come from, the answer."""

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers a request: what was asked, its synapses, a network → a folder of results.
+
+The command `request` and the web service make the same folder, byte for byte:
+
+`request.json`, what it is of · `sites/` as the source gave them and in the volume's
+frame · `synapses.feather`, of these one row for each row of the answer ·
+`predictions.feather` and `.json` (predict.py) · `predictions.csv` · `report.html` ·
+`answer.json`, written last.
+
+What is finished stays, so a request that was stopped goes on where it was.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import feather
+
+import synister_jax
+from synister_jax import predict
+from synister_jax.base import files
+from synister_jax.base.errors import UserError, redact
+from synister_jax.base.progress import Progress
+from synister_jax.bulk import execution, inputs, planning, unit_results
+from synister_jax.em import crops, volumes
+from synister_jax.exchange import writing
+from synister_jax.network import checkpoint, inference, saved_calibration
+from synister_jax.ondemand import answer_page, sources
+from synister_jax.ondemand.questions import Asked
+from synister_jax.ondemand.sources.credentials import Settings
+from synister_jax.tables import batches, predictions, synapses
+
+# (stage, done, total): called often; may raise to stop the work.
+Tell = Callable[[str, int, int], None]
+
+# Small enough to stop, and to lose, within a minute on two CPU cores; on an
+# accelerator a fraction of a second.
+UNIT_ROWS = 512
+REQUEST = "request.json"  # what an answer folder is of
+_GROUP = {"neurons": 100, "positions": 10_000}  # asked for whose sites are one file
+_KEY = b"synister_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A checkpoint and the volume it looks at, both open."""
+
+    workdir: pathlib.Path
+    step: int
+    classifier: inference.Classifier
+    volume: volumes.Volume
+    abstain_below: float | None
+
+    @classmethod
+    def open(
+        cls,
+        workdir: pathlib.Path,
+        step: int,
+        volume: str,
+        batch_size: int,
+        calibrated: bool = False,
+    ) -> "Network":
+        """Raises `UserError` where run, step, volume or calibration is not there."""
+        members = ((str(workdir), step),)
+        fitted = saved_calibration.load(members, 1) if calibrated else None
+        temperature = fitted["temperature"] if fitted else None
+        job = inputs.Job(members, batch_size, 1, volume, None, "", False, temperature)
+        classifier, opened = job.open()
+        if fitted:
+            [member] = classifier.members
+            saved_calibration.require_parameters(fitted, member["parameters_sha256"])
+        below = fitted["abstain_below"] if fitted else None
+        return cls(workdir, step, classifier, opened, below)
+
+
+def choose_step(workdir: pathlib.Path, text: str) -> int:
+    """`best` (the latest where none was validated) or a number → the step.
+
+    Raises:
+      UserError: there is no such run or checkpoint.
+    """
+    checkpoint.load_config(workdir)  # whether it is a run at all
+    if text == "best":
+        return checkpoint.best_or_latest_step(workdir)
+    if not text.isdecimal():
+        raise UserError(f"step {text!r}: give a number or `best`")
+    return checkpoint.choose_step(workdir, int(text))
+
+
+def answer(
+    asked: Asked,
+    network: Network,
+    source: str,
+    settings: Settings,
+    folder: pathlib.Path,
+    tell: Tell,
+    most_synapses: int | None = None,
+) -> dict[str, Any]:
+    """Fills `folder`; returns what its answer.json says.
+
+    Args:
+      source: of `sources.SOURCES`, with its `settings`.
+      most_synapses: of all neurons together; None: any number.
+
+    Raises:
+      UserError: the source or the volume does not answer; the folder is of another
+        request; there are more synapses. What is finished stays.
+    """
+    files.make_folder(folder)
+    asked_of = settings.shown()
+    request = {
+        "kind": asked.kind,
+        "source": source,
+        "asked_of": asked_of,
+        "step": network.step,
+        "volume": network.volume.uri,
+        "volume_shape_zyx": list(network.volume.shape_zyx),
+        "asked_sha256": files.sha256_of_columns(asked.table, asked.table.column_names),
+    }
+    files.keep_plan(folder / REQUEST, request)
+    unknown, without = _find_synapses(
+        asked, network, source, settings, folder, tell, most_synapses
+    )
+    record, doubt = _predict(network, folder, tell)
+    table = predictions.open(folder / "predictions.feather")
+    writing.write(folder / "predictions.csv", table, _original_columns, silent=True)
+    about = {
+        "kind": asked.kind,
+        "source": source,
+        "source_title": sources.SOURCES[source].title,
+        "asked_of": asked_of,
+        "asked": len(asked.table),
+        "unknown_neurons": [str(neuron) for neuron in unknown],
+        "neurons_without_synapses": [str(neuron) for neuron in without],
+        "rows": record["rows"],
+        "status": record["status"],
+        "classes": list(network.classifier.classes),
+        "model": {"workdir": network.workdir.name, "step": network.step},
+        "volume": redact(network.volume.uri),
+        "temperature": record.get("temperature"),
+        "warnings": [doubt] if doubt else [],
+        "written_by": f"synister_jax {synister_jax.__version__}",
+    }
+    files.write_text(folder / "report.html", answer_page.render(folder, about))
+    files.write_json(folder / "answer.json", about)
+    return about
+
+
+def at_once(network: Network, positions_nm_zyx: np.ndarray) -> tuple[np.ndarray, list]:
+    """(probabilities [n, classes] float32, NaN where there are none; [n] statuses).
+
+    For a few positions, [n, 3] in nm in the volume's frame, without a folder.
+    """
+    volume, classifier = network.volume, network.classifier
+    shape = tuple(classifier.config.crop_shape_zyx)
+    columns = dict(zip(synapses.POSITION, positions_nm_zyx.T, strict=True))
+    starts, status = planning.locate(pa.table(columns), shape, volume)
+    places = np.flatnonzero(planning.has_crop(status))
+    found = list(crops.read(volume, starts[places], shape))
+    whole = np.array([not crop.unreadable for crop in found], bool)
+    status[places[~whole]] = crops.MISSING_DATA
+    probabilities = np.full((len(status), len(classifier.classes)), np.nan, np.float32)
+    if found:
+        records = np.stack([crop.voxels for crop in found])
+        probabilities[places[whole]] = classifier(records)[whole]
+    return probabilities, list(status)
+
+
+def _find_synapses(
+    asked: Asked,
+    network: Network,
+    source: str,
+    settings: Settings,
+    folder: pathlib.Path,
+    tell: Tell,
+    most_synapses: int | None,
+) -> tuple[list[int], list[int]]:
+    """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
+    path = folder / "synapses.feather"
+    try:
+        about = json.loads(pa.ipc.open_file(str(path)).schema.metadata[_KEY])
+        return about["unknown"], about["without"]
+    except (OSError, pa.ArrowException):
+        pass  # not there yet, or damaged
+    whole = asked.kind == "neurons" and source == "none"  # a table is read once
+    size = len(asked.table) if whole else _GROUP[asked.kind]
+    files.make_folder(folder / "sites")
+    pieces, unknown, without = [], [], []
+    for first in range(0, len(asked.table), max(size, 1)):
+        piece = folder / "sites" / f"sites-{first:09d}.feather"
+        table = _read_group(piece)
+        if table is None:
+            stage = "asking for synapses"
+            if asked.kind == "positions":
+                stage = "placing in the volume"
+            tell(stage, first, len(asked.table))
+            group = asked.table.slice(first, size)
+            found = _group(group, first, asked, source, settings, tell)
+            shape = network.volume.shape_zyx
+            files.write_feather(piece, _placed(found, source, shape, settings))
+            table = _read_group(piece)
+        about = json.loads(table.schema.metadata[_KEY])
+        unknown += about["unknown"]
+        without += about["without"]
+        pieces.append(table.replace_schema_metadata(None))
+        rows = sum(map(len, pieces))
+        if most_synapses is not None and rows > most_synapses:
+            raise UserError(
+                f"these neurons have more than {most_synapses:,} synapses, as many as "
+                "one request may have here; ask for fewer neurons at once"
+            )
+    about = {"unknown": unknown, "without": without}
+    table = pa.concat_tables(pieces).replace_schema_metadata({_KEY: json.dumps(about)})
+    synapses.write(synapses.conform(table, "the request", answer_all=True), path)
+    return unknown, without
+
+
+def _read_group(path: pathlib.Path) -> pa.Table | None:
+    """None where it is not there, or not what was written."""
+    try:
+        table = feather.read_table(path, memory_map=False)
+        json.loads(table.schema.metadata[_KEY])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    return table
+
+
+def _group(
+    rows: pa.Table,
+    first: int,
+    asked: Asked,
+    source: str,
+    settings: Settings,
+    tell: Tell,
+) -> pa.Table:
+    """The sites of some rows of what was asked, in its order; of `sources.SITES`."""
+    if asked.kind == "positions":
+        names = {"position_id": "synapse_id"}
+        columns = [names.get(name, name) for name in rows.column_names]
+        sites = rows.rename_columns(columns).select(sources.SITES.names)
+        about = {"unknown": [], "without": []}
+    else:
+        found = []
+        neurons = rows["neuron_id"].to_pylist()
+        for answered in sources.presynaptic_sites(source, neurons, settings):
+            found.append(answered)
+            tell("asking for synapses", first + len(found), len(asked.table))
+        about = {
+            "unknown": [f.neuron_id for f in found if not f.known],
+            "without": [f.neuron_id for f in found if f.known and not len(f.sites)],
+        }
+        # The source's own order may change from one answer to the next.
+        order = [("synapse_id", "ascending")]
+        sites = pa.concat_tables([f.sites.sort_by(order) for f in found])
+    return sites.replace_schema_metadata({_KEY: json.dumps(about)})
+
+
+def _placed(
+    sites: pa.Table,
+    source: str,
+    volume_shape_zyx: Sequence[int],
+    settings: Settings,
+) -> pa.Table:
+    """With `z_nm`, `y_nm` and `x_nm` in the volume's frame; NaN where there is none."""
+    coordinates = {name: sites[name].to_numpy() for name in "xyz"}
+    placed = sources.to_volume_nm_zyx(source, coordinates, volume_shape_zyx, settings)
+    for name, values in zip(synapses.POSITION, placed.T, strict=True):
+        sites = sites.append_column(name, pa.array(np.ascontiguousarray(values)))
+    return sites
+
+
+class _Counted(Progress):
+    """Tells of every batch."""
+
+    def __init__(self, done: int, total: int, tell: Tell) -> None:
+        super().__init__("predict", total, "synapses", done, silent=True)
+        self._tell = tell
+        self.add(0)
+
+    def add(self, count: int = 1) -> None:
+        super().add(count)
+        self._tell("predicting", self._done, self._total or 0)
+
+
+def _predict(
+    network: Network, folder: pathlib.Path, tell: Tell
+) -> tuple[dict[str, Any], str | None]:
+    """(what predictions.json says, what seems wrong with the positions)."""
+    source = batches.open(folder / "synapses.feather")
+    # A relative name, so that the same request in another folder has the same bytes.
+    source = dataclasses.replace(source, name="the request")
+    plan = predict.make_plan(
+        network.classifier, source, network.volume, folder, UNIT_ROWS
+    )
+    left = unit_results.unfinished(plan, range(len(plan)), retry_missing=False)
+    total = plan.predicted_rows
+    progress = _Counted(total - sum(left.values()), total, tell)
+    execution.execute(plan, list(left), network.classifier, network.volume, progress)
+    below = network.abstain_below
+    record = predict.finish(
+        plan, network.classifier, source, network.volume, abstain_below=below
+    )
+    return record, plan.about["doubt"]
+
+
+def _original_columns(table: pa.Table) -> pa.Table:
+    """As the original's request wrote them (synistereq), and the status.
+
+    x, y, z are nm in the volume's frame; blank where there is nothing.
+    """
+    z, y, x = (writing.blank(table[name].to_numpy()) for name in synapses.POSITION)
+    columns = {"position_id": table["synapse_id"]}
+    columns["skid"] = pc.fill_null(table["neuron_id"], -1)
+    columns |= {"x": x, "y": y, "z": z}
+    for name in predictions.classes(table):
+        columns[name] = writing.blank(writing.probability(table, name))
+    return pa.table(columns | {"status": table["status"]})

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Source `none`: neurons are looked up in a synapse table, and no service is asked."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synister_jax.base.errors import UserError
+from synister_jax.ondemand.sources import SITES, Found
+from synister_jax.ondemand.sources.credentials import Settings
+from synister_jax.tables import batches
+
+
+def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator[Found]:
+    """See `sources.presynaptic_sites`; the table is read once for all neurons.
+
+    Every synapse of a neuron in the table is a presynaptic site of it, and a neuron
+    without one is not known. Missing coordinates are NaN.
+    """
+    if settings.synapses is None:
+        raise UserError(
+            "neurons of source none are looked up in a table: give --synapses=TABLE"
+        )
+    asked = pa.array(neuron_ids, pa.int64())
+    parts = [SITES.empty_table()]
+    names_neurons = False
+    for table in batches.open(settings.synapses).tables():
+        names_neurons |= table["neuron_id"].null_count < len(table)
+        table = table.filter(pc.is_in(table["neuron_id"], value_set=asked))
+        columns = [table["synapse_id"], table["neuron_id"]]
+        columns += [table[f"{axis}_nm"] for axis in "xyz"]
+        parts.append(pa.table(columns, schema=SITES))
+    if not names_neurons:
+        raise UserError(
+            f"{settings.synapses} names no neuron: its column neuron_id is absent or "
+            "empty; give a table that has it"
+        )
+    found = pa.concat_tables(parts)
+    place = pc.index_in(found["neuron_id"], value_set=asked).to_numpy()
+    order = np.argsort(place, kind="stable")
+    found = found.take(order)
+    starts = np.searchsorted(place[order], np.arange(len(asked) + 1))
+    for index, neuron_id in enumerate(neuron_ids):
+        sites = found.slice(starts[index], starts[index + 1] - starts[index])
+        yield Found(int(neuron_id), len(sites) > 0, sites)
+
+
+def listing(
+    settings: Settings, after: int | None
+) -> Iterator[tuple[pa.Table, int | None]]:
+    """Not offered: the table is one."""
+    raise UserError(
+        "source none has nothing to list: its synapse table is a listing already"
+    )

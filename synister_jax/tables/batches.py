@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A synapse table of any size, batch by batch, for who answers every row of it."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from synister_jax.base.errors import UserError
+from synister_jax.tables import formats, synapses
+from synister_jax.tables.mongo import address
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows in an order of their own, to be read any number of times."""
+
+    name: str
+    raw_batches: Callable[[], Iterator[pa.RecordBatch]]  # one at least
+    part: tuple[str, str] | None = None  # (split, part): only its rows
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows as synapse tables (`synapses.conform`), every one of them.
+
+        Coordinates that are missing or not finite are NaN; an id may be there twice.
+
+        Raises:
+          UserError: names the row, counted from 0, that is not usable; no such split.
+        """
+        first_row = 0
+        for batch in self.raw_batches():
+            table = pa.Table.from_batches([batch])
+            table = synapses.conform(
+                table, self.name, answer_all=True, first_row=first_row
+            )
+            first_row += len(batch)
+            if self.part is not None:
+                table = table.filter(pa.array(self._in_part(table, *self.part)))
+            yield table
+
+    def _in_part(self, table: pa.Table, split: str, part: str) -> np.ndarray:
+        try:
+            return synapses.in_part(table, split, part)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
+
+
+def open(uri: str | os.PathLike[str], part: tuple[str, str] | None = None) -> Source:  # noqa: A001
+    """The table `uri`, which is all that `synapses.load` takes.
+
+    Feather, Parquet and CSV files and databases are read a part at a time, an export v3
+    as a whole.
+
+    Args:
+      part: (split, part), as ("skeleton", "test"): only its rows.
+
+    Raises:
+      UserError: absent, of no known format, no such part; anything else while reading.
+    """
+    if part is not None:
+        synapses.check_part(part[1])
+    name = str(uri)
+    if name.startswith(address.SCHEMES):
+        return Source(address.redact(name), lambda: _from_mongo(name), part)
+    if pathlib.Path(uri).is_dir():
+        table = synapses.load(uri)
+        return Source(name, lambda: _one(table.schema, iter(table.to_batches())), part)
+    choose = synapses.columns_to_read(name)
+    formats.open(uri, choose)  # absent, or no columns
+    return Source(name, lambda: _one(*formats.open(uri, choose)), part)
+
+
+def _from_mongo(uri: str) -> Iterator[pa.RecordBatch]:
+    from synister_jax.tables.mongo import databases  # pymongo only for who asks for it
+
+    with databases.connect(uri) as database:
+        yield from _one(*databases.read_batches(database))
+
+
+def _one(
+    schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """The batches, or one without rows: what has no rows has columns."""
+    first = next(batches, None)
+    yield pa.RecordBatch.from_pylist([], schema) if first is None else first
+    yield from batches
+
+
+class Checksum:
+    """SHA-256 of the ids and positions of a table's rows, however they are batched."""
+
+    NAMES = ("synapse_id", *synapses.POSITION)
+
+    def __init__(self) -> None:
+        self._digests = [hashlib.sha256() for _ in self.NAMES]
+        self.rows = 0
+
+    def update(self, table: pa.Table) -> None:
+        for name, digest in zip(self.NAMES, self._digests, strict=True):
+            digest.update(np.ascontiguousarray(table[name].to_numpy()))
+        self.rows += len(table)
+
+    def hexdigest(self) -> str:
+        together = "".join(digest.hexdigest() for digest in self._digests)
+        return hashlib.sha256(together.encode()).hexdigest()
+
+
+def checksum(source: Source) -> Checksum:
+    """That of all rows, for the price of reading them."""
+    found = Checksum()
+    for table in source.tables():
+        found.update(table)
+    return found

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns of tables that others wrote: read as they are, then made exact or refused."""
+
+import contextlib
+import json
+import os
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv, feather, parquet
+
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+
+# What the sources write for "not known" (synister_data, consolidate.py).
+_UNKNOWN = ("", "na", "nan", "none", "null", "unknown")
+_INTEGER = r"^[+-]?[0-9]{1,19}$"
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+
+
+def read(path: str | os.PathLike[str]) -> pa.Table:
+    """Feather, Parquet, a JSON list of objects, or CSV (also .gz) with text columns.
+
+    Raises:
+      UserError: absent, not of that format, or two columns of one name.
+    """
+    path = pathlib.Path(path)
+    name = path.name.removesuffix(".gz")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    try:
+        if name.endswith(".feather"):
+            table = feather.read_table(path)
+        elif name.endswith(".parquet"):
+            table = parquet.read_table(path)
+        elif _is_json(path):
+            table = _read_json(path)
+        elif name.endswith(".csv"):
+            table = _read_csv(path)
+        else:
+            raise UserError(
+                f"cannot tell the format of {path}; its name should end in .feather, "
+                ".parquet, .json, .csv or .csv.gz"
+            )
+        names = table.column_names  # decoded only here
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of one name: {names}")
+    # A column without a name holds the row names of R or pandas.
+    return table.drop_columns([""]) if "" in names else table
+
+
+def _is_json(path: pathlib.Path) -> bool:
+    """The original's consolidated FAFB files are JSON although named .csv."""
+    with open(path, "rb") as file:
+        return path.suffix == ".json" or file.read(64).lstrip().startswith(b"[")
+
+
+def _read_json(path: pathlib.Path) -> pa.Table:
+    content = files.read_json(path)
+    if not isinstance(content, list) or not all(isinstance(x, dict) for x in content):
+        raise UserError(f"{path} is not a JSON list of objects")
+    names = list(dict.fromkeys(name for line in content for name in line))
+    columns = {}
+    for name in names:
+        values = [line.get(name) for line in content]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            # Mixed kinds: as text, so that the odd one is named by its row.
+            texts = [v if isinstance(v, str) else json.dumps(v) for v in values]
+            nothing = np.array([v is None for v in values], bool)
+            columns[name] = pa.array(texts, pa.string(), mask=nothing)
+    return pa.table(columns)
+
+
+def _read_csv(path: pathlib.Path) -> pa.Table:
+    # Numbers as text: what a guess would make of long ids is not exact.
+    with csv.open_csv(path) as reader:
+        names = reader.schema.names
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    # Else a line break within quotes splits a row where a block of the file ends.
+    parse = csv.ParseOptions(newlines_in_values=True)
+    return csv.read_csv(path, convert_options=convert, parse_options=parse)
+
+
+def text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as trimmed text, null where it says that nothing is known."""
+    column = pc.utf8_trim_whitespace(_decoded(column).cast(pa.string()))
+    unknown = pc.is_in(pc.utf8_lower(column), value_set=pa.array(_UNKNOWN))
+    return pc.if_else(unknown, pa.scalar(None, pa.string()), column)
+
+
+def integers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(values int64, missing, malformed), [n] each; values are 0 where there is none.
+
+    Text must be all digits: 1.2e18 or 17.0 have gone through a float, and long ids have
+    lost digits there. A column of floats is malformed where it has a value.
+    """
+    column = _decoded(column)
+    if pa.types.is_integer(column.type):
+        with contextlib.suppress(pa.ArrowInvalid):  # uint64 may not fit
+            values = pc.fill_null(column.cast(pa.int64()), 0).to_numpy()
+            return values, pc.is_null(column).to_numpy(), np.zeros(len(column), bool)
+    if pa.types.is_floating(column.type):
+        missing = pc.is_null(column, nan_is_null=True).to_numpy()
+        return np.zeros(len(column), np.int64), missing, ~missing
+    column = text(column)
+    missing = pc.is_null(column).to_numpy()
+    fits = pc.match_substring_regex(column, _INTEGER)
+    long = pc.and_(fits, pc.greater(pc.utf8_length(column), 18))
+    values = np.zeros(len(column), np.int64)
+    malformed = ~pc.fill_null(fits, True).to_numpy()
+    short = pc.fill_null(pc.and_not(fits, long), False)
+    rows = short.to_numpy()
+    digits = pc.utf8_ltrim(column.filter(short), "+")
+    values[rows] = digits.cast(pa.int64()).to_numpy()
+    for at in np.flatnonzero(pc.fill_null(long, False).to_numpy()):
+        value = int(column[int(at)].as_py())
+        if -(2**63) <= value < 2**63:
+            values[at] = value
+        else:
+            malformed[at] = True
+    return values, missing, malformed
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """The column as float64, [n]; NaN where it is missing, no number or not finite."""
+    column = _decoded(column)
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        values = column.cast(pa.float64(), safe=False).to_numpy()
+    else:
+        column = text(column)
+        fits = pc.fill_null(pc.match_substring_regex(column, _NUMBER), False)
+        digits = pc.utf8_ltrim(column, "+")
+        digits = pc.if_else(fits, digits, pa.scalar(None, pa.string()))
+        values = digits.cast(pa.float64()).to_numpy()
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """As plain values; lists, structs and bytes as text, to be named when unfit."""
+    if pa.types.is_dictionary(column.type):
+        return column.cast(column.type.value_type)
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        texts = [None if v is None else str(v) for v in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.string())])
+    return column

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The original system's MongoDB collections and their JSON export."""

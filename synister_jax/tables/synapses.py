@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The synapse table: one row a synapse, the same columns whatever it came from.
+
+`synapse_id` int64, unique · `z_nm`, `y_nm`, `x_nm` float64 in the volume's frame ·
+`neuron_id` int64? · `neurotransmitter` string? (several known ones joined by `+`) ·
+`hemilineage`, `brain_region`, `cell_type` string? · one `split_<name>` string? a
+scheme, with the values train, validation and test · where the source has them, what
+detected the synapse and what it is connected to (`OPTIONAL`).
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
+
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.tables import formats
+from synister_jax.tables.mongo import address, json_export
+
+SCHEMA = pa.schema(
+    [
+        pa.field("synapse_id", pa.int64(), nullable=False),
+        pa.field("z_nm", pa.float64(), nullable=False),
+        pa.field("y_nm", pa.float64(), nullable=False),
+        pa.field("x_nm", pa.float64(), nullable=False),
+        ("neuron_id", pa.int64()),
+        ("neurotransmitter", pa.string()),
+        ("hemilineage", pa.string()),
+        ("brain_region", pa.string()),
+        ("cell_type", pa.string()),
+    ]
+)
+# Columns that a table has or has not. `cleft_score` weighs synapses (FlyWire: 0 to 255,
+# Heinrich et al. 2018; FlyEM: the confidence of a T-bar), `connection_score` is that of
+# the pair (Buhmann et al. 2021).
+OPTIONAL = pa.schema(
+    [
+        ("cleft_score", pa.float32()),
+        ("connection_score", pa.float32()),
+        ("post_neuron_id", pa.int64()),
+    ]
+)
+PARTS = ("train", "validation", "test")
+# What a table can say of a synapse.
+NEUROTRANSMITTERS = (
+    "gaba",
+    "acetylcholine",
+    "glutamate",
+    "serotonin",
+    "octopamine",
+    "dopamine",
+    "histamine",
+    "tyramine",
+    "neither",
+)
+# Every class that a network of the family has had as an output. Only extra_classes
+# makes rows of "unknown": in a table from elsewhere the word means that nobody knows.
+CLASSES = (*NEUROTRANSMITTERS, "unknown")
+POSITION = ("z_nm", "y_nm", "x_nm")
+_REQUIRED = ("synapse_id", *POSITION)
+
+
+def load(uri: str | os.PathLike[str]) -> pa.Table:
+    """Reads an export v3, Feather, Parquet, CSV or MongoDB as a checked synapse table.
+
+    Args:
+      uri: a folder with `synapses_v3.json`, `skeletons_v3.json` and
+        `hemi_lineages_v3.json`, a file whose name tells its format, or
+        mongodb://[user:password@]host[:port]/DB[?options] (see databases.py).
+
+    Raises:
+      UserError: names the first offending rows and the reason.
+    """
+    if str(uri).startswith(address.SCHEMES):
+        from synister_jax.tables.mongo import (
+            databases,  # pymongo only for who asks for it
+        )
+
+        return conform(databases.read_table(str(uri)), address.redact(str(uri)))
+    if pathlib.Path(uri).is_dir():
+        try:
+            table = json_export.read(pathlib.Path(uri), SCHEMA)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read synapse table {uri}: {error}") from None
+    else:
+        schema, batches = formats.open(uri, columns_to_read(str(uri)))
+        table = pa.Table.from_batches(batches, schema)
+    return conform(table, str(uri))
+
+
+def columns_to_read(source: str) -> formats.Choose:
+    """Those of the contract; coordinates in text stay text, for `conform` to judge."""
+
+    def choose(names: Sequence[str]) -> dict[str, pa.DataType]:
+        _require_columns(names, source)
+        types = {field.name: field.type for field in (*SCHEMA, *OPTIONAL)}
+        types |= dict.fromkeys(POSITION, pa.string())
+        return {
+            name: types.get(name, pa.string())
+            for name in names
+            if name in types or name.startswith("split_")
+        }
+
+    return choose
+
+
+def _require_columns(names: Sequence[str], source: str) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{source} has two columns of one name: {list(names)}")
+    for name in _REQUIRED:
+        if name not in names:
+            raise UserError(f"{source} has no column {name}; it has {', '.join(names)}")
+
+
+def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Writes Feather or Parquet, whichever the name ends in; whole or not at all."""
+    with writer(path, table.schema) as sink:
+        sink.write_table(table)
+
+
+def write_batches(
+    path: str | os.PathLike[str],
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    total: int,
+) -> int:
+    """Writes a table of synapses batch by batch, as `write` does; returns its rows.
+
+    Raises:
+      UserError: a synapse id is there twice.
+    """
+    ids = []
+    progress = Progress("read", total, "synapses")
+    with writer(path, schema) as sink:
+        for batch in batches:
+            sink.write_batch(batch)
+            ids.append(batch["synapse_id"].to_numpy())
+            progress.add(len(batch))
+        return len(check_unique(ids, str(path)))
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` for a name that `write` would not take."""
+    if pathlib.Path(path).suffix not in (".feather", ".parquet"):
+        raise UserError(f"cannot write {path}: name a .feather or .parquet file")
+
+
+def check_classes(names: Sequence[str]) -> None:
+    """Raises `UserError` for --classes with an unknown name, or one twice."""
+    for name in names:
+        if name not in CLASSES or list(names).count(name) > 1:
+            raise UserError(
+                f"--classes: {name!r} is unknown or there twice (known: "
+                f"{', '.join(CLASSES)})"
+            )
+
+
+def check_unique(ids: Sequence[np.ndarray], where: str) -> np.ndarray:
+    """All the ids, [n] int64; `UserError` where one is there twice."""
+    together = np.concatenate([np.zeros(0, np.int64), *ids])
+    ordered = np.sort(together)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        raise UserError(
+            f"{where} has synapse {again[0]} twice; an id names one synapse"
+        )
+    return together
+
+
+@contextlib.contextmanager
+def writer(
+    path: str | os.PathLike[str], schema: pa.Schema
+) -> Iterator[pa.ipc.RecordBatchFileWriter | parquet.ParquetWriter]:
+    """A sink of tables and batches; what `write` would write of them together."""
+    check_writable(path)
+    with files.replacing(path) as partial:
+        if pathlib.Path(path).suffix == ".feather":
+            options = pa.ipc.IpcWriteOptions(compression="zstd")
+            opened = pa.ipc.new_file(str(partial), schema, options=options)
+        else:
+            opened = parquet.ParquetWriter(partial, schema, compression="zstd")
+        with opened as sink:
+            yield sink
+
+
+def positions_nm_zyx(table: pa.Table) -> np.ndarray:
+    """[n, 3] float64."""
+    return np.stack([table[name].to_numpy() for name in POSITION], axis=1)
+
+
+def labels(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
+    """Index of each row's neurotransmitter in `classes`, [n] int32; -1 for no class.
+
+    Rows without a known transmitter, with several, or with one outside `classes`
+    have none.
+    """
+    return index_in(table["neurotransmitter"], classes)
+
+
+def index_in(column: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
+    """Index of each entry in `values`, [n] int32; -1 where it is not among them."""
+    index = pc.index_in(column, value_set=pa.array(values, pa.string()))
+    return pc.fill_null(index, -1).to_numpy().astype(np.int32)
+
+
+def in_part(table: pa.Table, split: str, part: str) -> np.ndarray:
+    """[n] bool: the rows of `part` of the split; a name unknown here is a UserError."""
+    column = f"split_{split}"
+    if column not in table.column_names:
+        known = [n.removeprefix("split_") for n in split_columns(table)]
+        raise UserError(
+            f"no split {split!r} here; the table has {', '.join(known) or 'none'}"
+        )
+    check_part(part)
+    return pc.fill_null(pc.equal(table[column], part), False).to_numpy()
+
+
+def check_part(part: str) -> None:
+    """Raises `UserError` for a name that no part has."""
+    if part not in PARTS:
+        raise UserError(f"no part {part!r}; it is one of {', '.join(PARTS)}")
+
+
+def split_columns(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if name.startswith("split_")]
+
+
+def columns(table: pa.Table) -> list[str]:
+    """Those of the contract, then the optional ones and the splits that are there."""
+    optional = [name for name in OPTIONAL.names if name in table.column_names]
+    return [*SCHEMA.names, *optional, *split_columns(table)]
+
+
+def conform(
+    table: pa.Table, source: str, *, answer_all: bool = False, first_row: int = 0
+) -> pa.Table:
+    """The table with the contract's columns, types and metadata, checked.
+
+    Columns beyond the contract are left out.
+
+    Args:
+      answer_all: for a reader that answers every row: coordinates that are missing or
+        not finite become NaN, and an id may be there twice.
+      first_row: number of the table's first row in the source, for messages.
+
+    Raises:
+      UserError: names `source`, the first offending rows and the reason.
+    """
+    _require_columns(table.column_names, source)
+    fields = list(SCHEMA)
+    fields += [field for field in OPTIONAL if field.name in table.column_names]
+    fields += [pa.field(name, pa.string()) for name in split_columns(table)]
+    arrays = []
+    for field in fields:
+        if field.name not in table.column_names:
+            arrays.append(pa.nulls(len(table), field.type))
+            continue
+        arrays.append(_cast(table[field.name], field, source, first_row))
+    metadata = {"space": "volume frame, nm", "source": source, "version": 1}
+    metadata |= json.loads((table.schema.metadata or {}).get(b"synister_jax", b"{}"))
+    if answer_all:
+        fields = [
+            field.with_nullable(True) if field.name in POSITION else field
+            for field in fields
+        ]
+    schema = pa.schema(fields, {"synister_jax": json.dumps(metadata)})
+    checked = dict(zip(schema.names, arrays, strict=True))
+    _check(checked, source, answer_all, first_row)
+    if answer_all:
+        for name in POSITION:
+            place = schema.names.index(name)
+            finite = pc.fill_null(pc.is_finite(arrays[place]), False)
+            arrays[place] = pc.if_else(finite, arrays[place], np.nan)
+    return pa.table(arrays, schema=schema)
+
+
+def _cast(
+    column: pa.ChunkedArray, field: pa.Field, source: str, first_row: int
+) -> pa.ChunkedArray:
+    kind = column.type
+    if field.name.endswith("_id") and not (
+        pa.types.is_integer(kind) or pa.types.is_null(kind)
+    ):
+        raise UserError(
+            f"{source}: column {field.name} is {kind}; ids must be integers: floats "
+            "have lost digits of large ones"
+        )
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        for row, value in enumerate(column, first_row):
+            try:
+                value.cast(field.type)
+            except pa.ArrowException:
+                raise UserError(
+                    f"{source}, row {row}: {field.name} is {value.as_py()!r}, not "
+                    f"{'a number' if pa.types.is_floating(field.type) else field.type}"
+                ) from None
+        raise UserError(f"{source}: column {field.name}: {error}") from None
+
+
+def _check(
+    columns: dict[str, pa.ChunkedArray], source: str, answer_all: bool, first_row: int
+) -> None:
+    def refuse(why: str, bad: Any, column: pa.ChunkedArray) -> None:
+        _refuse(source, why, bad, column, first_row)
+
+    ids = columns["synapse_id"]
+    refuse("synapse_id is missing", pc.is_null(ids), ids)
+    if not answer_all:
+        values = ids.to_numpy()
+        order = np.argsort(values, kind="stable")
+        again = np.zeros(len(values), bool)
+        again[order[1:]] = values[order[1:]] == values[order[:-1]]
+        refuse("duplicate synapse_id", again, ids)
+        for name in POSITION:
+            bad = pc.invert(pc.fill_null(pc.is_finite(columns[name]), False))
+            refuse(f"{name} is missing or not finite", bad, columns[name])
+    column = columns["neurotransmitter"]
+    for value in pc.unique(column).to_pylist():
+        for name in [] if value is None else value.split("+"):
+            if name not in NEUROTRANSMITTERS:
+                why = f"unknown neurotransmitter {name!r} (known: "
+                why += f"{', '.join(NEUROTRANSMITTERS)})"
+                refuse(why, pc.equal(column, value), column)
+    for name, column in columns.items():
+        if name.startswith("split_"):
+            bad = pc.invert(pc.is_in(column, value_set=pa.array([*PARTS, None])))
+            refuse(f"{name} is not one of {', '.join(PARTS)}", bad, column)
+
+
+def _refuse(
+    source: str, why: str, bad: Any, column: pa.ChunkedArray, first_row: int
+) -> None:
+    """Raises UserError naming the rows where `bad` holds, if any."""
+    if isinstance(bad, pa.ChunkedArray):
+        bad = pc.fill_null(bad, False).to_numpy()
+    rows = np.flatnonzero(bad)
+    if not len(rows):
+        return
+    shown = ", ".join(
+        f"row {first_row + r} ({column[int(r)].as_py()!r})" for r in rows[:5]
+    )
+    more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+    raise UserError(f"{source}: {why}: {shown}{more}; mend or remove these rows")

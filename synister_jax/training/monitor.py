@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says and writes while it goes: lines, scalars, pictures, a bad batch."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from synister_jax import evaluate
+from synister_jax.base import figures, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from synister_jax.evaluation import accuracy, measurement
+from synister_jax.training import augment, data
+
+_SNAPSHOT_EXAMPLES = 8
+
+
+def say(text: str) -> None:
+    """Prints, in the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Journal:
+    """What a run says and writes; only the first process does either."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        examples: data.TrainBatches,
+        first_step: int,
+    ) -> None:
+        self._config, self._workdir, self._examples = config, workdir, examples
+        self._is_first = jax.process_index() == 0
+        self._writer = accuracy.Writer(workdir, first_step) if self._is_first else None
+        settings = augment.Settings.of(config)
+        self._augment = jax.jit(lambda r, k: augment.augment(r, k, settings))
+        self._under_way: dict[str, jax.Array] | None = None
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._progress = Progress(
+            "train",
+            config.num_train_steps * config.batch_size,
+            "crops",
+            done=first_step * config.batch_size,
+            silent=not self._is_first,
+        )
+
+    def note(self, step: int, numbers: dict[str, jax.Array]) -> None:
+        """Takes the numbers of a step that is under way, waits for the one before.
+
+        So no more than two batches wait on the devices.
+        """
+        if self._under_way is not None:
+            jax.block_until_ready(self._under_way)
+            self._progress.add(self._config.batch_size)
+        self._write_pending()
+        self._under_way = numbers
+        if step % self._config.log_every_steps == 0:
+            self._pending = step, numbers
+
+    def settle(self, numbers: dict[str, jax.Array]) -> None:
+        """Waits for the step; `UserError` if it, or one before it, ruined the state."""
+        self._write_pending()
+        self._require_finite(jax.device_get(numbers))
+        if self._under_way is not None:
+            self._progress.add(self._config.batch_size)
+            self._under_way = None
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, numbers = self._pending[0], jax.device_get(self._pending[1])
+        self._pending = None
+        self._require_finite(numbers)
+        scalars = {f"train/{k}": float(numbers[k]) for k in ("loss", "accuracy")}
+        self._progress.note = f"step {step}, loss {scalars['train/loss']:.3f}"
+        if self._writer:
+            self._writer.write(step, scalars)
+
+    def _require_finite(self, numbers: dict[str, np.ndarray]) -> None:
+        step = int(numbers["bad_after_step"])
+        if step < 0:
+            return
+        saved = ""
+        if self._is_first:
+            rows = self._examples.rows(step)
+            ids = self._examples.shards.index["synapse_id"].to_numpy()[rows]
+            batch = self._examples.read(rows) | {"synapse_id": ids}
+            batch["augmented"] = self._augmented(step, batch["crop"])
+            folder = files.make_folder(self._workdir / "nonfinite")
+            path = folder / f"after-step-{step}.npz"
+            with files.replacing(path) as partial, partial.open("wb") as file:
+                np.savez_compressed(file, **batch)
+            saved = f" (saved in {path})"
+        raise UserError(
+            f"the update after step {step} gave no finite loss or parameters; its batch"
+            f"{saved} is worth a look. The last checkpoint is intact: mend the data, "
+            "or start another --workdir with a lower config.learning_rate or with "
+            "config.clip_norm"
+        )
+
+    def _augmented(self, step: int, records: np.ndarray) -> np.ndarray:
+        """The first crops of the batch after `step` as the network gets them.
+
+        A few at a time: the device has no room to spare.
+        """
+        keys = augment.batch_keys(self._config.seed, step, len(records))
+        few = _SNAPSHOT_EXAMPLES
+        return np.concatenate(
+            [
+                np.asarray(self._augment(records[i : i + few], keys[i : i + few]))
+                for i in range(0, len(records), few)
+            ]
+        )
+
+    def snapshot(self, step: int) -> None:
+        """A picture of the first crops of the next batch, before and after."""
+        if not self._writer:
+            return
+        rows = self._examples.rows(step)[:_SNAPSHOT_EXAMPLES]
+        batch = self._examples.read(rows)
+        names = [self._config.classes[label] for label in batch["label"]]
+        crops = self._augmented(step, batch["crop"])
+        picture = figures.augmented(batch["crop"], crops, names)
+        self._writer.write_picture(step, "augmented", picture)
+
+    def validate(
+        self,
+        step: int,
+        part: evaluate.Part,
+        classify: Callable[..., jax.Array],
+        state: Any,
+        mesh: jax.sharding.Mesh,
+    ) -> dict[str, float]:
+        """The scalars of the whole part, written, with a picture of its confusions."""
+        own = {"params": state.params, "batch_stats": state.batch_stats}
+        variables = state.ema or own
+        table = part.predict(
+            functools.partial(classify, variables), self._config.batch_size, mesh, {}
+        )
+        measured = measurement.measure(table)
+        scalars = measurement.scalars(part.name, measured)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
+        say(f"step {step}: {shown}")
+        if self._writer:
+            self._writer.write(step, scalars)
+            counts = np.asarray(measured["synapses"]["confusion"])
+            title = f"{part.name}, step {step}: {counts.sum():,} synapses"
+            picture = figures.confusion(counts, self._config.classes, title)
+            self._writer.write_picture(step, f"{part.name}_confusion", picture)
+        return scalars
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
