@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands as a user meets them: flags, exit codes, one line for a mistake."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from synister_jax.base import command, files
+from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
+from tests.helpers.small_data import ROOT
+
+TRAIN = ["-m", "synister_jax.train", "--config=configs/demo.py"]
+SHARD = ["tools/shard_crops.py", "--config=configs/demo.py"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([*TRAIN, "--workdir=HERE/w", "--config.learning_rat=1"], 2, "learning_rat"),
+        ([*TRAIN, "--workdir=HERE/w", "--config.batch_size=many"], 2, "batch_size"),
+        ([*TRAIN], 2, "workdir"),
+        ([*TRAIN, "--workdir=HERE/w", "extra"], 2, "unexpected argument 'extra'"),
+        (
+            ["-m", "synister_jax.train", "--config=no.py", "--workdir=HERE/w"],
+            2,
+            "no.py",
+        ),
+        ([*TRAIN, "--workdir=HERE/w"], 1, "give --config.shards=FOLDER"),
+        (
+            [*TRAIN, "--workdir=HERE/w", "--config.shards=no"],
+            1,
+            "shards no are not there",
+        ),
+        ([*SHARD, "--synapses=no", "--volume=v", "--output=o"], 1, "no does not exist"),
+        (["-m", "synister_jax.evaluate", "--workdir=no"], 1, "not the folder of a run"),
+        (["-m", "synister_jax.report", "--output=o.html"], 1, "give --workdir"),
+        ([*TRAIN[:2], f"--config={__file__}", "--workdir=HERE/w"], 2, "get_config"),
+        (
+            [
+                "-m",
+                "synister_jax.aggregate",
+                "--predictions=no.feather",
+                "--output=o.feather",
+            ],
+            1,
+            "cannot read predictions no.feather",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: pathlib.Path, arguments: list[str], code: int, message: str
+) -> None:
+    finished = run(*(text.replace("HERE", str(tmp_path)) for text in arguments))
+    assert finished.returncode == code, finished.stderr
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        ("train", "--workdir"),
+        ("evaluate", "--part"),
+        ("predict", "--volume"),
+        ("aggregate", "--by"),
+        ("report", "--predictions"),
+        ("compare", "--tolerance_nm"),
+    ],
+)
+def test_help_lists_the_flags(module: str, flag: str) -> None:
+    finished = run("-m", f"synister_jax.{module}", "--help")
+    assert flag in finished.stdout and "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "flags: A B missing; give A B"),
+        (["a"], "flags: B missing; give A B"),
+        (["a", "b", "c"], "flags: unexpected argument 'c'; options start with --"),
+    ],
+)
+def test_arguments_without_a_flag_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *given])
+    with pytest.raises(SystemExit) as caught:
+        command.run(pytest.fail, positional=("A", "B"))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"program: {message}\n"
+
+
+def test_arguments_without_a_flag_are_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "a", "--verbosity=0", "b"])
+    found = []
+    with pytest.raises(SystemExit) as caught:
+        command.run(lambda *given: found.append(given), positional=("A", "B"))
+    assert not caught.value.code and found == [("a", "b")]
+
+
+def test_files_are_whole_or_absent(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "file"
+    files.write_text(path, "before")
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "before"
+    files.write_text(path, "after")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "after"
+
+
+def test_unwritable_output_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*file/folder"):
+        files.make_folder(tmp_path / "file" / "folder")
+
+
+def test_progress_tells_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("work", 4, "things", every_seconds=0)
+    progress.add()
+    progress.note = "nearly"
+    progress.add(3)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("work: 1/4 things, ") and "ETA" in first
+    assert last.startswith("work: 4/4 things, ") and last.endswith("nearly")
