@@ -15,7 +15,7 @@ what is in metrics.json.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,45 +30,7 @@ from synister_jax.evaluation import measurement
 from synister_jax.network import checkpoint, inference, sharding
 from synister_jax.tables import predictions, synapses
 from synister_jax.training import data
-from synister_jax.training.shards import Shards
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of a split, all of it: every number is over every example."""
-
-    name: str
-    shards: Shards
-    rows: np.ndarray  # of the shards' index, [n]
-    table: pa.Table  # these rows of the index
-
-    @classmethod
-    def of(cls, shards: Shards, split: str, name: str) -> "Part":
-        """The part `name` of the split; `UserError` when it is empty or unknown."""
-        rows = np.flatnonzero(synapses.in_part(shards.index, split, name))
-        if not len(rows):
-            raise UserError(
-                f"shards {shards.folder}: part {name!r} of {split!r} is empty"
-            )
-        return cls(name, shards, rows, shards.index.take(pa.array(rows)))
-
-    def predict(
-        self,
-        classify_batch: Callable[[jax.Array], jax.Array],
-        batch_size: int,
-        mesh: jax.sharding.Mesh,
-        about: dict[str, Any],
-    ) -> pa.Table:
-        """The prediction table of the part, whatever the batch size."""
-        batches = data.padded_batches(
-            self.shards, self.rows, batch_size, sharding.batch(mesh)
-        )
-        results = [np.asarray(classify_batch(batch["crop"])) for batch in batches]
-        probabilities = np.concatenate(results)[: len(self.rows)]
-        status = self.table["status"].to_pylist()
-        return predictions.build(
-            self.table, probabilities, status, self.shards.classes, about
-        )
+from synister_jax.training.validation import SplitPart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +72,7 @@ def evaluate(
         config.shards = shards_folder
     mesh = sharding.make_mesh()
     shards = data.open_shards(config, training=False)
-    part = Part.of(shards, config.split, part_name)
+    part = SplitPart.of(shards, config.split, part_name)
     chosen = [checkpoint.choose_step(workdir, step) for step in steps or [None]]
     folder = files.make_folder(workdir / "evaluation" / part_name)
     crops_sha256 = shards.sha256(config.split)

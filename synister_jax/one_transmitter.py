@@ -10,7 +10,6 @@ alike the units of a group are; a false discovery rate limits the errors over al
 them. docs/one_transmitter.md says what that assumes and what `several` can mean.
 """
 
-import json
 import math
 import pathlib
 
@@ -19,12 +18,11 @@ import pyarrow as pa
 from absl import flags
 from scipy import stats
 
-from synister_jax import aggregate
-from synister_jax.base import command, files
+from synister_jax.base import command, files, metadata
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions, mixtures, tallies
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.evaluation.mixtures import Model
+from synister_jax.evaluation.mixtures import CallModel
 from synister_jax.evaluation.tallies import COLUMNS
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
@@ -59,7 +57,7 @@ def units(
     Raises:
       UserError: no row names a group.
     """
-    neurons = aggregate.tally(source, "neuron", folder)
+    neurons = tallies.of(source, "neuron", folder)
     if by == "neuron":
         return neurons.groups[COLUMNS[by]].combine_chunks(), neurons.counts
     names, counts = tallies.calls_of_neurons(neurons, by, n_min)
@@ -93,7 +91,7 @@ def least_synapses(confusion: Confusion) -> int:
     return 1
 
 
-def model(confusion: Confusion, level: str, correlation: float | None) -> Model:
+def model(confusion: Confusion, level: str, correlation: float | None) -> CallModel:
     """How calls of units of `level` scatter: by a confusion in counts or fractions.
 
     Args:
@@ -143,7 +141,11 @@ def model(confusion: Confusion, level: str, correlation: float | None) -> Model:
 
 
 def judge(
-    counts: np.ndarray, model: Model, classes: tuple[str, ...], fdr: float, draws: int
+    counts: np.ndarray,
+    model: CallModel,
+    classes: tuple[str, ...],
+    fdr: float,
+    draws: int,
 ) -> pa.Table:
     """Tests groups by their calls [n, k].
 
@@ -270,7 +272,7 @@ def main() -> None:
             "predictions": {"path": str(source.path)} | source.about,
         }
         synapses.write(
-            table.replace_schema_metadata({"synister_jax": json.dumps(about)}),
+            metadata.described(table, about),
             output.value,
         )
         print(f"{output.value}: {len(table):,} groups; units are {level}")

@@ -16,18 +16,14 @@ kill the command at any moment and rerun it. --calibrated takes the temperature 
 """
 
 import functools
-import importlib.metadata
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import flags
 
-import synister_jax
-from synister_jax.base import command, files
+from synister_jax.base import command
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.bulk import (
@@ -40,120 +36,9 @@ from synister_jax.bulk import (
     planning,
     unit_results,
 )
-from synister_jax.bulk.planning import Plan
-from synister_jax.em import volumes
-from synister_jax.network import checkpoint, inference, saved_calibration
-from synister_jax.tables import batches, predictions
-from synister_jax.tables.batches import Source
-
-# A unit is written, and lost by a kill, as a whole: seconds on an accelerator, an hour
-# of the published network on two CPU cores. A brain has some ten thousand.
-UNIT_ROWS = 16_384
-MOST_UNIT_ROWS = 1 << 24  # a unit is in memory
-
-
-def make_plan(
-    classifier: inference.Classifier,
-    source: Source,
-    volume: volumes.Volume,
-    output: pathlib.Path,
-    unit_rows: int = UNIT_ROWS,
-) -> Plan:
-    """The plan in `output`, made now or compared with the arguments.
-
-    Raises:
-      UserError: the folder holds predictions of other arguments.
-    """
-    made_from = {
-        "classes": list(classifier.classes),
-        "parameters_sha256": [m["parameters_sha256"] for m in classifier.members],
-        "views": classifier.views,
-        "temperature": classifier.temperature,
-        "batch_size": classifier.batch_size,
-        "part": None if source.part is None else list(source.part),
-    }
-    shape = tuple(classifier.config.crop_shape_zyx)
-    return planning.make(
-        source, volume, shape, files.make_folder(output), unit_rows, made_from
-    )
-
-
-def finish(
-    plan: Plan,
-    classifier: inference.Classifier,
-    source: Source,
-    volume: volumes.Volume,
-    file_format: str = "feather",
-    grid: grids.Grid | None = None,
-    abstain_below: float | None = None,
-) -> dict[str, Any]:
-    """Merges the parts of all units; returns what predictions.json says.
-
-    The statuses are `ok`; `partly_outside` (the part of the crop outside the volume is
-    0, as in training); `outside` (no voxel of the crop is inside), `missing_data` (a
-    chunk is missing or cannot be decoded) and `bad_position` (coordinates missing or
-    not finite), which have no probabilities.
-
-    Args:
-      file_format: of `merging.FORMATS`.
-      grid: the source is its points: they are written as a Zarr volume.
-      abstain_below: told with the temperature, where there is one (calibrate.py).
-    """
-    about = {
-        "members": classifier.members,
-        "views": classifier.views,
-        "volume": volume.uri,
-        "synapses": source.name,
-    }
-    if classifier.temperature is not None:
-        about["temperature"] = classifier.temperature
-        about["abstain_below"] = abstain_below
-    merged = merging.Merged()
-    with files.locked(plan.folder, wait=True):
-        answer = merging.tables(plan, source, volume, about, merged)
-        if grid is not None:
-            pieces = map(predictions.probabilities, answer)
-            name = "predictions.zarr"
-            grids.write_zarr(
-                plan.folder / name, grid, classifier.classes, pieces, about
-            )
-        else:
-            name, write = merging.FORMATS[file_format]
-            write(plan.folder / name, answer)
-        for other, _ in merging.FORMATS.values():
-            if other != name:  # an answer in another format, before the last retry
-                files.remove(plan.folder / other)
-        _write_unreadable(plan.folder, merged)
-        record = (
-            plan.about
-            | about
-            | {
-                "file": name,
-                "status": dict(sorted(merged.status.items())),
-                "unreadable_chunks": len(merged.unreadable),
-                "config": json.loads(classifier.config.to_json_best_effort()),
-                "written_by": f"synister_jax {synister_jax.__version__}",
-                "versions": {
-                    name: importlib.metadata.version(name)
-                    for name in ("jax", "flax", "tensorstore", "pyarrow", "duckdb")
-                },
-            }
-        )
-        if classifier.temperature is None:
-            record.pop("temperature", None)  # an older plan does not name it
-        files.write_json(plan.folder / "predictions.json", record)
-        for left in (plan.folder / "parts").glob("*.partial"):  # of killed processes
-            left.unlink(missing_ok=True)
-    return record
-
-
-def _write_unreadable(folder: pathlib.Path, merged: merging.Merged) -> None:
-    path = folder / "unreadable_chunks.csv"
-    if not merged.unreadable:
-        path.unlink(missing_ok=True)
-        return
-    lines = [",".join(map(str, corner)) for corner in sorted(merged.unreadable)]
-    files.write_text(path, "\n".join(["z_vx,y_vx,x_vx", *lines]) + "\n")
+from synister_jax.network import checkpoint, saved_calibration
+from synister_jax.tables import reading
+from synister_jax.tables.batches import SynapseStream
 
 
 def units_of(text: str | None, count: int) -> range:
@@ -217,7 +102,11 @@ def main() -> None:
         "calibrated", False, "With the temperature that calibrate.py fitted."
     )
     unit_rows = flags.DEFINE_integer(
-        "unit_rows", UNIT_ROWS, "Synapses of a work unit.", 1, MOST_UNIT_ROWS
+        "unit_rows",
+        planning.UNIT_ROWS,
+        "Synapses of a work unit.",
+        1,
+        planning.MOST_UNIT_ROWS,
     )
     units = flags.DEFINE_string("units", None, "Do the I-th of N shares only: I/N.")
     cluster = flags.DEFINE_string(
@@ -249,10 +138,10 @@ def main() -> None:
         if roi.value is not None:
             grid = grids.Grid.of(roi.value, grid_step.value or [])
             name = f"grid {roi.value} every {grid_step.value}"
-            source = Source(name, grid.batches)
+            source = SynapseStream(name, grid.batches)
         else:
             of_part = None if part.value is None else (split.value, part.value)
-            source = batches.open(table.value, of_part)
+            source = reading.open(table.value, of_part)
         size = voxel_size.value
         if size is not None:
             size = command.three_numbers("voxel_size_nm_zyx", size, True)
@@ -262,7 +151,7 @@ def main() -> None:
             jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
         members, views = members_of(workdir.value, step.value), int(tta.value)
         fitted = saved_calibration.load(members, views) if calibrated.value else None
-        job = inputs.Job(
+        job = inputs.Inputs(
             tuple(members),
             batch_size.value,
             views,
@@ -276,7 +165,7 @@ def main() -> None:
         if fitted:
             [member] = classifier.members
             saved_calibration.require_parameters(fitted, member["parameters_sha256"])
-        plan = make_plan(
+        plan = planning.of_classifier(
             classifier, source, opened, pathlib.Path(output.value), unit_rows.value
         )
         # A warning only: every row is answered, those outside too.
@@ -309,7 +198,7 @@ def main() -> None:
                 "command without --units to merge them"
             )
             return
-        record = finish(
+        record = merging.finish(
             plan,
             classifier,
             source,

@@ -21,10 +21,10 @@ import sys
 import pyarrow as pa
 from absl import flags
 
-from synister_jax import aggregate
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
+from synister_jax.evaluation import calls
 from synister_jax.ondemand import answering, questions, sources
 from synister_jax.tables import predictions
 
@@ -87,7 +87,7 @@ def main() -> None:
             source.value, credentials.value, synapses=table.value
         )
         run_folder, folder = pathlib.Path(workdir.value), pathlib.Path(output.value)
-        network = answering.Network.open(
+        network = answering.OpenNetwork.open(
             run_folder,
             answering.choose_step(run_folder, _step(folder, step.value)),
             volume.value,
@@ -143,7 +143,7 @@ def _print_neurons(folder: pathlib.Path) -> None:
     order = pa.chunked_array(owners, pa.int64()).unique().to_pylist()
     if not order:
         return
-    called = aggregate.by(source, "neuron", folder=folder).to_pylist()
+    called = calls.of_groups(source, "neuron", folder=folder).to_pylist()
     by_id = {row["neuron_id"]: row for row in called}
     for neuron in order[:_SHOWN]:
         row = by_id[neuron]

@@ -25,12 +25,18 @@ import optax
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax import evaluate
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import accuracy
 from synister_jax.network import checkpoint, convolution, inference, model, sharding
-from synister_jax.training import augment, data, monitor, optimisation, stopping
+from synister_jax.training import (
+    augment,
+    data,
+    event_log,
+    monitor,
+    optimisation,
+    stopping,
+)
+from synister_jax.training.validation import SplitPart
 
 
 class Window(flax.struct.PyTreeNode):
@@ -81,7 +87,7 @@ def train_step(
 
     Returns the new state and the numbers since the last line of the log.
     """
-    settings = augment.Settings.of(config)
+    settings = augment.AugmentSettings.of(config)
     dropout_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     dropout_key = jax.random.fold_in(dropout_key, state.step)
     keys = augment.batch_keys(config.seed, state.step, len(batch["label"]))
@@ -201,7 +207,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     # ---------------------------------------------------------------- data
     shards = data.open_shards(config)
     examples = data.TrainBatches.of(shards, config)
-    validation = evaluate.Part.of(shards, config.split, "validation")
+    validation = SplitPart.of(shards, config.split, "validation")
 
     # ---------------------------------------------------------------- model and state
     network = model.from_config(config, sharding.head_input(mesh))
@@ -241,7 +247,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     patience = stopping.Patience(
         config.early_stop_evals, _validated(workdir, first_step)
     )
-    log = monitor.Journal(config, workdir, examples, first_step)
+    log = monitor.Monitor(config, workdir, examples, first_step)
     classify = inference.make_classify(config, mesh)
     batches = examples.stream(first_step, sharding.batch(mesh))
 
@@ -322,7 +328,7 @@ def _validated(workdir: pathlib.Path, first_step: int) -> list[tuple[int, float]
     """Step and number that decides the best checkpoint, of every evaluation so far."""
     return [
         (line["step"], line[checkpoint.BEST_BY])
-        for line in accuracy.read(workdir)
+        for line in event_log.read(workdir)
         if line["step"] <= first_step and checkpoint.BEST_BY in line
     ]
 

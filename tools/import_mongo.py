@@ -25,7 +25,7 @@ from absl import flags
 
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
-from synister_jax.tables import synapses
+from synister_jax.tables import reading, synapses
 from synister_jax.tables.mongo import (
     address,
     brains,
@@ -84,7 +84,7 @@ def _define_load() -> None:
 def load() -> None:
     given = flags.FLAGS
     _check_not_itself(given.synapses)
-    table = synapses.load(given.synapses)
+    table = reading.load(given.synapses)
     fractions = (synapses.positions_nm_zyx(table) % 1 != 0).any(axis=1)
     if count := np.count_nonzero(fractions):
         print(

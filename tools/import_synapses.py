@@ -22,7 +22,7 @@ from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
 from synister_jax.em import spaces, volumes
 from synister_jax.ground_truth import dialects, importing, row_filter
-from synister_jax.tables import synapses
+from synister_jax.tables import reading, synapses
 from synister_jax.tables.mongo import json_export
 
 _SOURCE = flags.DEFINE_enum(
@@ -110,7 +110,7 @@ def _export_v3() -> importing.GroundTruth:
     folder = pathlib.Path(_INPUT.value[0])
     if not folder.is_dir():
         raise UserError(f"--input={folder} is not a folder of an export v3")
-    table = synapses.load(folder)
+    table = reading.load(folder)
     different = json_export.unpublished(folder)
     for name, how in different.items():
         print(f"warning: {folder / name} {how} from the published one", file=sys.stderr)

@@ -11,7 +11,6 @@ made for that: where a published table of all synapses exists, take that instead
 command, it goes on, and the table has the same bytes.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +19,12 @@ import pyarrow as pa
 from absl import flags
 from pyarrow import feather
 
-from synister_jax.base import command, files
+from synister_jax.base import command, files, metadata
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.em import spaces, volumes
 from synister_jax.ondemand import sources
-from synister_jax.ondemand.sources.credentials import Settings
+from synister_jax.ondemand.sources.credentials import SourceSettings
 from synister_jax.tables import synapses
 
 _SOURCE = flags.DEFINE_enum(
@@ -70,7 +69,7 @@ def _pages(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _fetch(
-    folder: pathlib.Path, settings: Settings, volume: volumes.Volume
+    folder: pathlib.Path, settings: SourceSettings, volume: volumes.Volume
 ) -> list[pathlib.Path]:
     """The pages' files, those that were not there yet written."""
     pages = _pages(folder)
@@ -100,10 +99,8 @@ def _fetch(
 def _join(
     pages: list[pathlib.Path], output: pathlib.Path, about: dict[str, Any]
 ) -> int:
-    metadata = {"synister_jax": json.dumps(about)}
-
     def conformed(page: pathlib.Path) -> pa.Table:
-        table = feather.read_table(page).replace_schema_metadata(metadata)
+        table = metadata.described(feather.read_table(page), about)
         return synapses.conform(table, str(page))
 
     def batches() -> Iterator[pa.RecordBatch]:

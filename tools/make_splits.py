@@ -9,17 +9,16 @@ class comes close to its fractions. `--report` writes report.json and balance.pn
 it and without `--by`, the split that is there is reported on.
 """
 
-import json
 import pathlib
 
 import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax.base import command, figures, files
+from synister_jax.base import command, figures, files, metadata
 from synister_jax.base.errors import UserError
 from synister_jax.ground_truth import leakage, splits
-from synister_jax.tables import columns, synapses
+from synister_jax.tables import columns, reading, synapses
 
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Of the split.", required=True)
@@ -57,7 +56,7 @@ _VOXEL_SIZE = flags.DEFINE_list("voxel_size_nm_zyx", ["40", "4", "4"], "For the 
 
 
 def main() -> None:
-    table = synapses.load(_SYNAPSES.value)
+    table = reading.load(_SYNAPSES.value)
     if _BY.value is None:
         if _OUTPUT.value is not None or _REPORT.value is None:
             raise UserError("give --by=… and --output to split, or --report alone")
@@ -97,14 +96,14 @@ def _split(table: pa.Table) -> pa.Table:
         seed=_SEED.value,
         time_limit_s=_TIME_LIMIT.value,
     )
-    metadata = json.loads(table.schema.metadata[b"synister_jax"])
+    about = metadata.of(table)
     made = {"by": _BY.value, "fractions": fractions, "seed": _SEED.value}
     made |= {"balance": _BALANCE.value, "per_synapse": list(split.per_synapse)}
     made |= {"shared_cell_types": _SHARED_CELL_TYPES.value, "hold_out": _HOLD_OUT.value}
     made |= {"objective": split.objective, "bound": split.bound}
-    metadata.setdefault("splits", {})[_NAME.value] = made
+    about.setdefault("splits", {})[_NAME.value] = made
     table = table.append_column(column, pa.array(split.parts, pa.string()))
-    table = table.replace_schema_metadata({"synister_jax": json.dumps(metadata)})
+    table = metadata.described(table, about)
     synapses.write(table, _OUTPUT.value)
     _print(split)
     return table
@@ -165,7 +164,7 @@ def _report(table: pa.Table, folder: pathlib.Path) -> None:
     voxel = command.three_numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value)
     measured = leakage.measure(table, _NAME.value, shape, voxel, _CLASSES.value)
     files.make_folder(folder)
-    known = json.loads(table.schema.metadata[b"synister_jax"]).get("splits", {})
+    known = metadata.of(table).get("splits", {})
     made = known.get(_NAME.value, {})
     files.write_json(folder / "report.json", {"made": made, **measured})
     fractions = made.get("fractions") or command.three_numbers(

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from synister_jax.base import command
 from synister_jax.base.errors import UserError
 from synister_jax.em import spaces, volumes
-from synister_jax.tables import synapses
+from synister_jax.tables import reading, synapses
 from synister_jax.training import augment, cutting, pseudo_classes, shards
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -34,13 +34,13 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     config = _CONFIG.value
-    table = synapses.load(_SYNAPSES.value)
+    table = reading.load(_SYNAPSES.value)
     volume = volumes.open(_VOLUME.value, config.voxel_size_nm_zyx)
     if doubt := spaces.doubt(synapses.positions_nm_zyx(table), volume):
         raise UserError(f"{_SYNAPSES.value}: {doubt}; see tools/import_synapses.py")
     options = ("neither_crops", "unknown_per_class", "seed")
     extra = {name: config[name] for name in options}
-    margin_vx_zyx = augment.Settings.of(config).margin_vx_zyx
+    margin_vx_zyx = augment.AugmentSettings.of(config).margin_vx_zyx
     both = pseudo_classes.with_extra_classes(
         table,
         volume,

@@ -40,7 +40,7 @@ def main() -> None:
     examples = data.TrainBatches.of(shards, config)
     rows = examples.rows(0)
     batch = examples.read(rows)
-    settings = augment.Settings.of(config)
+    settings = augment.AugmentSettings.of(config)
     apply = jax.jit(lambda records, keys: augment.augment(records, keys, settings))
     crops = [
         apply(

@@ -20,7 +20,7 @@ import numpy as np
 from synister_jax.base.progress import Progress
 from synister_jax.bulk import unit_results
 from synister_jax.bulk.planning import Plan
-from synister_jax.bulk.unit_results import Part
+from synister_jax.bulk.unit_results import UnitResult
 from synister_jax.em import crops, volumes
 from synister_jax.network import inference
 
@@ -118,7 +118,7 @@ def execute(
 class _Unit:
     """A unit while its batches come in."""
 
-    def __init__(self, plan: Plan, number: int, before: Part | None) -> None:
+    def __init__(self, plan: Plan, number: int, before: UnitResult | None) -> None:
         self.number = number
         self.rows, self.starts = plan.unit(number)
         n, k = len(self.rows), len(plan.about["classes"])
@@ -138,9 +138,9 @@ class _Unit:
         self.probabilities[places] = values
         self.unreadable.update(batch.unreadable)
 
-    def part(self) -> Part:
+    def part(self) -> UnitResult:
         unreadable = frozenset(self.unreadable)
-        return Part(self.rows, self.whole, self.probabilities, unreadable)
+        return UnitResult(self.rows, self.whole, self.probabilities, unreadable)
 
 
 @dataclasses.dataclass(frozen=True)

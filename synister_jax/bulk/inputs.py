@@ -14,7 +14,7 @@ from synister_jax.network import checkpoint, inference, sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Inputs:
     """All that a process on any machine needs to execute units; plain JSON values."""
 
     members: tuple[tuple[str, int], ...]  # (workdir, step)
@@ -27,7 +27,7 @@ class Job:
     temperature: float | None = None
     plan: str = ""  # its fingerprint: a worker may outlive it
 
-    def elsewhere(self, plan: Plan) -> "Job":
+    def elsewhere(self, plan: Plan) -> "Inputs":
         """For another process: of this plan, and with paths from any folder."""
         members = [(os.path.abspath(workdir), step) for workdir, step in self.members]
         volume = self.volume
@@ -55,7 +55,7 @@ class Job:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(job: Job) -> tuple[Plan, inference.Classifier, volumes.Volume]:
+def _opened(job: Inputs) -> tuple[Plan, inference.Classifier, volumes.Volume]:
     classifier, volume = job.open()
     plan = planning.open(pathlib.Path(job.output))
     if plan.fingerprint.hex() != job.plan:
@@ -66,7 +66,7 @@ def _opened(job: Job) -> tuple[Plan, inference.Classifier, volumes.Volume]:
     return plan, classifier, volume
 
 
-def execute_unit(job: Job, number: int) -> execution.Times:
+def execute_unit(job: Inputs, number: int) -> execution.Times:
     """Writes one part, in a worker process: what is opened stays open for the next."""
     plan, classifier, volume = _opened(job)
     return execution.execute(

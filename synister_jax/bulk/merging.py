@@ -9,7 +9,9 @@ that was planned: else nothing is written.
 import collections
 import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,15 +20,17 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+import synister_jax
 from synister_jax.base import files, queries
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
-from synister_jax.bulk import planning, unit_results
+from synister_jax.bulk import grids, planning, unit_results
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import crops
 from synister_jax.em.volumes import Volume
+from synister_jax.network.inference import Classifier
 from synister_jax.tables import batches, predictions, synapses
-from synister_jax.tables.batches import Source
+from synister_jax.tables.batches import SynapseStream
 
 # A Parquet file of a folder has about this many rows.
 _FILE_ROWS = 1 << 22
@@ -43,7 +47,11 @@ class Merged:
 
 
 def tables(
-    plan: Plan, source: Source, volume: Volume, about: dict[str, Any], merged: Merged
+    plan: Plan,
+    source: SynapseStream,
+    volume: Volume,
+    about: dict[str, Any],
+    merged: Merged,
 ) -> Iterator[pa.Table]:
     """Prediction tables (predictions.py), one at least, that together are the answer.
 
@@ -150,3 +158,81 @@ FORMATS: dict[str, tuple[str, Write]] = {
     "feather": ("predictions.feather", write_feather),
     "parquet": ("predictions.parquet", write_parquet),
 }
+
+
+def finish(
+    plan: Plan,
+    classifier: Classifier,
+    source: SynapseStream,
+    volume: Volume,
+    file_format: str = "feather",
+    grid: grids.Grid | None = None,
+    abstain_below: float | None = None,
+) -> dict[str, Any]:
+    """Merges the parts of all units; returns what predictions.json says.
+
+    The statuses are `ok`; `partly_outside` (the part of the crop outside the volume is
+    0, as in training); `outside` (no voxel of the crop is inside), `missing_data` (a
+    chunk is missing or cannot be decoded) and `bad_position` (coordinates missing or
+    not finite), which have no probabilities.
+
+    Args:
+      file_format: of `FORMATS`.
+      grid: the source is its points: they are written as a Zarr volume.
+      abstain_below: told with the temperature, where there is one (calibrate.py).
+    """
+    about = {
+        "members": classifier.members,
+        "views": classifier.views,
+        "volume": volume.uri,
+        "synapses": source.name,
+    }
+    if classifier.temperature is not None:
+        about["temperature"] = classifier.temperature
+        about["abstain_below"] = abstain_below
+    merged = Merged()
+    with files.locked(plan.folder, wait=True):
+        answer = tables(plan, source, volume, about, merged)
+        if grid is not None:
+            pieces = map(predictions.probabilities, answer)
+            name = "predictions.zarr"
+            grids.write_zarr(
+                plan.folder / name, grid, classifier.classes, pieces, about
+            )
+        else:
+            name, write = FORMATS[file_format]
+            write(plan.folder / name, answer)
+        for other, _ in FORMATS.values():
+            if other != name:  # an answer in another format, before the last retry
+                files.remove(plan.folder / other)
+        _write_unreadable(plan.folder, merged)
+        record = (
+            plan.about
+            | about
+            | {
+                "file": name,
+                "status": dict(sorted(merged.status.items())),
+                "unreadable_chunks": len(merged.unreadable),
+                "config": json.loads(classifier.config.to_json_best_effort()),
+                "written_by": f"synister_jax {synister_jax.__version__}",
+                "versions": {
+                    name: importlib.metadata.version(name)
+                    for name in ("jax", "flax", "tensorstore", "pyarrow", "duckdb")
+                },
+            }
+        )
+        if classifier.temperature is None:
+            record.pop("temperature", None)  # an older plan does not name it
+        files.write_json(plan.folder / "predictions.json", record)
+        for left in (plan.folder / "parts").glob("*.partial"):  # of killed processes
+            left.unlink(missing_ok=True)
+    return record
+
+
+def _write_unreadable(folder: pathlib.Path, merged: Merged) -> None:
+    path = folder / "unreadable_chunks.csv"
+    if not merged.unreadable:
+        path.unlink(missing_ok=True)
+        return
+    lines = [",".join(map(str, corner)) for corner in sorted(merged.unreadable)]
+    files.write_text(path, "\n".join(["z_vx,y_vx,x_vx", *lines]) + "\n")

@@ -25,9 +25,14 @@ from synister_jax.base import files, queries
 from synister_jax.base.progress import Progress
 from synister_jax.em import crops, spaces
 from synister_jax.em.volumes import Volume
+from synister_jax.network.inference import Classifier
 from synister_jax.tables import batches, predictions, synapses
-from synister_jax.tables.batches import Source
+from synister_jax.tables.batches import SynapseStream
 
+# A unit is written, and lost by a kill, as a whole: seconds on an accelerator, an hour
+# of the published network on two CPU cores. A brain has some ten thousand.
+UNIT_ROWS = 16_384
+MOST_UNIT_ROWS = 1 << 24  # a unit is in memory
 _START = [(name, pa.int32()) for name in ("start_z_vx", "start_y_vx", "start_x_vx")]
 _UNIT = pa.schema([("row", pa.int64()), *_START])
 _CODED = pa.schema([("code", pa.int64()), *_UNIT])
@@ -78,7 +83,7 @@ class Plan:
 
 
 def make(
-    source: Source,
+    source: SynapseStream,
     volume: Volume,
     crop_shape_zyx: Sequence[int],
     folder: pathlib.Path,
@@ -122,6 +127,30 @@ def make(
     return open(folder)
 
 
+def of_classifier(
+    classifier: Classifier,
+    source: SynapseStream,
+    volume: Volume,
+    output: pathlib.Path,
+    unit_rows: int = UNIT_ROWS,
+) -> Plan:
+    """The plan in `output`, made now or compared with the arguments.
+
+    Raises:
+      UserError: the folder holds predictions of other arguments.
+    """
+    made_from = {
+        "classes": list(classifier.classes),
+        "parameters_sha256": [m["parameters_sha256"] for m in classifier.members],
+        "views": classifier.views,
+        "temperature": classifier.temperature,
+        "batch_size": classifier.batch_size,
+        "part": None if source.part is None else list(source.part),
+    }
+    shape = tuple(classifier.config.crop_shape_zyx)
+    return make(source, volume, shape, files.make_folder(output), unit_rows, made_from)
+
+
 def open(folder: pathlib.Path) -> Plan:  # noqa: A001
     """The plan that is in a folder."""
     return Plan(folder, files.read_json(folder / "plan.json"))
@@ -149,7 +178,9 @@ def has_crop(status: np.ndarray) -> np.ndarray:
 class _Counted:
     """The rows with a crop, coded by their place, and what passing over them tells."""
 
-    def __init__(self, source: Source, volume: Volume, shape: Sequence[int]) -> None:
+    def __init__(
+        self, source: SynapseStream, volume: Volume, shape: Sequence[int]
+    ) -> None:
         self._source, self._volume, self._shape = source, volume, shape
         self._checksum = batches.Checksum()
         self._status = collections.Counter[str]()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Part files: what a unit of a plan found, with a checksum of its content.
+"""UnitResult files: what a unit of a plan found, with a checksum of its content.
 
 `part-<unit>-of-<units>.feather`: `row` of the table, `whole` (False where a chunk that
 the crop needs is unreadable; the probabilities mean nothing then), a float32 column a
@@ -16,15 +16,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import feather
 
-from synister_jax.base import files
+from synister_jax.base import files, metadata
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import crops
 
-_KEY = b"synister_jax"
-
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class UnitResult:
     """The rows of a unit, in the unit's order."""
 
     rows: np.ndarray  # int64 [n]
@@ -37,7 +35,7 @@ def path_of(plan: Plan, unit: int) -> pathlib.Path:
     return plan.folder / "parts" / f"part-{unit:06d}-of-{len(plan):06d}.feather"
 
 
-def write(plan: Plan, unit: int, part: Part) -> None:
+def write(plan: Plan, unit: int, part: UnitResult) -> None:
     """Other processes may write the same part: it is the same, whoever is last."""
     table = pa.table({"row": part.rows, "whole": part.whole})
     for name, values in zip(plan.about["classes"], part.probabilities.T, strict=True):
@@ -46,18 +44,18 @@ def write(plan: Plan, unit: int, part: Part) -> None:
         "unreadable": sorted(part.unreadable),
         "sha256": _sha256(plan, unit, part),
     }
-    table = table.replace_schema_metadata({_KEY: json.dumps(about)})
+    table = metadata.described(table, about)
     files.write_feather(path_of(plan, unit), table, several_writers=True)
 
 
-def read(plan: Plan, unit: int) -> Part | None:
+def read(plan: Plan, unit: int) -> UnitResult | None:
     """The part of a unit; None where it is not there or not what was written."""
     path = path_of(plan, unit)
     try:
         # Not mapped into memory: a folder's worth of it would count as this process's.
         table = feather.read_table(path, memory_map=False)
-        about = json.loads(table.schema.metadata[_KEY])
-        part = Part(
+        about = metadata.of(table)
+        part = UnitResult(
             table["row"].to_numpy(),
             table["whole"].to_numpy(),
             np.stack([table[name].to_numpy() for name in plan.about["classes"]], 1),
@@ -88,7 +86,7 @@ def unfinished(plan: Plan, units: Sequence[int], retry_missing: bool) -> dict[in
     return left
 
 
-def _sha256(plan: Plan, unit: int, part: Part) -> str:
+def _sha256(plan: Plan, unit: int, part: UnitResult) -> str:
     """Of the content, which unit it is, and all that the plan was made from."""
     digest = hashlib.sha256(plan.fingerprint + f"unit {unit}".encode())
     for values in (part.rows, part.whole, part.probabilities):

@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Confusion counts → numbers, and the files that a run writes its numbers to."""
+"""From the counts of a confusion matrix to accuracy, precision, recall and F1."""
 
-import json
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
 
-from synister_jax.base import figures, files
-from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions
 
 
@@ -79,50 +73,3 @@ def fractions(counts: np.ndarray, axis: int) -> list[list[float | None]]:
     """`confusions.normalised` for JSON: None where it is undefined."""
     found = confusions.normalised(counts, axis)
     return np.where(np.isnan(found), None, found).tolist()
-
-
-class Writer:
-    """Scalars and pictures of a run → `metrics.jsonl`, TensorBoard, `snapshots/`.
-
-    A resumed run starts at a step that may have been written before: lines of later
-    steps are removed first, so that the files tell one story.
-    """
-
-    def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
-        self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read(workdir) if line["step"] <= first_step]
-        files.write_text(self._path, "".join(json.dumps(x) + "\n" for x in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        line = {"step": step} | dict(scalars)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
-
-    def write_picture(self, step: int, name: str, picture: Figure) -> None:
-        """As snapshots/<name>-<step>.png, and for TensorBoard; the figure is closed."""
-        folder = files.make_folder(self._path.parent / "snapshots")
-        content = figures.png(picture)
-        files.write_bytes(folder / f"{name}-{step:08d}.png", content)
-        self._events.add_image(name, figures.pixels(content), step, dataformats="HWC")
-        self._events.flush()
-
-    def close(self) -> None:
-        self._file.close()
-        self._events.close()
-
-
-def read(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, if it is there; a last one cut short is left out."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} has a line that is not JSON: {error}") from None

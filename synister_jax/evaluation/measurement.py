@@ -12,8 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax import aggregate
-from synister_jax.evaluation import accuracy, calibration, intervals, mixtures, tallies
+from synister_jax.evaluation import (
+    accuracy,
+    calibration,
+    calls,
+    intervals,
+    mixtures,
+    tallies,
+)
 from synister_jax.tables import predictions, synapses
 
 # Neurons of so many predicted synapses, and of such a share of votes for the winner,
@@ -90,10 +96,10 @@ class _Groups:
     @classmethod
     def of(cls, table: pa.Table, by: str) -> "_Groups":
         tally = tallies.count([table], predictions.classes(table), by)
-        calls = aggregate.call(tally, RULE)
-        called = synapses.index_in(calls["predicted_neurotransmitter"], tally.classes)
+        table = calls.call(tally, RULE)
+        called = synapses.index_in(table["predicted_neurotransmitter"], tally.classes)
         truth = synapses.labels(tally.groups, tally.classes)
-        return cls(tally, truth, called, calls["score"].to_numpy())
+        return cls(tally, truth, called, table["score"].to_numpy())
 
     def __len__(self) -> int:
         return len(self.truth)

@@ -26,7 +26,7 @@ _TIE = 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class CallModel:
     """How calls scatter in a group of one class.
 
     `confusion` [k, k] float64 is P(called | true), no entry 0; `hypotheses` are the
@@ -50,7 +50,7 @@ class Model:
 
 def from_counts(
     counts: np.ndarray, correlation: float, clusters: np.ndarray | None = None
-) -> Model:
+) -> CallModel:
     """The model of a confusion in counts [k, k] of labelled units, rows true.
 
     Jeffreys' prior, half a unit in each cell: no probability is 0, and what is not
@@ -69,12 +69,12 @@ def from_counts(
     posterior = counts + 0.5
     concentration = counts.sum(axis=1) + k / 2
     hypotheses = tuple(int(row) for row in np.flatnonzero(units))
-    return Model(
+    return CallModel(
         posterior / concentration[:, None], hypotheses, concentration, correlation
     )
 
 
-def from_fractions(fractions: np.ndarray, correlation: float) -> Model:
+def from_fractions(fractions: np.ndarray, correlation: float) -> CallModel:
     """The model of a published confusion [k, k] of rows P(called | true).
 
     Entries below `FLOOR` become that, and rows are scaled to a sum of 1. Rows count as
@@ -84,7 +84,9 @@ def from_fractions(fractions: np.ndarray, correlation: float) -> Model:
     raised = np.maximum(fractions, FLOOR)
     confusion = raised / raised.sum(axis=1, keepdims=True)
     hypotheses = tuple(int(row) for row in np.flatnonzero(occurring))
-    return Model(confusion, hypotheses, np.full(len(fractions), np.inf), correlation)
+    return CallModel(
+        confusion, hypotheses, np.full(len(fractions), np.inf), correlation
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Fit:
         return np.maximum(self.mixture - self.log_likelihood.max(axis=1), 0)
 
 
-def fit(counts: np.ndarray, model: Model) -> Fit:
+def fit(counts: np.ndarray, model: CallModel) -> Fit:
     """Fits calls [n, k] of n groups; of equals the first class and pair."""
     pairs = list(itertools.permutations(model.hypotheses, 2))
     first, second = (np.repeat(side, len(_SHARES)) for side in np.transpose(pairs))
@@ -138,7 +140,7 @@ def fit(counts: np.ndarray, model: Model) -> Fit:
     )
 
 
-def _mixtures(model: Model) -> np.ndarray:
+def _mixtures(model: CallModel) -> np.ndarray:
     """P(called) [pairs · shares, k] of every mixture that is tried."""
     pairs = np.array(list(itertools.permutations(model.hypotheses, 2)))
     rows = model.confusion[pairs]  # [pairs, 2, k]
@@ -147,7 +149,11 @@ def _mixtures(model: Model) -> np.ndarray:
 
 
 def draw(
-    rng: np.random.Generator, model: Model, shares: np.ndarray, units: int, groups: int
+    rng: np.random.Generator,
+    model: CallModel,
+    shares: np.ndarray,
+    units: int,
+    groups: int,
 ) -> np.ndarray:
     """Calls [groups, k] of groups with true `shares` [k] of the classes.
 
@@ -173,7 +179,7 @@ def _dirichlet(rng: np.random.Generator, concentration: np.ndarray) -> np.ndarra
 
 
 def p_values(
-    counts: np.ndarray, model: Model, draws: int = 9_999, seed: int = 0
+    counts: np.ndarray, model: CallModel, draws: int = 9_999, seed: int = 0
 ) -> np.ndarray:
     """How unlikely calls [n, k] are if each group is of one class, whichever; [n].
 
@@ -207,7 +213,7 @@ def _ratios(fitted: Fit) -> np.ndarray:
     return fitted.mixture[:, None] - fitted.log_likelihood
 
 
-def _null(model: Model, row: int, units: int, draws: int, seed: int) -> np.ndarray:
+def _null(model: CallModel, row: int, units: int, draws: int, seed: int) -> np.ndarray:
     """Ratios of simulated groups of class `row` against that class, ascending."""
     rng = np.random.default_rng([seed, row, units])
     shares = np.eye(len(model.confusion))[row]
@@ -221,7 +227,7 @@ def _two_digits(units: np.ndarray) -> np.ndarray:
 
 
 def least_units(
-    model: Model, level: float, draws: int = 9_999, seed: int = 0
+    model: CallModel, level: float, draws: int = 9_999, seed: int = 0
 ) -> int | None:
     """The smallest number of units at which calls can have a p-value ≤ `level`.
 

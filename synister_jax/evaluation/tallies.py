@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 
 from synister_jax.base import queries
 from synister_jax.base.errors import UserError
+from synister_jax.base.progress import Progress
 from synister_jax.tables import predictions
+from synister_jax.tables.predictions import Predictions
 
 COLUMNS = {
     "neuron": "neuron_id",
@@ -52,6 +54,34 @@ class Tally:
     def predicted(self) -> np.ndarray:
         """int64 [n]."""
         return self.groups["predicted"].to_numpy()
+
+
+def of(
+    source: Predictions,
+    by: str,
+    folder: pathlib.Path | None = None,
+    min_probability: float = 0.0,
+) -> Tally:
+    """Adds up a prediction table of any size.
+
+    Raises:
+      UserError: no row names a group.
+    """
+    names = columns_needed(source.schema.names, source.classes, by)
+    progress = Progress("aggregate", source.rows, "synapses")
+
+    def tables() -> Iterator[pa.Table]:
+        for table in source.tables(names):
+            yield table
+            progress.add(len(table))
+
+    found = count(tables(), source.classes, by, folder, min_probability)
+    if not len(found.groups):
+        raise UserError(
+            f"{source.path} names no {by.replace('_', ' ')}: its column {COLUMNS[by]} "
+            "is empty"
+        )
+    return found
 
 
 def count(

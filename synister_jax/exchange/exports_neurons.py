@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax import aggregate
-from synister_jax.evaluation import rules
+from synister_jax.evaluation import calls, rules
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.exchange import writing
 from synister_jax.tables.predictions import Predictions
@@ -54,7 +53,7 @@ def neuprint(
     those of the male VNC (largest mean probability).
     """
     if confusion is None:
-        neurons = aggregate.by(source, "neuron", "mean_probability", folder=folder)
+        neurons = calls.of_groups(source, "neuron", "mean_probability", folder=folder)
         called = neurons["predicted_neurotransmitter"]
         properties = {
             "predictedNt:string": _translated(called),
@@ -75,7 +74,7 @@ def neuprint(
 
 def codex(source: Predictions, folder: pathlib.Path) -> None:
     """neurons.csv.gz: the largest mean probability, and all of them."""
-    neurons = aggregate.by(source, "neuron", "mean_probability", folder=folder)
+    neurons = calls.of_groups(source, "neuron", "mean_probability", folder=folder)
     names = writing.NAMES["codex"]
     columns = {
         "root_id": neurons["neuron_id"],
@@ -93,7 +92,7 @@ def codex(source: Predictions, folder: pathlib.Path) -> None:
 
 def banc(source: Predictions, folder: pathlib.Path) -> None:
     """BANC's banc_neurotransmitter_prediction.csv, by its rule."""
-    neurons = aggregate.by(source, "neuron", "banc", folder=folder)
+    neurons = calls.of_groups(source, "neuron", "banc", folder=folder)
     types = _types(source, folder, neurons["cell_type"], "banc", None)
     nothing = pa.nulls(len(neurons), pa.string())
     columns = {"root_id": neurons["neuron_id"].cast(pa.string())}
@@ -125,7 +124,7 @@ def _bodies(
     of its own; it overrides the type's call in the consensus. Several transmitters of
     one neuron are none that the column could hold.
     """
-    neurons = aggregate.by(source, "neuron", "flyem", confusion, folder)
+    neurons = calls.of_groups(source, "neuron", "flyem", confusion, folder)
     types = _types(source, folder, neurons["cell_type"], "flyem", confusion)
     truth = pc.coalesce(_single(types), _single(neurons))
     called, of_type = types["predicted_neurotransmitter"], types["predicted"]
@@ -173,7 +172,7 @@ def _types(
         ]
         nothing = [pa.nulls(len(cell_type), kind) for _, kind in fields]
         return pa.table(nothing, schema=pa.schema(fields))
-    types = aggregate.by(source, "cell_type", rule, confusion, folder)
+    types = calls.of_groups(source, "cell_type", rule, confusion, folder)
     names = types["cell_type"].combine_chunks()
     return types.take(pc.index_in(cell_type, value_set=names))
 

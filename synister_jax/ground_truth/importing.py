@@ -9,7 +9,6 @@ out is listed with its reason.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synister_jax.base import metadata
 from synister_jax.base.errors import UserError
 from synister_jax.em import spaces
 from synister_jax.ground_truth.dialects import Dialect
-from synister_jax.ground_truth.row_filter import Sieve
+from synister_jax.ground_truth.row_filter import RowFilter
 from synister_jax.tables import columns, position_ids, synapses
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def read(
     read_files = [_standard(path, dialect, space) for path in paths]
     tables = [table for table, _ in read_files]
     rows = pa.concat_tables(tables, promote_options="default")
-    sieve = Sieve(rows, drop_bad_rows)
+    sieve = RowFilter(rows, drop_bad_rows)
     bad = rows["bad_neuron_id"].to_numpy()
     if dialect.neuron_needed:
         bad |= pc.is_null(rows["neuron_id"]).to_numpy()
@@ -116,7 +116,7 @@ def read(
     done = spaces.describe(space, volume.shape_zyx if volume else None)
     about = {"space": f"{space.frame}, nm", "made_by": done}
     about["inputs"] = [str(path) for path in paths]
-    table = table.replace_schema_metadata({"synister_jax": json.dumps(about)})
+    table = metadata.described(table, about)
     nameless = pc.is_null(rows["synapse_id"]).to_numpy() & (synapse_id == 0)
     dropped = sieve.dropped(pa.array(synapse_id, mask=nameless))
     table = synapses.conform(table, " and ".join(map(str, paths)))
@@ -151,9 +151,7 @@ def _standard(
 ) -> tuple[pa.Table, list[str]]:
     """A file with one set of columns for all dialects, and the columns it lacks."""
     table = columns.read(path)
-    if space != spaces.SPACES["volume"] and b"synister_jax" in (
-        table.schema.metadata or {}
-    ):
+    if space != spaces.SPACES["volume"] and metadata.of(table):
         raise UserError(
             f"{path} is a synapse table, in its volume's frame already; read it with "
             "--source=table and without --space, --scale_nm_zyx or --offset_nm_zyx"
@@ -232,7 +230,7 @@ def _labels(path: pathlib.Path, table: pa.Table, dialect: Dialect) -> pa.Chunked
     )
 
 
-def _transmitters(rows: pa.Table, sieve: Sieve, keep_unknown: bool) -> pa.Array:
+def _transmitters(rows: pa.Table, sieve: RowFilter, keep_unknown: bool) -> pa.Array:
     """Class names (several joined by `+`), null for unknown; one to a neuron."""
     said = pc.dictionary_encode(rows["neurotransmitter"]).combine_chunks()
     names = [_class_name(text) for text in said.dictionary.to_pylist()]
@@ -264,7 +262,7 @@ def _class_name(text: str) -> str | None:
 
 
 def _over_neuron(
-    rows: pa.Table, sieve: Sieve, code: np.ndarray
+    rows: pa.Table, sieve: RowFilter, code: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest code among the rows that each row shares its neuron with."""
     lowest, highest = code.copy(), code.copy()
@@ -279,7 +277,7 @@ def _over_neuron(
 
 def _synapse_ids(
     rows: pa.Table,
-    sieve: Sieve,
+    sieve: RowFilter,
     dialect: Dialect,
     xyz: Mapping[str, np.ndarray],
     position_nm_zyx: np.ndarray,
@@ -310,7 +308,7 @@ def _synapse_ids(
     return ids
 
 
-def _drop_duplicates(table: pa.Table, sieve: Sieve) -> None:
+def _drop_duplicates(table: pa.Table, sieve: RowFilter) -> None:
     """Of identical rows one stays; rows that say different things of an id all go."""
     at = np.flatnonzero(sieve.kept)
     _, member, count = np.unique(
@@ -356,7 +354,7 @@ def _one_to_a_neuron(table: pa.Table) -> tuple[pa.Table, dict[str, int]]:
 
 
 def _drop_small_classes(
-    table: pa.Table, sieve: Sieve, minimum_synapses: int, minimum_neurons: int
+    table: pa.Table, sieve: RowFilter, minimum_synapses: int, minimum_neurons: int
 ) -> None:
     for name, count in summary(table.filter(sieve.kept))["classes"].items():
         enough = count["synapses"] >= minimum_synapses

@@ -18,7 +18,7 @@ _DROPPED = pa.schema(
 NOTHING_DROPPED = _DROPPED.empty_table()
 
 
-class Sieve:
+class RowFilter:
     """Rows are taken out one reason after another; the first one counts.
 
     Args:

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax import aggregate, report
 from synister_jax.base import files
 from synister_jax.base.errors import redact
+from synister_jax.evaluation import calls
 from synister_jax.ondemand import sources
-from synister_jax.pages import neurons_table, predictions_section
+from synister_jax.pages import neurons_table, page, predictions_section
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -50,14 +50,14 @@ def render(folder: pathlib.Path, about: Mapping[str, Any]) -> str:
     first = _first_neurons(source)
     if first:
         with files.scratch(folder / "report.html") as scratch:
-            groups = aggregate.by(source, "neuron", "majority", folder=scratch)
+            groups = calls.of_groups(source, "neuron", "majority", folder=scratch)
         content["neurons"] = neurons_table.prepare(groups, source.classes, "majority")
         content["charts"] = _charts(groups, first, source.classes)
         of_neurons = pc.sum(groups["synapses"]).as_py()
         content["of_no_neuron"] = source.rows - of_neurons
     elif source.rows:
         content["positions"] = _positions(source)
-    return report.page("answer.html.j2", content)
+    return page.render("answer.html.j2", content)
 
 
 def _first_neurons(source: Predictions) -> list[int]:

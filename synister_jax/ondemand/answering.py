@@ -12,7 +12,6 @@ What is finished stays, so a request that was stopped goes on where it was.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,18 +22,23 @@ import pyarrow.compute as pc
 from pyarrow import feather
 
 import synister_jax
-from synister_jax import predict
-from synister_jax.base import files
+from synister_jax.base import files, metadata
 from synister_jax.base.errors import UserError, redact
 from synister_jax.base.progress import Progress
-from synister_jax.bulk import execution, inputs, planning, unit_results
+from synister_jax.bulk import (
+    execution,
+    inputs,
+    merging,
+    planning,
+    unit_results,
+)
 from synister_jax.em import crops, volumes
 from synister_jax.exchange import writing
 from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.ondemand import answer_page, sources
 from synister_jax.ondemand.questions import Asked
-from synister_jax.ondemand.sources.credentials import Settings
-from synister_jax.tables import batches, predictions, synapses
+from synister_jax.ondemand.sources.credentials import SourceSettings
+from synister_jax.tables import predictions, reading, synapses
 
 # (stage, done, total): called often; may raise to stop the work.
 Tell = Callable[[str, int, int], None]
@@ -44,11 +48,10 @@ Tell = Callable[[str, int, int], None]
 UNIT_ROWS = 512
 REQUEST = "request.json"  # what an answer folder is of
 _GROUP = {"neurons": 100, "positions": 10_000}  # asked for whose sites are one file
-_KEY = b"synister_jax"
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class OpenNetwork:
     """A checkpoint and the volume it looks at, both open."""
 
     workdir: pathlib.Path
@@ -65,12 +68,14 @@ class Network:
         volume: str,
         batch_size: int,
         calibrated: bool = False,
-    ) -> "Network":
+    ) -> "OpenNetwork":
         """Raises `UserError` where run, step, volume or calibration is not there."""
         members = ((str(workdir), step),)
         fitted = saved_calibration.load(members, 1) if calibrated else None
         temperature = fitted["temperature"] if fitted else None
-        job = inputs.Job(members, batch_size, 1, volume, None, "", False, temperature)
+        job = inputs.Inputs(
+            members, batch_size, 1, volume, None, "", False, temperature
+        )
         classifier, opened = job.open()
         if fitted:
             [member] = classifier.members
@@ -95,9 +100,9 @@ def choose_step(workdir: pathlib.Path, text: str) -> int:
 
 def answer(
     asked: Asked,
-    network: Network,
+    network: OpenNetwork,
     source: str,
-    settings: Settings,
+    settings: SourceSettings,
     folder: pathlib.Path,
     tell: Tell,
     most_synapses: int | None = None,
@@ -152,7 +157,9 @@ def answer(
     return about
 
 
-def at_once(network: Network, positions_nm_zyx: np.ndarray) -> tuple[np.ndarray, list]:
+def at_once(
+    network: OpenNetwork, positions_nm_zyx: np.ndarray
+) -> tuple[np.ndarray, list]:
     """(probabilities [n, classes] float32, NaN where there are none; [n] statuses).
 
     For a few positions, [n, 3] in nm in the volume's frame, without a folder.
@@ -174,9 +181,9 @@ def at_once(network: Network, positions_nm_zyx: np.ndarray) -> tuple[np.ndarray,
 
 def _find_synapses(
     asked: Asked,
-    network: Network,
+    network: OpenNetwork,
     source: str,
-    settings: Settings,
+    settings: SourceSettings,
     folder: pathlib.Path,
     tell: Tell,
     most_synapses: int | None,
@@ -184,7 +191,7 @@ def _find_synapses(
     """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
     path = folder / "synapses.feather"
     try:
-        about = json.loads(pa.ipc.open_file(str(path)).schema.metadata[_KEY])
+        about = metadata.of(pa.ipc.open_file(str(path)).schema)
         return about["unknown"], about["without"]
     except (OSError, pa.ArrowException):
         pass  # not there yet, or damaged
@@ -205,7 +212,7 @@ def _find_synapses(
             shape = network.volume.shape_zyx
             files.write_feather(piece, _placed(found, source, shape, settings))
             table = _read_group(piece)
-        about = json.loads(table.schema.metadata[_KEY])
+        about = metadata.of(table)
         unknown += about["unknown"]
         without += about["without"]
         pieces.append(table.replace_schema_metadata(None))
@@ -216,7 +223,7 @@ def _find_synapses(
                 "one request may have here; ask for fewer neurons at once"
             )
     about = {"unknown": unknown, "without": without}
-    table = pa.concat_tables(pieces).replace_schema_metadata({_KEY: json.dumps(about)})
+    table = metadata.described(pa.concat_tables(pieces), about)
     synapses.write(synapses.conform(table, "the request", answer_all=True), path)
     return unknown, without
 
@@ -225,10 +232,10 @@ def _read_group(path: pathlib.Path) -> pa.Table | None:
     """None where it is not there, or not what was written."""
     try:
         table = feather.read_table(path, memory_map=False)
-        json.loads(table.schema.metadata[_KEY])
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        whole = {"unknown", "without"} <= metadata.of(table).keys()
+    except (OSError, pa.ArrowException, ValueError):
         return None
-    return table
+    return table if whole else None
 
 
 def _group(
@@ -236,7 +243,7 @@ def _group(
     first: int,
     asked: Asked,
     source: str,
-    settings: Settings,
+    settings: SourceSettings,
     tell: Tell,
 ) -> pa.Table:
     """The sites of some rows of what was asked, in its order; of `sources.SITES`."""
@@ -258,14 +265,14 @@ def _group(
         # The source's own order may change from one answer to the next.
         order = [("synapse_id", "ascending")]
         sites = pa.concat_tables([f.sites.sort_by(order) for f in found])
-    return sites.replace_schema_metadata({_KEY: json.dumps(about)})
+    return metadata.described(sites, about)
 
 
 def _placed(
     sites: pa.Table,
     source: str,
     volume_shape_zyx: Sequence[int],
-    settings: Settings,
+    settings: SourceSettings,
 ) -> pa.Table:
     """With `z_nm`, `y_nm` and `x_nm` in the volume's frame; NaN where there is none."""
     coordinates = {name: sites[name].to_numpy() for name in "xyz"}
@@ -289,13 +296,13 @@ class _Counted(Progress):
 
 
 def _predict(
-    network: Network, folder: pathlib.Path, tell: Tell
+    network: OpenNetwork, folder: pathlib.Path, tell: Tell
 ) -> tuple[dict[str, Any], str | None]:
     """(what predictions.json says, what seems wrong with the positions)."""
-    source = batches.open(folder / "synapses.feather")
+    source = reading.open(folder / "synapses.feather")
     # A relative name, so that the same request in another folder has the same bytes.
     source = dataclasses.replace(source, name="the request")
-    plan = predict.make_plan(
+    plan = planning.of_classifier(
         network.classifier, source, network.volume, folder, UNIT_ROWS
     )
     left = unit_results.unfinished(plan, range(len(plan)), retry_missing=False)
@@ -303,7 +310,7 @@ def _predict(
     progress = _Counted(total - sum(left.values()), total, tell)
     execution.execute(plan, list(left), network.classifier, network.volume, progress)
     below = network.abstain_below
-    record = predict.finish(
+    record = merging.finish(
         plan, network.classifier, source, network.volume, abstain_below=below
     )
     return record, plan.about["doubt"]

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from synister_jax import aggregate
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import rules
+from synister_jax.evaluation import calls, rules
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.pages import neurons_table
 from synister_jax.tables import predictions
@@ -90,7 +89,7 @@ def content(
     }
     neurons = None
     if counter.neurons:
-        neurons = aggregate.by(source, "neuron", rule, confusion, folder)
+        neurons = calls.of_groups(source, "neuron", rule, confusion, folder)
         found["neurons"] = neurons_table.prepare(neurons, source.classes, rule)
     if counter.hemilineages:
         found["hemilineages"] = hemilineages(counter.hemilineages, neurons, source)
@@ -116,21 +115,21 @@ def hemilineages(
 ) -> dict[str, Any]:
     """The largest hemilineages, with the calls of their neurons and synapses."""
     order = sorted(of_synapses, key=lambda name: (-of_synapses[name].sum(), name))
-    calls: collections.Counter[tuple[str | None, str | None]] = collections.Counter()
+    called: collections.Counter[tuple[str | None, str | None]] = collections.Counter()
     if neurons is not None:
         columns = ["hemilineage", "predicted_neurotransmitter"]
         counted = neurons.group_by(columns).aggregate([([], "count_all")])
         for entry in counted.to_pylist():
-            calls[*map(entry.get, columns)] = entry["count_all"]
+            called[*map(entry.get, columns)] = entry["count_all"]
     rows = []
     for name in order[:_MOST_HEMILINEAGES]:
-        of_neurons = [calls[name, c] for c in source.classes]
+        of_neurons = [called[name, c] for c in source.classes]
         rows.append(
             {
                 "name": name,
                 "synapses": of_synapses[name].tolist(),
                 "neurons": of_neurons,
-                "others": calls[name, rules.UNCLEAR],
+                "others": called[name, rules.UNCLEAR],
             }
         )
     return {

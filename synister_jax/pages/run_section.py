@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from synister_jax.base import figures, files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import accuracy, intervals, measurement
+from synister_jax.evaluation import intervals, measurement
 from synister_jax.network import checkpoint, saved_calibration
 from synister_jax.pages import neurons_table, predictions_section
 from synister_jax.tables import predictions, synapses
-from synister_jax.training import data
+from synister_jax.training import data, event_log
 from synister_jax.training.shards import Shards
 
 _TILES = 4  # of each class and kind on the contact sheet
@@ -76,7 +76,7 @@ def content(
         "parts": [],
         "calibrations": _calibrations(workdir),
     }
-    if lines := accuracy.read(workdir):
+    if lines := event_log.read(workdir):
         for ends in ("loss", "accuracy"):
             draw = functools.partial(figures.curves, lines, [ends])
             run["curves"].append(

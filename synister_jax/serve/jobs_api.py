@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from synister_jax.base import files
 from synister_jax.serve import annotations, shapes, tokens, uploads
-from synister_jax.serve.records import Job, LimitReached, Revoked
+from synister_jax.serve.records import LimitReached, Revoked, StoredJob
 from synister_jax.serve.service import Served, Service, User, revoked
 
 router = APIRouter(prefix="/api")
@@ -73,7 +73,7 @@ async def submit(
     if asked is None:
         raise Unfit(uploads.shape(found, None))
 
-    def put() -> tuple[Job, bool]:
+    def put() -> tuple[StoredJob, bool]:
         key = uploads.request_key(asked, chosen, named, report)
         job_id = secrets.token_hex(8)
         folder = served.job_folder(job_id)
@@ -162,7 +162,7 @@ def delete(served: Served, user: User, job_id: shapes.JobId) -> None:
     shutil.rmtree(served.job_folder(found.id), ignore_errors=True)
 
 
-def find(served: Service, user: tokens.User, job_id: str) -> Job:
+def find(served: Service, user: tokens.User, job_id: str) -> StoredJob:
     """404 unless it is this user's."""
     found = served.store.job(job_id, user.token_id)
     if found is None:
@@ -174,7 +174,7 @@ def _not_found() -> HTTPException:
     return HTTPException(404, "you have no such job")
 
 
-def _told(served: Service, job: Job, request: Request) -> shapes.Job:
+def _told(served: Service, job: StoredJob, request: Request) -> shapes.Job:
     told = _shape(job, served.store.queue())
     if told.links is None:
         return told
@@ -193,7 +193,7 @@ def _told(served: Service, job: Job, request: Request) -> shapes.Job:
 _neuroglancer = functools.lru_cache(maxsize=1000)(annotations.link)
 
 
-def _shape(job: Job, queue: Sequence[int]) -> shapes.Job:
+def _shape(job: StoredJob, queue: Sequence[int]) -> shapes.Job:
     """As the API tells it, of what the store knows.
 
     Args:

@@ -33,7 +33,7 @@ _TYPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ServedModel:
     """A run, the volume that it looks at, and who may name synapses in that."""
 
     name: str
@@ -51,7 +51,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class NetworkFacts:
     """What the page needs to know of a run's network."""
 
     classes: tuple[str, ...]
@@ -59,7 +59,7 @@ class Network:
     voxel_size_nm_zyx: tuple[float, ...]
 
 
-def load(folder: pathlib.Path) -> dict[str, Model]:
+def load(folder: pathlib.Path) -> dict[str, ServedModel]:
     """The models of a folder's models.toml, in its order.
 
     Raises:
@@ -79,7 +79,7 @@ def load(folder: pathlib.Path) -> dict[str, Model]:
     return {name: _model(path, name, table) for name, table in content.items()}
 
 
-def _model(path: pathlib.Path, name: str, table: Any) -> Model:
+def _model(path: pathlib.Path, name: str, table: Any) -> ServedModel:
     where = f"{path}: [{name}]"
     if not _NAME.fullmatch(name):
         raise UserError(f"{where}: a name is made of a-z, 0-9, _ and -")
@@ -119,7 +119,7 @@ def _model(path: pathlib.Path, name: str, table: Any) -> Model:
             f'{where}: synapses is for the source "none" alone; add that to sources, '
             "or leave synapses out"
         )
-    return Model(
+    return ServedModel(
         name=name,
         title=table.get("title", name),
         workdir=workdir,
@@ -137,7 +137,7 @@ def _place(folder: pathlib.Path, uri: str) -> str:
     return str(folder / uri) if is_path else uri
 
 
-def network(model: Model) -> Network:
+def network(model: ServedModel) -> NetworkFacts:
     """Of the run's configuration.
 
     Raises:
@@ -146,7 +146,7 @@ def network(model: Model) -> Network:
     path = model.workdir / "config.json"
     config = files.read_json(path)
     try:
-        return Network(
+        return NetworkFacts(
             tuple(config["classes"]),
             tuple(config["crop_shape_zyx"]),
             tuple(config["voxel_size_nm_zyx"]),

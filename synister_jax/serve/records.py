@@ -6,7 +6,7 @@ import time
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class StoredJob:
     """A request for predictions, and how far it is; times in seconds since 1970."""
 
     id: str
@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class StoredPoint:
     """A single position that somebody waits for, in the source's coordinates."""
 
     id: int

@@ -17,7 +17,7 @@ from fastapi import Depends, HTTPException, Request
 from synister_jax.base.errors import UserError
 from synister_jax.serve import annotations, tokens
 from synister_jax.serve.limits import Rate
-from synister_jax.serve.models import Model, Network
+from synister_jax.serve.models import NetworkFacts, ServedModel
 from synister_jax.serve.records import Report
 from synister_jax.serve.store import Store
 
@@ -50,8 +50,8 @@ class Service:
         self,
         folder: pathlib.Path,
         store: Store,
-        models: Mapping[str, Model],
-        networks: Mapping[str, Network],
+        models: Mapping[str, ServedModel],
+        networks: Mapping[str, NetworkFacts],
         options: Options,
         workers: Callable[[], int],
     ) -> None:
@@ -69,13 +69,13 @@ class Service:
         new = asyncio.Semaphore(_UPLOADS_AT_ONCE)
         return self._uploads.setdefault(token_id, new)
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str) -> ServedModel:
         """404 where there is none of that name."""
         if name not in self.models:
             raise HTTPException(404, "there is no such model; see /api/models")
         return self.models[name]
 
-    def source(self, model: Model, name: str | None) -> str:
+    def source(self, model: ServedModel, name: str | None) -> str:
         """The model's source of that name, its first one for None; else 422."""
         if name is None:
             return model.sources[0]
@@ -84,7 +84,7 @@ class Service:
             raise HTTPException(422, f"source: model {model.name} has {there}")
         return name
 
-    def report(self, model: Model) -> Report:
+    def report(self, model: ServedModel) -> Report:
         """What a worker said of the model, which can be used; else 503."""
         report = self.store.reports().get(model.name)
         if report is None:

@@ -17,14 +17,20 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from synister_jax.serve.database import Database
-from synister_jax.serve.records import Job, LimitReached, Point, Report, Revoked
+from synister_jax.serve.records import (
+    LimitReached,
+    Report,
+    Revoked,
+    StoredJob,
+    StoredPoint,
+)
 
 # A job that stopped so many workers is not given to a fourth.
 MOST_ATTEMPTS = 3
 # Nobody waits for a point longer than the server does, with some room for its retries.
 POINT_SECONDS = 30
 
-_JOB = ", ".join(field.name for field in dataclasses.fields(Job))
+_JOB = ", ".join(field.name for field in dataclasses.fields(StoredJob))
 # SQLite keeps a whole number as an integer, whatever the column.
 _POINT = "id, model, source, x + 0.0 AS x, y + 0.0 AS y, z + 0.0 AS z"
 _USED = (
@@ -67,7 +73,7 @@ class Store:
         most_jobs: int,
         most_bytes: int,
         fresh: bool = False,
-    ) -> tuple[Job, bool]:
+    ) -> tuple[StoredJob, bool]:
         """(the job, whether it is new): the token's own of this request if it has one.
 
         Args:
@@ -92,7 +98,7 @@ class Store:
                 (token_id, request_key),
             ).fetchall()
             if there:
-                return Job(**there[0]), False
+                return StoredJob(**there[0]), False
             [[jobs, kept]] = connection.execute(_USED, [token_id]).fetchall()
             if jobs >= most_jobs:
                 raise LimitReached(
@@ -112,37 +118,37 @@ class Store:
                     *(request_key, secrets.token_urlsafe(16), time.time()),
                 ),
             ).fetchall()
-            return Job(**row), True
+            return StoredJob(**row), True
 
     def used(self, token_id: int) -> tuple[int, int]:
         """(unfinished jobs, bytes kept) of a token."""
         [row] = self._run(_USED, token_id)
         return tuple(row)
 
-    def job(self, job_id: str, token_id: int) -> Job | None:
+    def job(self, job_id: str, token_id: int) -> StoredJob | None:
         """None where there is no such job of this token."""
         rows = self._run(
             f"SELECT {_JOB} FROM jobs WHERE id = ? AND token_id = ?", job_id, token_id
         )
-        return Job(**rows[0]) if rows else None
+        return StoredJob(**rows[0]) if rows else None
 
-    def job_to_view(self, view_key: str) -> Job | None:
+    def job_to_view(self, view_key: str) -> StoredJob | None:
         """The finished job of a key, whoever asks: the key is the permission."""
         rows = self._run(
             f"SELECT {_JOB} FROM jobs WHERE view_key = ? AND state = 'done' AND "
             "token_id IN (SELECT id FROM tokens WHERE revoked IS NULL)",
             view_key,
         )
-        return Job(**rows[0]) if rows else None
+        return StoredJob(**rows[0]) if rows else None
 
-    def jobs(self, token_id: int, most: int = 1000) -> list[Job]:
+    def jobs(self, token_id: int, most: int = 1000) -> list[StoredJob]:
         """A token's, newest first."""
         rows = self._run(
             f"SELECT {_JOB} FROM jobs WHERE token_id = ? ORDER BY number DESC LIMIT ?",
             token_id,
             most,
         )
-        return [Job(**row) for row in rows]
+        return [StoredJob(**row) for row in rows]
 
     def queue(self) -> list[int]:
         """Numbers of the queued jobs of all, oldest first."""
@@ -151,7 +157,7 @@ class Store:
         )
         return [row["number"] for row in rows]
 
-    def cancel(self, job_id: str, token_id: int) -> Job | None:
+    def cancel(self, job_id: str, token_id: int) -> StoredJob | None:
         """The job afterwards: cancelled, unless it was over; None: no such job."""
         self._run(
             "UPDATE jobs SET state = 'cancelled', finished = ?, stage = '' WHERE "
@@ -198,7 +204,7 @@ class Store:
 
     # Jobs, as a worker sees them.
 
-    def claim(self, worker: str, closed: Collection[str] = ()) -> Job | None:
+    def claim(self, worker: str, closed: Collection[str] = ()) -> StoredJob | None:
         """Takes the next job, token by token in turn.
 
         Of the token with the fewest running; of these, the one whose turn was longest
@@ -218,7 +224,7 @@ class Store:
             f"RETURNING {_JOB}",
             *(worker, time.time(), json.dumps(list(closed))),
         )
-        return Job(**rows[0]) if rows else None
+        return StoredJob(**rows[0]) if rows else None
 
     def tell(self, job_id: str, worker: str, stage: str, done: int, total: int) -> bool:
         """Progress; False: stop, the job is cancelled or no longer this worker's."""
@@ -364,7 +370,7 @@ class Store:
             ).fetchall()
             return point_id
 
-    def claim_points(self, worker: str, most: int = 64) -> list[Point]:
+    def claim_points(self, worker: str, most: int = 64) -> list[StoredPoint]:
         """Takes points that somebody still waits for, the oldest first."""
         rows = self._run(
             "UPDATE points SET state = 'running', worker = ? WHERE id IN (SELECT id "
@@ -372,7 +378,7 @@ class Store:
             f"RETURNING {_POINT}",
             *(worker, time.time() - POINT_SECONDS, most),
         )
-        return [Point(**row) for row in rows]
+        return [StoredPoint(**row) for row in rows]
 
     def answer_point(self, point_id: int, worker: str, result: dict[str, Any]) -> bool:
         """Keeps the answer; one with the key `problem` is not given out again."""

@@ -15,7 +15,7 @@ from synister_jax.base import files
 from synister_jax.ondemand import questions
 from synister_jax.ondemand.questions import Asked, Checked, Problem
 from synister_jax.serve import shapes
-from synister_jax.serve.models import Model
+from synister_jax.serve.models import ServedModel
 from synister_jax.serve.records import Report
 from synister_jax.serve.service import Service
 from synister_jax.serve.tokens import User
@@ -39,7 +39,7 @@ async def checked(
     request: Request,
     served: Service,
     user: User,
-    model: Model,
+    model: ServedModel,
     source: str,
     kind: shapes.Kind | None,
 ) -> Checked:
@@ -113,7 +113,7 @@ def shape(found: Checked, seconds_a_row: float | None) -> shapes.Check:
     )
 
 
-def request_key(asked: Asked, model: Model, source: str, report: Report) -> str:
+def request_key(asked: Asked, model: ServedModel, source: str, report: Report) -> str:
     """Of what decides the answer: the rows, not how they were written."""
     names = asked.table.column_names
     made_of = [

@@ -17,8 +17,8 @@ from fastapi.responses import JSONResponse, Response
 from synister_jax.base.errors import UserError
 from synister_jax.em import volumes
 from synister_jax.serve import annotations, shapes, volume_view
-from synister_jax.serve.models import Model
-from synister_jax.serve.records import Job
+from synister_jax.serve.models import ServedModel
+from synister_jax.serve.records import StoredJob
 from synister_jax.serve.service import Served, require
 
 router = APIRouter(prefix="/view/{key}")
@@ -40,7 +40,7 @@ _reading = threading.BoundedSemaphore(12)
 def _job(
     served: Served,
     key: Annotated[str, Path(json_schema_extra={"pattern": "^[A-Za-z0-9_-]{22}$"})],
-) -> Job:
+) -> StoredJob:
     job = served.store.job_to_view(key)
     if job is None:
         raise HTTPException(404, "there is nothing to view", _PUBLIC)
@@ -48,7 +48,7 @@ def _job(
     return job
 
 
-Viewed = Annotated[Job, Depends(_job)]
+Viewed = Annotated[StoredJob, Depends(_job)]
 _ERRORS = shapes.errors(404, 422, 429)
 
 
@@ -144,7 +144,7 @@ def _slot() -> Iterator[None]:
         _reading.release()
 
 
-def _volume(served: Served, job: Job) -> volumes.Volume:
+def _volume(served: Served, job: StoredJob) -> volumes.Volume:
     if job.model not in served.models:
         raise HTTPException(404, "the model of this job is no longer there", _PUBLIC)
     try:
@@ -155,7 +155,7 @@ def _volume(served: Served, job: Job) -> volumes.Volume:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(model: Model) -> volumes.Volume:
+def _open(model: ServedModel) -> volumes.Volume:
     return volumes.open(model.volume, cache_bytes=_CACHE_BYTES)
 
 

@@ -26,7 +26,7 @@ from synister_jax.base.errors import UserError, redact
 from synister_jax.ondemand import answering, sources
 from synister_jax.ondemand.questions import Asked
 from synister_jax.serve import models
-from synister_jax.serve.store import Job, Point, Store
+from synister_jax.serve.store import Store, StoredJob, StoredPoint
 
 _PAUSE = 0.1  # seconds between two looks for work
 _TOLD_EVERY = 0.3  # seconds: how far a job is, and whether it is still wanted
@@ -48,7 +48,7 @@ class Worker:
     def __init__(
         self,
         store: Store,
-        found: dict[str, models.Model],
+        found: dict[str, models.ServedModel],
         state: pathlib.Path,
         name: str,
         batch_size: int,
@@ -63,9 +63,9 @@ class Worker:
         self.leaving = threading.Event()
         self._network = functools.lru_cache(maxsize=_OPEN_NETWORKS)(self._open)
 
-    def _open(self, model: str, step: int) -> answering.Network:
+    def _open(self, model: str, step: int) -> answering.OpenNetwork:
         chosen = self._models[model]
-        return answering.Network.open(
+        return answering.OpenNetwork.open(
             chosen.workdir, step, chosen.volume, self._batch_size, chosen.calibrated
         )
 
@@ -112,7 +112,7 @@ class Worker:
             elif not points:
                 self.leaving.wait(_PAUSE)
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: StoredJob) -> None:
         folder = self._state / "jobs" / job.id
         last = [0.0, ""]
 
@@ -166,19 +166,19 @@ class Worker:
         """Without the place of the service's folders, which users need not know."""
         return _one_line(error).replace(f"{self._state}/", "")
 
-    def _step(self, job: Job) -> int:
+    def _step(self, job: StoredJob) -> int:
         """What was asked for, or what there is where no worker had said that."""
         if job.model not in self._steps:
             raise UserError(f"model {job.model} cannot be used; tell who runs the page")
         return self._steps[job.model] if job.step is None else job.step
 
-    def _settings(self, source: str, model: models.Model) -> Any:
+    def _settings(self, source: str, model: models.ServedModel) -> Any:
         return sources.settings(source, self._credentials, synapses=model.synapses)
 
     def _answer_points(self) -> bool:
         """Whether there was any."""
         points = self._store.claim_points(self._name)
-        groups: dict[tuple[str, str], list[Point]] = {}
+        groups: dict[tuple[str, str], list[StoredPoint]] = {}
         for point in points:
             groups.setdefault((point.model, point.source), []).append(point)
         for (model, source), group in groups.items():
@@ -194,7 +194,7 @@ class Worker:
         return bool(points)
 
     def _at_once(
-        self, model: str, source: str, points: list[Point]
+        self, model: str, source: str, points: list[StoredPoint]
     ) -> list[dict[str, Any]]:
         if model not in self._steps:
             raise UserError(f"model {model} cannot be used; tell who runs the page")

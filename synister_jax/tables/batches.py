@@ -3,20 +3,17 @@
 
 import dataclasses
 import hashlib
-import os
-import pathlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import formats, synapses
-from synister_jax.tables.mongo import address
+from synister_jax.tables import synapses
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SynapseStream:
     """Rows in an order of their own, to be read any number of times."""
 
     name: str
@@ -49,47 +46,6 @@ class Source:
             raise UserError(f"{self.name}: {error}") from None
 
 
-def open(uri: str | os.PathLike[str], part: tuple[str, str] | None = None) -> Source:  # noqa: A001
-    """The table `uri`, which is all that `synapses.load` takes.
-
-    Feather, Parquet and CSV files and databases are read a part at a time, an export v3
-    as a whole.
-
-    Args:
-      part: (split, part), as ("skeleton", "test"): only its rows.
-
-    Raises:
-      UserError: absent, of no known format, no such part; anything else while reading.
-    """
-    if part is not None:
-        synapses.check_part(part[1])
-    name = str(uri)
-    if name.startswith(address.SCHEMES):
-        return Source(address.redact(name), lambda: _from_mongo(name), part)
-    if pathlib.Path(uri).is_dir():
-        table = synapses.load(uri)
-        return Source(name, lambda: _one(table.schema, iter(table.to_batches())), part)
-    choose = synapses.columns_to_read(name)
-    formats.open(uri, choose)  # absent, or no columns
-    return Source(name, lambda: _one(*formats.open(uri, choose)), part)
-
-
-def _from_mongo(uri: str) -> Iterator[pa.RecordBatch]:
-    from synister_jax.tables.mongo import databases  # pymongo only for who asks for it
-
-    with databases.connect(uri) as database:
-        yield from _one(*databases.read_batches(database))
-
-
-def _one(
-    schema: pa.Schema, batches: Iterator[pa.RecordBatch]
-) -> Iterator[pa.RecordBatch]:
-    """The batches, or one without rows: what has no rows has columns."""
-    first = next(batches, None)
-    yield pa.RecordBatch.from_pylist([], schema) if first is None else first
-    yield from batches
-
-
 class Checksum:
     """SHA-256 of the ids and positions of a table's rows, however they are batched."""
 
@@ -109,7 +65,7 @@ class Checksum:
         return hashlib.sha256(together.encode()).hexdigest()
 
 
-def checksum(source: Source) -> Checksum:
+def checksum(source: SynapseStream) -> Checksum:
     """That of all rows, for the price of reading them."""
     found = Checksum()
     for table in source.tables():

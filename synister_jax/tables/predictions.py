@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from synister_jax.base import metadata
 from synister_jax.base.errors import UserError
 from synister_jax.tables import formats, synapses
 
@@ -42,8 +43,7 @@ def build(
     for index, name in enumerate(classes):
         column = pa.array(probabilities[:, index].astype(np.float32))
         result = result.append_column(probability_column(name), column)
-    metadata = {"classes": list(classes), **about}
-    return result.replace_schema_metadata({"synister_jax": json.dumps(metadata)})
+    return metadata.described(result, {"classes": list(classes), **about})
 
 
 def probability_column(class_name: str) -> str:
@@ -157,8 +157,7 @@ def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
 
 def about(table: pa.Table | pa.Schema) -> dict[str, Any]:
     """The metadata given to `build`, with the class order."""
-    schema = table if isinstance(table, pa.Schema) else table.schema
-    return json.loads((schema.metadata or {})[b"synister_jax"])
+    return metadata.of(table)
 
 
 def classes(table: pa.Table | pa.Schema) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ detected the synapse and what it is connected to (`OPTIONAL`).
 """
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from synister_jax.base import files
+from synister_jax.base import files, metadata
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.tables import formats
-from synister_jax.tables.mongo import address, json_export
 
 SCHEMA = pa.schema(
     [
@@ -67,34 +65,6 @@ NEUROTRANSMITTERS = (
 CLASSES = (*NEUROTRANSMITTERS, "unknown")
 POSITION = ("z_nm", "y_nm", "x_nm")
 _REQUIRED = ("synapse_id", *POSITION)
-
-
-def load(uri: str | os.PathLike[str]) -> pa.Table:
-    """Reads an export v3, Feather, Parquet, CSV or MongoDB as a checked synapse table.
-
-    Args:
-      uri: a folder with `synapses_v3.json`, `skeletons_v3.json` and
-        `hemi_lineages_v3.json`, a file whose name tells its format, or
-        mongodb://[user:password@]host[:port]/DB[?options] (see databases.py).
-
-    Raises:
-      UserError: names the first offending rows and the reason.
-    """
-    if str(uri).startswith(address.SCHEMES):
-        from synister_jax.tables.mongo import (
-            databases,  # pymongo only for who asks for it
-        )
-
-        return conform(databases.read_table(str(uri)), address.redact(str(uri)))
-    if pathlib.Path(uri).is_dir():
-        try:
-            table = json_export.read(pathlib.Path(uri), SCHEMA)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read synapse table {uri}: {error}") from None
-    else:
-        schema, batches = formats.open(uri, columns_to_read(str(uri)))
-        table = pa.Table.from_batches(batches, schema)
-    return conform(table, str(uri))
 
 
 def columns_to_read(source: str) -> formats.Choose:
@@ -265,14 +235,14 @@ def conform(
             arrays.append(pa.nulls(len(table), field.type))
             continue
         arrays.append(_cast(table[field.name], field, source, first_row))
-    metadata = {"space": "volume frame, nm", "source": source, "version": 1}
-    metadata |= json.loads((table.schema.metadata or {}).get(b"synister_jax", b"{}"))
+    about = {"space": "volume frame, nm", "source": source, "version": 1}
+    about |= metadata.of(table)
     if answer_all:
         fields = [
             field.with_nullable(True) if field.name in POSITION else field
             for field in fields
         ]
-    schema = pa.schema(fields, {"synister_jax": json.dumps(metadata)})
+    schema = pa.schema(fields, metadata.entry(about))
     checked = dict(zip(schema.names, arrays, strict=True))
     _check(checked, source, answer_all, first_row)
     if answer_all:

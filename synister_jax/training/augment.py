@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation of a batch on the device, and the scaling that every network input gets.
+"""Augmentation of a batch on the device.
 
 Numbers and order follow the original (train_pipeline.py): one resampling for elastic
 warp, rotation, section shift and location jitter (warp.py), then mirror, transpose,
@@ -22,7 +22,7 @@ from synister_jax.training import warp
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class AugmentSettings:
     """What `config.augment` says, sizes in voxels."""
 
     crop_shape_zyx: tuple[int, int, int]
@@ -42,7 +42,7 @@ class Settings:
     intensity_per_section: bool  # else one draw and one mean a crop
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict) -> "Settings":
+    def of(cls, config: ml_collections.ConfigDict) -> "AugmentSettings":
         """Raises `UserError` for settings that cannot be meant."""
         given = config.augment
         if given.sizes_in not in ("voxels", "nm"):
@@ -154,7 +154,9 @@ class Draws(NamedTuple):
     shift: jax.Array
 
 
-def augment(records: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
+def augment(
+    records: jax.Array, keys: jax.Array, settings: AugmentSettings
+) -> jax.Array:
     """uint8 [batch, *record], keys [batch] → float32 [batch, *crop] in [-1, 1]."""
     return jax.vmap(lambda r, k: apply(r, draw(k, settings), settings))(records, keys)
 
@@ -165,16 +167,7 @@ def batch_keys(seed: int, step: jax.Array | int, batch_size: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 
-def centre(records: jax.Array, crop_shape_zyx: Sequence[int]) -> jax.Array:
-    """uint8 [batch, *record] → float32 [batch, *crop] in [-1, 1], no randomness."""
-    middle = tuple(
-        slice((r - c) // 2, (r - c) // 2 + c)
-        for r, c in zip(records.shape[1:], crop_shape_zyx, strict=True)
-    )
-    return records[(slice(None), *middle)].astype(jnp.float32) / 255 * 2 - 1
-
-
-def draw(key: jax.Array, settings: Settings) -> Draws:
+def draw(key: jax.Array, settings: AugmentSettings) -> Draws:
     """The draws of one example, a pure function of its key."""
     depth = settings.crop_shape_zyx[0]
     sections = (depth if settings.intensity_per_section else 1, 1, 1)
@@ -215,7 +208,7 @@ def draw(key: jax.Array, settings: Settings) -> Draws:
     )
 
 
-def apply(record: jax.Array, draws: Draws, settings: Settings) -> jax.Array:
+def apply(record: jax.Array, draws: Draws, settings: AugmentSettings) -> jax.Array:
     """uint8 record with margin → float32 crop in [-1, 1], as the draws say."""
     # The record has an even number of voxels more than the crop: both middles agree.
     if settings.resamples:
@@ -247,7 +240,7 @@ def apply(record: jax.Array, draws: Draws, settings: Settings) -> jax.Array:
 
 
 def _misalignment(
-    chance: jax.Array, offset: jax.Array, settings: Settings
+    chance: jax.Array, offset: jax.Array, settings: AugmentSettings
 ) -> jax.Array:
     """[z, 2]: a slip displaces one section, a shift that section and all after it.
 

@@ -30,7 +30,7 @@ def open_shards(config: ml_collections.ConfigDict, training: bool = True) -> Sha
     Args:
       training: their context must be large enough for the augmentation.
     """
-    margin = augment.Settings.of(config).margin_vx_zyx if training else (0, 0, 0)
+    margin = augment.AugmentSettings.of(config).margin_vx_zyx if training else (0, 0, 0)
     if config.shards is None:
         raise UserError("give --config.shards=FOLDER, made by tools/shard_crops.py")
     shards = shards_lib.open(config.shards)
@@ -95,7 +95,7 @@ class TrainBatches:
             )
         chances = None
         if config.balance_clusters:
-            reach = augment.Settings.of(config).jitter_zyx
+            reach = augment.AugmentSettings.of(config).jitter_zyx
             half_box_nm_zyx = np.multiply(reach, config.voxel_size_nm_zyx)
             chances = np.zeros(len(labels))
             chances[in_train] = acceptance(

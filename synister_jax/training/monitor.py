@@ -10,12 +10,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from synister_jax import evaluate
 from synister_jax.base import figures, files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import accuracy, measurement
+from synister_jax.evaluation import measurement
 from synister_jax.training import augment, data
+from synister_jax.training.event_log import EventLog
+from synister_jax.training.validation import SplitPart
 
 _SNAPSHOT_EXAMPLES = 8
 
@@ -26,7 +27,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-class Journal:
+class Monitor:
     """What a run says and writes; only the first process does either."""
 
     def __init__(
@@ -38,8 +39,8 @@ class Journal:
     ) -> None:
         self._config, self._workdir, self._examples = config, workdir, examples
         self._is_first = jax.process_index() == 0
-        self._writer = accuracy.Writer(workdir, first_step) if self._is_first else None
-        settings = augment.Settings.of(config)
+        self._log = EventLog(workdir, first_step) if self._is_first else None
+        settings = augment.AugmentSettings.of(config)
         self._augment = jax.jit(lambda r, k: augment.augment(r, k, settings))
         self._under_way: dict[str, jax.Array] | None = None
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -80,8 +81,8 @@ class Journal:
         self._require_finite(numbers)
         scalars = {f"train/{k}": float(numbers[k]) for k in ("loss", "accuracy")}
         self._progress.note = f"step {step}, loss {scalars['train/loss']:.3f}"
-        if self._writer:
-            self._writer.write(step, scalars)
+        if self._log:
+            self._log.write(step, scalars)
 
     def _require_finite(self, numbers: dict[str, np.ndarray]) -> None:
         step = int(numbers["bad_after_step"])
@@ -121,19 +122,19 @@ class Journal:
 
     def snapshot(self, step: int) -> None:
         """A picture of the first crops of the next batch, before and after."""
-        if not self._writer:
+        if not self._log:
             return
         rows = self._examples.rows(step)[:_SNAPSHOT_EXAMPLES]
         batch = self._examples.read(rows)
         names = [self._config.classes[label] for label in batch["label"]]
         crops = self._augmented(step, batch["crop"])
         picture = figures.augmented(batch["crop"], crops, names)
-        self._writer.write_picture(step, "augmented", picture)
+        self._log.write_picture(step, "augmented", picture)
 
     def validate(
         self,
         step: int,
-        part: evaluate.Part,
+        part: SplitPart,
         classify: Callable[..., jax.Array],
         state: Any,
         mesh: jax.sharding.Mesh,
@@ -148,14 +149,14 @@ class Journal:
         scalars = measurement.scalars(part.name, measured)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
         say(f"step {step}: {shown}")
-        if self._writer:
-            self._writer.write(step, scalars)
+        if self._log:
+            self._log.write(step, scalars)
             counts = np.asarray(measured["synapses"]["confusion"])
             title = f"{part.name}, step {step}: {counts.sum():,} synapses"
             picture = figures.confusion(counts, self._config.classes, title)
-            self._writer.write_picture(step, f"{part.name}_confusion", picture)
+            self._log.write_picture(step, f"{part.name}_confusion", picture)
         return scalars
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        if self._log:
+            self._log.close()

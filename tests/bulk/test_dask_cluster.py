@@ -174,7 +174,7 @@ def test_a_plan_made_anew_is_not_the_old_one(
 ) -> None:
     """A worker that outlives a plan tells the next command's folder from it."""
     record = json.loads((alone / "predictions.json").read_text())
-    job = inputs.Job(
+    job = inputs.Inputs(
         ((str(trained_run), 40),),
         4,
         1,

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from synister_jax import predict
-from synister_jax.bulk import estimate
+from synister_jax.bulk import estimate, planning
 from synister_jax.em import crops, volumes
 from synister_jax.em.volumes import Volume
 from synister_jax.network import inference, sharding
@@ -147,7 +146,9 @@ def test_text_tells_rows_units_bytes_and_time(
     given[:100] += 1e7
     given[100:103] = np.nan
     table = table_of(given)
-    plan = predict.make_plan(classifier, source_of(table), volume, tmp_path / "o", 100)
+    plan = planning.of_classifier(
+        classifier, source_of(table), volume, tmp_path / "o", 100
+    )
     text = estimate.text(plan, classifier, volume)
     rows, units, needed, decoded, seconds = text.splitlines()
     counts = plan.about["status_by_position"]
@@ -178,7 +179,7 @@ def test_text_of_a_table_without_rows(
     monkeypatch.setattr(estimate, "_SECONDS_TIMED", 0.01)
     volume = make_volume(tmp_path / "v")
     source = source_of(table_of(np.zeros((0, 3))))
-    plan = predict.make_plan(classifier, source, volume, tmp_path / "out")
+    plan = planning.of_classifier(classifier, source, volume, tmp_path / "out")
     text = estimate.text(plan, classifier, volume)
     assert text.startswith("rows: 0 (none); 0 without a voxel there\nunits: 0 of up to")
     assert "bytes needed: 0 B in" in text and "about 0 B, each chunk once" in text

@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import predict
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
-from synister_jax.bulk import execution, unit_results
+from synister_jax.bulk import execution, planning, unit_results
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import crops, volumes
 from synister_jax.em.volumes import Volume
@@ -75,7 +74,7 @@ def plan_in(
     volume: Volume,
 ) -> Plan:
     source = source_of(table)
-    return predict.make_plan(classifier, source, volume, folder, UNIT_ROWS)
+    return planning.of_classifier(classifier, source, volume, folder, UNIT_ROWS)
 
 
 def content(plan: Plan) -> dict[str, bytes]:
@@ -453,7 +452,7 @@ def test_reading_is_never_more_than_a_few_batches_ahead(
     Recording.starts.clear()
     recording = as_kind(Recording, volume)
     source = source_of(table)
-    plan = predict.make_plan(slow, source, recording, tmp_path, unit_rows)
+    plan = planning.of_classifier(slow, source, recording, tmp_path, unit_rows)
     done, most_crops, most_batches = 0, 0, 0
 
     class Counting(Progress):

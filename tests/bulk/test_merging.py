@@ -14,10 +14,10 @@ from synister_jax.base import queries
 from synister_jax.base.errors import UserError
 from synister_jax.bulk import merging, planning, unit_results
 from synister_jax.bulk.planning import Plan
-from synister_jax.bulk.unit_results import Part
+from synister_jax.bulk.unit_results import UnitResult
 from synister_jax.em.volumes import Volume
-from synister_jax.tables import batches, predictions, synapses
-from synister_jax.tables.batches import Source
+from synister_jax.tables import predictions, reading, synapses
+from synister_jax.tables.batches import SynapseStream
 from tests.helpers.plans import (
     expected_rows,
     make_plan,
@@ -50,7 +50,7 @@ def write_parts(plan: Plan) -> None:
         whole = is_whole(rows)
         values = np.where(whole[:, None], probabilities_of(rows), 0).astype(np.float32)
         corners = frozenset({(8, 0, 32 * unit), (0, 0, 0)})
-        unit_results.write(plan, unit, Part(rows, whole, values, corners))
+        unit_results.write(plan, unit, UnitResult(rows, whole, values, corners))
 
 
 def labelled(positions: np.ndarray, seed: int = 0) -> pa.Table:
@@ -82,7 +82,7 @@ def plan(tmp_path: pathlib.Path, volume: Volume, table: pa.Table) -> Plan:
 
 
 def merge(
-    plan: Plan, source: Source, volume: Volume, file_format: str = "feather"
+    plan: Plan, source: SynapseStream, volume: Volume, file_format: str = "feather"
 ) -> tuple[merging.Merged, pathlib.Path]:
     merged = merging.Merged()
     name, write = merging.FORMATS[file_format]
@@ -362,7 +362,7 @@ def test_a_part_of_the_table_is_answered_alone(
     # Whole batches have none of it.
     order = np.argsort([p != "test" for p in table["split_skeleton"].to_pylist()])
     feather.write_feather(table.take(order), str(tmp_path / "t.feather"), chunksize=50)
-    source = batches.open(tmp_path / "t.feather", ("skeleton", "test"))
+    source = reading.open(tmp_path / "t.feather", ("skeleton", "test"))
     given = pa.concat_tables(source.tables())
     assert 100 < len(given) < 500 and 0 in [len(t) for t in source.tables()]
     plan = make_plan(source, volume, tmp_path / "part", 30)
@@ -396,7 +396,7 @@ def test_parts_larger_than_the_memory_are_merged_on_the_disk(
         numbers, _ = plan.unit(unit)
         values = np.repeat(probabilities_of(numbers)[:, :1], 9, axis=1)
         whole = np.ones(len(numbers), bool)
-        unit_results.write(plan, unit, Part(numbers, whole, values, frozenset()))
+        unit_results.write(plan, unit, UnitResult(numbers, whole, values, frozenset()))
     merged, spilled, first = merging.Merged(), 0, 0
     for answer in merging.tables(plan, source, volume, ABOUT, merged):
         found = (out / "query.tmp").glob("*")

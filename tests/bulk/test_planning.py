@@ -20,8 +20,8 @@ from synister_jax.bulk import planning
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import crops, volumes
 from synister_jax.em.volumes import Volume
-from synister_jax.tables import batches, formats, synapses
-from synister_jax.tables.batches import Source
+from synister_jax.tables import batches, formats, reading, synapses
+from synister_jax.tables.batches import SynapseStream
 from tests.helpers.plans import (
     CHUNK_ZYX,
     CROP_ZYX,
@@ -110,7 +110,7 @@ def test_a_plan_does_not_depend_on_batches(
 
     feather.write_feather(table, str(tmp_path / "t.feather"))
     monkeypatch.setattr(formats, "BATCH_ROWS", 100)
-    source = batches.open(tmp_path / "t.feather")
+    source = reading.open(tmp_path / "t.feather")
     assert len(list(source.tables())) == 15
     plan = make_plan(source, volume, tmp_path / "file")
     assert contents(plan) == contents(first) and plan.about == first.about
@@ -192,7 +192,7 @@ def test_a_sort_that_spills_gives_the_same_units(
         monkeypatch.setattr(queries, "MEMORY", memory)
         out = tmp_path / memory
         spilled.clear()
-        source = Source("table", lambda out=out: batches(out))
+        source = SynapseStream("table", lambda out=out: batches(out))
         plans.append(make_plan(source, volume, out, 50_000))
         assert (max(spilled) > 1 << 20) == (memory == "40MB")
         assert names_in(out) == PLANNED
@@ -331,7 +331,7 @@ def test_a_table_without_rows_has_a_plan_without_units(
     tmp_path: pathlib.Path, volume: Volume
 ) -> None:
     csv.write_csv(table_of(np.zeros((0, 3))), tmp_path / "none.csv")
-    source = batches.open(tmp_path / "none.csv")
+    source = reading.open(tmp_path / "none.csv")
     for _ in range(2):  # made, compared
         plan = make_plan(source, volume, tmp_path / "out")
         assert len(plan) == plan.predicted_rows == plan.about["rows"] == 0
@@ -362,11 +362,11 @@ def test_an_error_in_the_last_batch_of_the_table_is_that_error(
     feather.write_feather(bad, str(path))
     message = rf"^{path}: unknown neurotransmitter 'nonsense' .*row 998 \('nonsense'\)"
     with pytest.raises(UserError, match=message) as caught:
-        make_plan(batches.open(path), volume, out)
+        make_plan(reading.open(path), volume, out)
     assert "duckdb" not in str(caught.value).lower()
     assert names_in(out) == {"parts", ".lock"}
     feather.write_feather(good, str(path))  # mended
-    plan = make_plan(batches.open(path), volume, out)
+    plan = make_plan(reading.open(path), volume, out)
     assert contents(plan) == contents(make_plan(good, volume, tmp_path / "other"))
 
 
@@ -378,7 +378,7 @@ def test_a_file_that_breaks_off_is_the_error_of_the_file(
     csv.write_csv(table_of(positions_in_and_out(1000)), path)
     path.write_text(path.read_text() + "1000,2\n")
     with pytest.raises(UserError, match=f"cannot read synapse table {path}: .*column"):
-        make_plan(batches.open(path), volume, out)
+        make_plan(reading.open(path), volume, out)
     assert names_in(out) == {"parts", ".lock"}
 
 

@@ -11,7 +11,7 @@ from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.bulk import unit_results
 from synister_jax.bulk.planning import Plan
-from synister_jax.bulk.unit_results import Part
+from synister_jax.bulk.unit_results import UnitResult
 from tests.helpers.plans import make_plan, make_volume, positions_in_and_out, table_of
 
 CORNERS = frozenset({(8, 64, 0), (0, 0, 0), (2**40, 1, 2)})
@@ -23,16 +23,16 @@ def plan(tmp_path: pathlib.Path) -> Plan:
     return make_plan(table_of(positions_in_and_out(300)), volume, tmp_path / "out", 40)
 
 
-def made_up(plan: Plan, unit: int, seed: int = 0) -> Part:
+def made_up(plan: Plan, unit: int, seed: int = 0) -> UnitResult:
     rng = np.random.default_rng([unit, seed])
     rows, _ = plan.unit(unit)
     whole = rng.random(len(rows)) < 0.8
     probabilities = rng.random((len(rows), 3)).astype(np.float32)
     probabilities[~whole] = 0
-    return Part(rows, whole, probabilities, CORNERS if unit == 1 else frozenset())
+    return UnitResult(rows, whole, probabilities, CORNERS if unit == 1 else frozenset())
 
 
-def same(a: Part, b: Part) -> bool:
+def same(a: UnitResult, b: UnitResult) -> bool:
     pairs = ((a.rows, b.rows), (a.whole, b.whole), (a.probabilities, b.probabilities))
     equal = (x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
     return all(equal) and a.unreadable == b.unreadable
@@ -71,7 +71,7 @@ def test_the_same_part_is_the_same_bytes(plan: Plan) -> None:
     # Laid out in another way, and with the corners in another order.
     values = np.asfortranarray(turned.probabilities)
     corners = frozenset(sorted(CORNERS, reverse=True))
-    unit_results.write(plan, 1, Part(turned.rows, turned.whole, values, corners))
+    unit_results.write(plan, 1, UnitResult(turned.rows, turned.whole, values, corners))
     assert unit_results.path_of(plan, 1).read_bytes() == first
 
 
@@ -193,7 +193,9 @@ def test_unfinished_are_those_without_a_part_in_the_order_given(plan: Plan) -> N
     rows, _ = plan.unit(2)
     whole = made_up(plan, 2)
     unit_results.write(
-        plan, 2, Part(rows, np.ones_like(whole.whole), whole.probabilities, frozenset())
+        plan,
+        2,
+        UnitResult(rows, np.ones_like(whole.whole), whole.probabilities, frozenset()),
     )
     left = list(unit_results.unfinished(plan, range(count), True))
     assert left == [unit for unit in range(count) if unit != 2]

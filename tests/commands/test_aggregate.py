@@ -12,7 +12,7 @@ from pyarrow import feather, parquet
 from synister_jax import aggregate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import rules, tallies
+from synister_jax.evaluation import calls, rules, tallies
 from synister_jax.tables import predictions
 from tests.helpers.prediction_tables import drawn, table_of
 from tests.helpers.small_data import CLASSES
@@ -46,7 +46,7 @@ def test_command_calls_under_several_rules(tmp_path: pathlib.Path) -> None:
     assert about["confusion"] == f"{tmp_path}/metrics.json"
     # One rule of it is what the functions say.
     tally = tallies.count([table], CLASSES, "neuron", min_probability=0.6)
-    alone = aggregate.call(tally, "banc")
+    alone = calls.call(tally, "banc")
     own = answer.filter(pa.compute.equal(answer["rule"], "banc"))
     assert own.replace_schema_metadata(alone.schema.metadata).equals(alone)
     # Not by the whole file's name: nothing is written where something is wrong.
@@ -66,7 +66,9 @@ def test_feather_and_folders_of_parquet_are_the_same(tmp_path: pathlib.Path) -> 
         path = tmp_path / "parts" / f"part-{number:05d}.parquet"
         parquet.write_table(table.slice(first, 300), path)
     answers = [
-        aggregate.by(predictions.open(tmp_path / name), "hemilineage", "cleft_weighted")
+        calls.of_groups(
+            predictions.open(tmp_path / name), "hemilineage", "cleft_weighted"
+        )
         for name in ("p.feather", "parts")
     ]
     assert answers[0].equals(answers[1]) and len(answers[0]) == 7
@@ -77,10 +79,10 @@ def test_groups_that_nobody_names(tmp_path: pathlib.Path) -> None:
     files.write_feather(tmp_path / "p.feather", table_of([[1, 0, 0]], {}))
     source = predictions.open(tmp_path / "p.feather")
     with pytest.raises(UserError, match="names no cell type: its column cell_type is"):
-        aggregate.by(source, "cell_type")
+        calls.of_groups(source, "cell_type")
     files.write_feather(tmp_path / "e.feather", drawn(9).slice(0, 0))
     with pytest.raises(UserError, match="names no neuron"):
-        aggregate.by(predictions.open(tmp_path / "e.feather"), "neuron")
+        calls.of_groups(predictions.open(tmp_path / "e.feather"), "neuron")
 
 
 def test_the_threshold_that_calibration_left(tmp_path: pathlib.Path) -> None:
@@ -154,7 +156,7 @@ def test_a_rule_that_lacks_something_is_told_before_anything_is_read(
     monkeypatch.setattr(tallies, "count", None)
     for rule in ("flyem", "cleft_weighted"):
         with pytest.raises(UserError, match=f"the rule {rule} needs"):
-            aggregate.by(source, "neuron", rule)
+            calls.of_groups(source, "neuron", rule)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,20 @@ import pytest
 import tensorstore as ts
 from pyarrow import csv, feather, parquet
 
-from synister_jax import calibrate, evaluate, predict
+from synister_jax import calibrate, evaluate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.bulk import execution, inputs, planning, unit_results
+from synister_jax.bulk import (
+    execution,
+    inputs,
+    merging,
+    planning,
+    unit_results,
+)
 from synister_jax.em import crops, volumes
 from synister_jax.evaluation import calibration
 from synister_jax.network import inference, sharding
-from synister_jax.tables import batches, predictions, synapses
+from synister_jax.tables import batches, predictions, reading, synapses
 from tests.helpers.predict_command import output_files, run_command
 from tests.helpers.small_data import CLASSES, shared_data
 
@@ -36,8 +42,8 @@ def classifier(
     return inference.Classifier([(trained_run, None)], batch_size, mesh)
 
 
-def source_of(table: pa.Table) -> batches.Source:
-    return batches.Source("table", lambda: iter(table.to_batches()))
+def source_of(table: pa.Table) -> batches.SynapseStream:
+    return batches.SynapseStream("table", lambda: iter(table.to_batches()))
 
 
 def predict_all(
@@ -50,13 +56,13 @@ def predict_all(
 ) -> pa.Table:
     """What the command does, in this process."""
     if isinstance(table, pathlib.Path):
-        source = batches.open(table)
+        source = reading.open(table)
     else:
         source = source_of(table)
-    plan = predict.make_plan(model, source, volume, output, unit_rows)
+    plan = planning.of_classifier(model, source, volume, output, unit_rows)
     left = list(unit_results.unfinished(plan, range(len(plan)), retry_missing))
     execution.execute(plan, left, model, volume, retry_missing=retry_missing)
-    record = predict.finish(plan, model, source, volume)
+    record = merging.finish(plan, model, source, volume)
     return predictions.load(output / record["file"])
 
 
@@ -235,7 +241,7 @@ def test_a_damaged_part_is_done_again(
         else:
             table = table.replace_schema_metadata(None)
         feather.write_feather(table, str(first))
-    plan = predict.make_plan(
+    plan = planning.of_classifier(
         arguments[0],
         source_of(synapse_table),
         arguments[2],
@@ -462,7 +468,7 @@ def test_real_volume_at_its_real_synapses(
     assert result["synapse_id"].to_pylist() == list(range(1, 14))
     assert set(result["status"].to_pylist()) == {"ok"}  # 4 sections fit around 2
     # The published crop has 16 sections: none of these synapses has all of them.
-    table = synapses.load(tmp_path / "real.csv")
+    table = reading.load(tmp_path / "real.csv")
     volume = volumes.open(str(folder / "stack1.n5" / "volumes" / "raw" / "s0"))
     shape = (16, 160, 160)
     starts = crops.starts_vx_zyx(synapses.positions_nm_zyx(table), shape, volume)
@@ -614,7 +620,7 @@ def test_a_volume_that_vanishes_stops_the_command(
     )
     volume = volumes.open(str(copy), cache_bytes=0)
     source = source_of(synapse_table)
-    plan = predict.make_plan(model, source, volume, tmp_path / "b", 10)
+    plan = planning.of_classifier(model, source, volume, tmp_path / "b", 10)
     execution.execute(plan, range(4), model, volume)
     copy.rename(tmp_path / "elsewhere.n5")
     with pytest.raises(UserError, match="no longer there"):
@@ -659,7 +665,7 @@ def test_voxels_in_place_of_nm_are_doubted(
         many = many.set_column(place, name, pc.divide(many[name], size))
     volume, model = volumes.open(str(volume_path)), classifier(trained_run)
     source = source_of(many)
-    plan = predict.make_plan(model, source, volume, tmp_path)
+    plan = planning.of_classifier(model, source, volume, tmp_path)
     assert "all 180 positions lie in the corner" in plan.about["doubt"]
     assert "are they in nm?" in plan.about["doubt"]
 
@@ -672,7 +678,7 @@ def test_what_another_process_has_done_is_not_done_again(
 ) -> None:
     volume, model = volumes.open(str(volume_path)), classifier(trained_run)
     source = source_of(synapse_table)
-    plan = predict.make_plan(model, source, volume, tmp_path, 30)
+    plan = planning.of_classifier(model, source, volume, tmp_path, 30)
     assert execution.execute(plan, [1], model, volume).synapses == 30
     assert execution.execute(plan, [0, 1, 2], model, volume).synapses == 60
 
@@ -745,7 +751,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
     def planned(temperature: float | None, folder: str) -> planning.Plan:
         source = source_of(synapse_table)
         model = at(temperature)
-        return predict.make_plan(model, source, volume, tmp_path / folder, 30)
+        return planning.of_classifier(model, source, volume, tmp_path / folder, 30)
 
     planned(None, "plain")
     with pytest.raises(UserError, match="temperature was None, now 1.5; choose an"):
@@ -755,7 +761,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
         with pytest.raises(UserError, match=f"temperature was 1.5, now {other}"):
             planned(other, "sharp")
     # A worker elsewhere has it from the job.
-    job = inputs.Job(
+    job = inputs.Inputs(
         ((str(trained_run), 40),),
         8,
         1,
@@ -767,7 +773,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
     ).elsewhere(plan)
     assert [inputs.execute_unit(job, unit).synapses for unit in range(3)] == [30] * 3
     source, model = source_of(synapse_table), at(1.5)
-    record = predict.finish(plan, model, source, volume, abstain_below=0.7)
+    record = merging.finish(plan, model, source, volume, abstain_below=0.7)
     assert (record["temperature"], record["abstain_below"]) == (1.5, 0.7)
     answer = predictions.load(plan.folder / record["file"])
     plain = predict_all(at(None), synapse_table, volume, tmp_path / "plain", 30)

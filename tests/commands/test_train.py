@@ -19,9 +19,8 @@ from tensorboardX.proto import event_pb2
 from synister_jax import evaluate, train
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import accuracy
 from synister_jax.network import checkpoint, model, sharding
-from synister_jax.training import augment, data, optimisation
+from synister_jax.training import augment, data, event_log, optimisation
 from tests.helpers import runs
 from tests.helpers.small_data import CLASSES, tiny_config, write_shards
 
@@ -42,7 +41,7 @@ def full(
     """Everything switched on, with shards whose context is large enough."""
     config = runs.everything_on()
     folder = tmp_path_factory.mktemp("full") / "shards"
-    margin = augment.Settings.of(config).margin_vx_zyx
+    margin = augment.AugmentSettings.of(config).margin_vx_zyx
     write_shards(folder, volume_path, synapse_table, margin)
     config.shards = str(folder)
     return config
@@ -65,7 +64,7 @@ def test_resume_is_bitwise(
     whole = runs.saved_state(tmp_path / "whole", 7, config)
     runs.assert_same_state(whole, runs.saved_state(tmp_path / "halves", 7, config))
     assert whole[".step"] == 7
-    lines = {name: accuracy.read(tmp_path / name) for name in ("whole", "halves")}
+    lines = {name: event_log.read(tmp_path / name) for name in ("whole", "halves")}
     assert lines["whole"] == lines["halves"]
     assert [x["step"] for x in lines["whole"] if "train/loss" in x] == [2, 4, 6]
     assert [x["step"] for x in lines["whole"] if "validation/loss" in x] == [3, 6]
@@ -110,7 +109,7 @@ def test_killed_and_resumed_is_bitwise(
         runs.assert_same_state(
             whole, runs.saved_state(tmp_path / "killed", step, config)
         )
-    assert accuracy.read(tmp_path / "whole") == accuracy.read(tmp_path / "killed")
+    assert event_log.read(tmp_path / "whole") == event_log.read(tmp_path / "killed")
 
 
 def run_steps(
@@ -193,7 +192,7 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
     examples = data.TrainBatches.of(data.open_shards(config), config)
     batch = examples.read(examples.rows(0))
     keys = augment.batch_keys(config.seed, 0, config.batch_size)
-    settings = augment.Settings.of(config)
+    settings = augment.AugmentSettings.of(config)
     crops = jax.jit(lambda r, k: augment.augment(r, k, settings))(batch["crop"], keys)
 
     def loss(
@@ -247,7 +246,7 @@ def test_it_learns(tmp_path: pathlib.Path, config: ml_collections.ConfigDict) ->
     config.eval_every_steps = 60
     config.checkpoint_every_steps = 60
     train.train(config, tmp_path)
-    lines = accuracy.read(tmp_path)
+    lines = event_log.read(tmp_path)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
     [last] = [line for line in lines if "validation/loss" in line]
@@ -278,7 +277,7 @@ def test_a_run_leaves_what_others_need(
     loaded = checkpoint.load_config(tmp_path)
     assert tuple(loaded.classes) == CLASSES and loaded.seed == 0
     logged = read_events(tmp_path / "events")
-    for line in accuracy.read(tmp_path):
+    for line in event_log.read(tmp_path):
         for name, value in line.items():
             if name != "step":
                 assert logged[name, line["step"]] == pytest.approx(value, rel=1e-6)
@@ -343,7 +342,7 @@ def test_a_table_without_neurons_trains(
     evaluate.evaluate(tmp_path / "run", "test")
     [last] = [
         x
-        for x in accuracy.read(tmp_path / "run")
+        for x in event_log.read(tmp_path / "run")
         if x["step"] == 6 and "validation/loss" in x
     ]
     assert "validation/synapse_accuracy" in last

@@ -32,7 +32,7 @@ def test_every_config_is_possible(name: str) -> None:
     config = get_config(name)
     logits = inference.abstract_variables(config)["params"]["logits"]["kernel"]
     assert logits.shape[-1] == len(config.classes)
-    augment.Settings.of(config)
+    augment.AugmentSettings.of(config)
     optimisation.check(config)
     train.check(config)
     module = importlib.import_module(f"configs.{name}")
@@ -118,5 +118,5 @@ def test_other_splits_differ_in_the_split_alone(module: object) -> None:
 def test_crops_cut_for_one_split_serve_the_others() -> None:
     """Also those of the production network."""
     names = ("skeleton", "hemilineage", "brain_region", "production_fafb")
-    margins = {augment.Settings.of(get_config(n)).margin_vx_zyx for n in names}
+    margins = {augment.AugmentSettings.of(get_config(n)).margin_vx_zyx for n in names}
     assert len(margins) == 1

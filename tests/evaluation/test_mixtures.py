@@ -75,7 +75,7 @@ def test_p_values_are_those_of_all_outcomes(
     correlation: float, concentration: float
 ) -> None:
     exact = mixtures.from_fractions(ROWS, correlation)
-    model = mixtures.Model(
+    model = mixtures.CallModel(
         exact.confusion, exact.hypotheses, np.full(K, concentration), correlation
     )
     calls = outcomes(4)
@@ -132,7 +132,9 @@ def test_groups_of_units_that_are_all_alike(correlation: float) -> None:
     assert mixtures.least_units(model, 0.01, 999) is None
 
 
-def rates(units: int, truth: mixtures.Model, test: mixtures.Model) -> np.ndarray:
+def rates(
+    units: int, truth: mixtures.CallModel, test: mixtures.CallModel
+) -> np.ndarray:
     """How often p ≤ 0.05, for each true class."""
     rng = np.random.default_rng(units)
     calls = [mixtures.draw(rng, truth, row, units, 400) for row in ONE_OF_EACH]
@@ -164,7 +166,9 @@ def test_level_with_an_estimated_confusion() -> None:
             [mixtures.draw(rng, truth, row, 50, 1)[0] for row in ONE_OF_EACH]
         )
         model = mixtures.from_counts(labelled, 0.0)
-        exact = mixtures.Model(model.confusion, model.hypotheses, np.full(K, np.inf), 0)
+        exact = mixtures.CallModel(
+            model.confusion, model.hypotheses, np.full(K, np.inf), 0
+        )
         drawn.append(rates(300, truth, model).mean())
         taken_as_exact.append(rates(300, truth, exact).mean())
     assert np.mean(drawn) < 0.09

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax import aggregate, export
+from synister_jax import export
+from synister_jax.evaluation import tallies
 from synister_jax.export import Options
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables
@@ -151,7 +152,7 @@ def fafbseg_file(tmp_path: pathlib.Path) -> tuple[pa.Table, pathlib.Path]:
     """What cleft_weighted says of each neuron, and the file."""
     path, _ = published(tmp_path)
     export.export(path, "fafbseg", tmp_path / "out", Options())
-    tally = aggregate.tally(predictions.open(path), "neuron")
+    tally = tallies.of(predictions.open(path), "neuron")
     mean = np.where(np.isnan(tally.weighted), tally.mean, tally.weighted)
     assert np.isnan(tally.weighted).any()  # a neuron that fafbseg-py alone fails on
     columns = {name: mean[:, SIX.index(name)] for name in TRANSMITTERS}

@@ -8,6 +8,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax import aggregate
+from synister_jax.evaluation import calls
 from synister_jax.export import Options
 from synister_jax.tables.predictions import Predictions
 from tests.helpers import prediction_tables
@@ -116,7 +117,7 @@ def test_the_truth_of_the_type_comes_first(
 ) -> None:
     """They differ only where a neuron's synapses name several types, or none."""
     neuron = prediction_tables.make([NEURON] * 60, ["gaba"] * 60)
-    by = aggregate.by
+    by = calls.of_groups
 
     def known(source: Predictions, what: str, *others: object) -> pa.Table:
         found = by(source, what, *others)

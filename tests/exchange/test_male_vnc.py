@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import aggregate, compare, export, one_transmitter, report
+from synister_jax import compare, export, one_transmitter, report
 from synister_jax.base import files
-from synister_jax.evaluation import confusions, measurement
+from synister_jax.evaluation import calls, confusions, measurement, tallies
 from synister_jax.exchange import published
 from synister_jax.tables import predictions
 from tests.helpers.small_data import shared_data
@@ -131,18 +131,18 @@ def test_what_is_measured_is_what_was_drawn(metrics: dict) -> None:
 
 def test_neurons_under_every_rule(path: pathlib.Path, metrics: dict) -> None:
     confusion = confusions.load(path.parent / "metrics.json")
-    tally = aggregate.tally(predictions.open(path), "neuron")
+    tally = tallies.of(predictions.open(path), "neuron")
     assert len(tally.groups) == 67 + 55 + 65 + 4
     known = np.array(tally.groups["neurotransmitter"].to_pylist())
     sizes = tally.groups["synapses"].to_numpy()
     for rule in ("majority", "mean_probability", "cleft_weighted", "conf_nt", "banc"):
-        calls = aggregate.call(tally, rule, confusion)
-        called = np.array(calls["predicted_neurotransmitter"].to_pylist())
+        table = calls.call(tally, rule, confusion)
+        called = np.array(table["predicted_neurotransmitter"].to_pylist())
         assert (called[known == None] == None).all()  # noqa: E711 - element by element
         # The sums of probabilities of small neurons follow the draw less closely.
         right = (called == known)[(known != None) & (sizes >= 50)]  # noqa: E711
         assert right.mean() > 0.95, rule
-    flyem = aggregate.call(tally, "flyem", confusion).to_pylist()
+    flyem = calls.call(tally, "flyem", confusion).to_pylist()
     for neuron in flyem:
         if 0 < neuron["predicted"] < 50:
             assert neuron["predicted_neurotransmitter"] == "unclear"

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from pyarrow import feather
 
-from synister_jax import aggregate
 from synister_jax.base.errors import UserError
 from synister_jax.export import Options
 from synister_jax.tables import predictions
@@ -117,7 +116,7 @@ def test_the_same_calls_as_aggregate(tmp_path: pathlib.Path) -> None:
     table = prediction_tables.make(neurons, calls)
     output, _ = export_to(tmp_path, "banc", table)
     path = prediction_tables.write(tmp_path, table)
-    expected = aggregate.by(predictions.open(path), "neuron", "banc")
+    expected = calls.of_groups(predictions.open(path), "neuron", "banc")
     rows = read_csv(output / "banc_neurotransmitter_prediction.csv")
     called = expected["predicted_neurotransmitter"].to_pylist()
     assert [row["neurotransmitter_predicted"] for row in rows] == called

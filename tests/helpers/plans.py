@@ -14,7 +14,7 @@ from synister_jax.bulk.planning import Plan
 from synister_jax.em import volumes
 from synister_jax.em.volumes import Volume
 from synister_jax.tables import synapses
-from synister_jax.tables.batches import Source
+from synister_jax.tables.batches import SynapseStream
 
 SHAPE_ZYX = (60, 500, 700)
 
@@ -60,22 +60,22 @@ def table_of(positions_nm_zyx: np.ndarray) -> pa.Table:
     return pa.table(columns)
 
 
-def source_of(table: pa.Table, batch_rows: int = 1 << 17) -> Source:
+def source_of(table: pa.Table, batch_rows: int = 1 << 17) -> SynapseStream:
     batches = table.to_batches(max_chunksize=batch_rows)
     if not batches:
         batches = [pa.RecordBatch.from_pylist([], table.schema)]
-    return Source("table", lambda: iter(batches))
+    return SynapseStream("table", lambda: iter(batches))
 
 
 def make_plan(
-    table: pa.Table | Source,
+    table: pa.Table | SynapseStream,
     volume: Volume,
     folder: pathlib.Path,
     unit_rows: int = 100,
     crop_zyx: Sequence[int] = CROP_ZYX,
     **made_from: Any,
 ) -> Plan:
-    source = table if isinstance(table, Source) else source_of(table)
+    source = table if isinstance(table, SynapseStream) else source_of(table)
     made_from = MADE_FROM | made_from
     return planning.make(source, volume, crop_zyx, folder, unit_rows, made_from)
 

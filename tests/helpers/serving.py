@@ -23,7 +23,7 @@ from pyarrow import feather
 
 from synister_jax.base import files
 from synister_jax.serve import app, models, tokens
-from synister_jax.serve.records import Job
+from synister_jax.serve.records import StoredJob
 from synister_jax.serve.service import Options, Service
 from synister_jax.serve.store import Store
 from synister_jax.tables import predictions, synapses
@@ -121,7 +121,7 @@ class Worker:
             else:
                 self._do(job)
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: StoredJob) -> None:
         while self.holds.is_set() and not self._stopping.is_set():
             if not self._store.tell(job.id, self._name, "predicting", 1, job.rows):
                 return

@@ -59,7 +59,7 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
     tx = optimisation.make_optimizer(config)
     init = jax.jit(lambda key: train.create_state(key, config, tx))
     rng = np.random.default_rng(0)
-    margin = augment.Settings.of(config).margin_vx_zyx
+    margin = augment.AugmentSettings.of(config).margin_vx_zyx
     shape = np.add(config.crop_shape_zyx, np.multiply(2, margin))
     batch = {
         "crop": rng.integers(0, 256, (1, *shape), dtype=np.uint8),

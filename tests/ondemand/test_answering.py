@@ -19,9 +19,11 @@ VOXEL_NM_ZYX = np.array([40.0, 4.0, 4.0])
 
 
 @pytest.fixture(scope="module")
-def network(trained_run: pathlib.Path, volume_path: pathlib.Path) -> answering.Network:
+def network(
+    trained_run: pathlib.Path, volume_path: pathlib.Path
+) -> answering.OpenNetwork:
     step = answering.choose_step(trained_run, "best")
-    return answering.Network.open(trained_run, step, str(volume_path), 8)
+    return answering.OpenNetwork.open(trained_run, step, str(volume_path), 8)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +55,12 @@ def positions(rows: list[tuple]) -> questions.Asked:
     return questions.Asked("positions", pa.table(columns))
 
 
-def of_table(path: pathlib.Path | None = None) -> credentials.Settings:
+def of_table(path: pathlib.Path | None = None) -> credentials.SourceSettings:
     return sources.settings("none", synapses=path)
 
 
 def test_every_synapse_of_the_neurons_in_the_order_asked(
-    network: answering.Network,
+    network: answering.OpenNetwork,
     table_path: pathlib.Path,
     synapse_table: pa.Table,
     tmp_path: pathlib.Path,
@@ -92,7 +94,7 @@ def test_every_synapse_of_the_neurons_in_the_order_asked(
 
 
 def test_rows_are_those_of_their_positions_whatever_lies_outside(
-    network: answering.Network, volume_path: pathlib.Path, tmp_path: pathlib.Path
+    network: answering.OpenNetwork, volume_path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """The original's shift: a dropped position moved all rows after it."""
     inside = [(40 * z, 4 * y, 4 * x) for z, y, x in [(4, 40, 40), (12, 80, 90)]]
@@ -126,7 +128,7 @@ def test_rows_are_those_of_their_positions_whatever_lies_outside(
 
 
 def test_shared_connector_keeps_every_neuron(
-    network: answering.Network, tmp_path: pathlib.Path
+    network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(9, 1, 160.0, 160.0, 160.0), (9, 2, 160.0, 160.0, 160.0)]
     answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
@@ -137,7 +139,7 @@ def test_shared_connector_keeps_every_neuron(
 
 
 def test_csv_has_the_columns_of_the_original(
-    network: answering.Network, tmp_path: pathlib.Path
+    network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(3, None, 200.0, 164.0, 160.0), (1, 5, np.nan, 164.0, 160.0)]
     answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
@@ -176,7 +178,7 @@ def _stop_after(calls: int) -> Callable[[str, int, int], None]:
 
 
 def test_stopped_anywhere_and_started_again_is_the_same(
-    network: answering.Network,
+    network: answering.OpenNetwork,
     table_path: pathlib.Path,
     synapse_table: pa.Table,
     tmp_path: pathlib.Path,
@@ -207,7 +209,7 @@ def test_stopped_anywhere_and_started_again_is_the_same(
 
 
 def test_no_synapse_at_all_is_an_answer(
-    network: answering.Network, table_path: pathlib.Path, tmp_path: pathlib.Path
+    network: answering.OpenNetwork, table_path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     about = answering.answer(
         neurons([1, 2]), network, "none", of_table(table_path), tmp_path, nothing
@@ -219,7 +221,7 @@ def test_no_synapse_at_all_is_an_answer(
 
 
 def test_too_many_synapses_are_refused_before_any_work(
-    network: answering.Network,
+    network: answering.OpenNetwork,
     table_path: pathlib.Path,
     synapse_table: pa.Table,
     tmp_path: pathlib.Path,
@@ -236,7 +238,7 @@ def test_too_many_synapses_are_refused_before_any_work(
 
 
 def test_folder_of_another_request_is_refused(
-    network: answering.Network, tmp_path: pathlib.Path
+    network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(3, 4, 200.0, 164.0, 160.0)]
     answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
@@ -248,7 +250,7 @@ def test_folder_of_another_request_is_refused(
 
 
 def test_other_table_of_the_same_name_is_refused(
-    network: answering.Network, synapse_table: pa.Table, tmp_path: pathlib.Path
+    network: answering.OpenNetwork, synapse_table: pa.Table, tmp_path: pathlib.Path
 ) -> None:
     asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
     path = tmp_path / "table.feather"
@@ -263,7 +265,7 @@ def test_other_table_of_the_same_name_is_refused(
 
 
 def test_damaged_sites_are_asked_for_again(
-    network: answering.Network,
+    network: answering.OpenNetwork,
     table_path: pathlib.Path,
     synapse_table: pa.Table,
     tmp_path: pathlib.Path,
@@ -280,7 +282,7 @@ def test_damaged_sites_are_asked_for_again(
 
 
 def test_at_once_is_what_a_request_answers(
-    network: answering.Network, tmp_path: pathlib.Path
+    network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(1, 1, 160.0, 164.0, 160.0), (2, 1, -9e9, 0.0, 0.0), (3, 1, 0.0, 0.0, 0.0)]
     answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)

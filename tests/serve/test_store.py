@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from synister_jax.serve import supervisor, tokens
-from synister_jax.serve.records import Job, LimitReached, Revoked
+from synister_jax.serve.records import LimitReached, Revoked, StoredJob
 from synister_jax.serve.store import MOST_ATTEMPTS, Store
 
 
@@ -29,7 +29,7 @@ def store(tmp_path: pathlib.Path) -> Iterator[Store]:
 
 def submit(
     store: Store, number: int, token_id: int = 1, key: str | None = None, **more: bool
-) -> Job:
+) -> StoredJob:
     job, _ = store.submit(
         *(f"{number:016x}", token_id, "small", "none", "positions", "", 10, 100, 3),
         request_key=key or str(number),

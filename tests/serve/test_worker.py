@@ -15,7 +15,7 @@ from pyarrow import feather
 
 from synister_jax.ondemand import answering, questions, sources
 from synister_jax.serve import models, tokens
-from synister_jax.serve.store import Job, Store
+from synister_jax.serve.store import Store, StoredJob
 from synister_jax.serve.worker import Worker
 from synister_jax.tables import predictions
 
@@ -51,7 +51,7 @@ class Service:
         self.processes.append(process)
         return process
 
-    def submit(self, job_id: str, rows: int, model: str = "tiny") -> Job:
+    def submit(self, job_id: str, rows: int, model: str = "tiny") -> StoredJob:
         columns = {
             "position_id": pa.array(range(rows), pa.int64()),
             "neuron_id": pa.array([i % 5 for i in range(rows)], pa.int64()),
@@ -68,7 +68,7 @@ class Service:
         )
         return job
 
-    def wait(self, job_id: str, what: Callable[[Job], bool]) -> Job:
+    def wait(self, job_id: str, what: Callable[[StoredJob], bool]) -> StoredJob:
         until = time.monotonic() + 90
         while time.monotonic() < until:
             job = self.store.job(job_id, 1)
@@ -107,7 +107,7 @@ def test_job_is_answered_as_the_command_answers(
         "positions", feather.read_table(folder / "asked.feather", memory_map=False)
     )
     step = answering.choose_step(trained_run, "best")
-    network = answering.Network.open(trained_run, step, str(volume_path), BATCH)
+    network = answering.OpenNetwork.open(trained_run, step, str(volume_path), BATCH)
     answering.answer(
         asked,
         network,

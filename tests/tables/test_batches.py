@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pyarrow import csv, feather, parquet
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import batches, formats, synapses
-from synister_jax.tables.batches import Source
+from synister_jax.tables import batches, formats, reading, synapses
+from synister_jax.tables.batches import SynapseStream
 from synister_jax.tables.mongo import address, documents
 from tests.helpers.export_v3 import write_export
 from tests.helpers.mongo_server import load_table
@@ -28,7 +28,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "_BATCH_ROWS", BATCH_ROWS)
 
 
-def all_of(source: Source) -> pa.Table:
+def all_of(source: SynapseStream) -> pa.Table:
     return pa.concat_tables(source.tables())
 
 
@@ -47,11 +47,11 @@ def test_files_give_the_rows_of_a_load_in_their_order(
     tmp_path: pathlib.Path, small_batches: None, kind: str
 ) -> None:
     path = write(kind, tmp_path, widened(contract_table()))
-    source = batches.open(path)
+    source = reading.open(path)
     tables = list(source.tables())
     assert len(tables) >= 5
-    assert same_rows(pa.concat_tables(tables), synapses.load(path))
-    assert same_rows(all_of(source), synapses.load(path))  # any number of times
+    assert same_rows(pa.concat_tables(tables), reading.load(path))
+    assert same_rows(all_of(source), reading.load(path))  # any number of times
     assert source.name == str(path)
 
 
@@ -59,8 +59,8 @@ def test_an_export_gives_the_rows_of_a_load_in_their_order(
     tmp_path: pathlib.Path,
 ) -> None:
     write_export(tmp_path)
-    assert same_rows(all_of(batches.open(tmp_path)), synapses.load(tmp_path))
-    assert len(all_of(batches.open(tmp_path))) == 3
+    assert same_rows(all_of(reading.open(tmp_path)), reading.load(tmp_path))
+    assert len(all_of(reading.open(tmp_path))) == 3
 
 
 def test_a_database_gives_the_rows_of_a_load_in_their_order(
@@ -71,9 +71,9 @@ def test_a_database_gives_the_rows_of_a_load_in_their_order(
     place = table.column_names.index("neuron_id")
     neurons = pa.array(np.arange(len(table)))
     load_table(mongo_database, table.set_column(place, "neuron_id", neurons))
-    source = batches.open(mongo_database)
+    source = reading.open(mongo_database)
     assert len(list(source.tables())) >= 5
-    expected = synapses.load(mongo_database)
+    expected = reading.load(mongo_database)
     assert expected["synapse_id"].equals(table["synapse_id"])
     assert same_rows(all_of(source), expected)
     assert source.name == address.redact(mongo_database)
@@ -107,13 +107,13 @@ def test_a_row_of_the_third_batch_is_named_by_its_number_in_the_file(
 ) -> None:
     types = {"synapse_id": pa.int64()}
     table = changed(name, 150, value, types.get(name, pa.string()))
-    source = batches.open(write(kind, tmp_path, table))
+    source = reading.open(write(kind, tmp_path, table))
     rows = 0
     with pytest.raises(UserError, match=message):
         for batch in source.tables():
             rows += len(batch)
     assert 80 <= rows <= 150
-    of_part = batches.open(source.name, ("skeleton", "test"))
+    of_part = reading.open(source.name, ("skeleton", "test"))
     with pytest.raises(UserError, match=message):
         all_of(of_part)
 
@@ -130,7 +130,7 @@ def test_a_coordinate_that_is_no_number_is_named_by_its_row(
     kinds = {"feather": "feather, many batches, zstd", "parquet": "parquet, row groups"}
     path = write(kinds.get(suffix, "csv"), tmp_path, table)
     with pytest.raises(UserError, match="row 150: y_nm is 'here', not a number"):
-        all_of(batches.open(path))
+        all_of(reading.open(path))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -152,7 +152,7 @@ def test_ids_that_are_floats_or_text_are_refused(
         if suffix == "csv":  # where nothing has a type
             message = f"cannot read .*{path}: .*int64: invalid value '5(.5|a)'"
         with pytest.raises(UserError, match=message):
-            all_of(batches.open(path))
+            all_of(reading.open(path))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -166,7 +166,7 @@ def test_an_id_beyond_int64_is_refused(tmp_path: pathlib.Path, suffix: str) -> N
     if suffix == "csv":
         message = "invalid value '18446744073709551615'"
     with pytest.raises(UserError, match=message):
-        all_of(batches.open(path))
+        all_of(reading.open(path))
 
 
 def awkward_table() -> pa.Table:
@@ -186,12 +186,12 @@ def test_bad_positions_become_nan_and_ids_may_be_there_twice(
     tmp_path: pathlib.Path, kind: str
 ) -> None:
     path = write(kind, tmp_path, awkward_table())
-    table = all_of(batches.open(path))
+    table = all_of(reading.open(path))
     assert table["synapse_id"].to_pylist() == [3, 1, 3, 2, 1, 3]
     assert not any(table[name].null_count for name in synapses.POSITION)
     assert np.isnan(synapses.positions_nm_zyx(table)).tolist() == BAD
     with pytest.raises(UserError, match="duplicate synapse_id: row 2"):
-        synapses.load(path)
+        reading.load(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -200,7 +200,7 @@ def test_an_infinite_position_is_bad_too(tmp_path: pathlib.Path, suffix: str) ->
     columns |= dict.fromkeys(synapses.POSITION, [0.0, float("inf"), -float("inf")])
     kinds = {"feather": "feather, one batch, plain", "parquet": "parquet, row groups"}
     path = write(kinds.get(suffix, "csv"), tmp_path, pa.table(columns))
-    positions = synapses.positions_nm_zyx(all_of(batches.open(path)))
+    positions = synapses.positions_nm_zyx(all_of(reading.open(path)))
     assert np.isnan(positions).all(axis=1).tolist() == [False, True, True]
 
 
@@ -209,22 +209,22 @@ def test_a_file_without_rows_is_one_table_with_all_columns(
     tmp_path: pathlib.Path, kind: str
 ) -> None:
     path = write(kind, tmp_path, contract_table().slice(0, 0))
-    [table] = batches.open(path).tables()
+    [table] = reading.open(path).tables()
     assert len(table) == 0
     names = [*synapses.SCHEMA.names, "split_skeleton", "split_brain region"]
     assert table.column_names == names
     assert table.schema.types == contract_table().schema.types
-    [none] = batches.open(path, ("skeleton", "test")).tables()
+    [none] = reading.open(path, ("skeleton", "test")).tables()
     assert len(none) == 0
     with pytest.raises(UserError, match="no split 'hemilineage' here"):
-        all_of(batches.open(path, ("hemilineage", "test")))
+        all_of(reading.open(path, ("hemilineage", "test")))
 
 
 def test_a_feather_file_of_one_batch_without_rows(tmp_path: pathlib.Path) -> None:
     schema = contract_table().schema
     with pa.ipc.new_file(str(tmp_path / "t.feather"), schema) as sink:
         sink.write_batch(pa.RecordBatch.from_pylist([], schema))
-    [table] = batches.open(tmp_path / "t.feather").tables()
+    [table] = reading.open(tmp_path / "t.feather").tables()
     assert len(table) == 0 and table.column_names == schema.names
 
 
@@ -234,7 +234,7 @@ def test_an_export_or_database_without_rows_is_one_table_with_all_columns(
     write_export(tmp_path, synapses_v3={})
     load_table(mongo_database, contract_table().slice(0, 0))
     for uri in (tmp_path, mongo_database):
-        [table] = batches.open(uri).tables()
+        [table] = reading.open(uri).tables()
         assert len(table) == 0 and table.column_names[:9] == synapses.SCHEMA.names
 
 
@@ -255,7 +255,7 @@ def test_a_part_is_its_rows_in_their_order(
         uri = write(kind, tmp_path, widened(table))
     together = []
     for part in synapses.PARTS:
-        source = batches.open(uri, ("brain region", part))
+        source = reading.open(uri, ("brain region", part))
         found = all_of(source)
         inside = pc.fill_null(pc.equal(table["split_brain region"], part), False)
         assert found["synapse_id"].equals(table.filter(inside)["synapse_id"])
@@ -267,8 +267,8 @@ def test_a_part_is_its_rows_in_their_order(
 def test_an_unknown_split_or_part_is_refused(tmp_path: pathlib.Path) -> None:
     path = write("csv", tmp_path, contract_table())
     with pytest.raises(UserError, match="no part 'testing'; it is one of train, "):
-        batches.open(path, ("skeleton", "testing"))
-    source = batches.open(path, ("hemilineage", "test"))
+        reading.open(path, ("skeleton", "testing"))
+    source = reading.open(path, ("hemilineage", "test"))
     known = "no split 'hemilineage' here; the table has skeleton, brain region"
     with pytest.raises(UserError, match=known):
         all_of(source)
@@ -285,7 +285,7 @@ def test_what_cannot_be_read_is_told_when_it_is_opened(tmp_path: pathlib.Path) -
         ("folder", "hemi_lineages_v3.json does not exist"),
     ]:
         with pytest.raises(UserError, match=message):
-            batches.open(tmp_path / name)
+            reading.open(tmp_path / name)
 
 
 def checksum_of(*tables: pa.Table) -> str:
@@ -295,8 +295,8 @@ def checksum_of(*tables: pa.Table) -> str:
     return found.hexdigest()
 
 
-def source_of(table: pa.Table, rows: int) -> Source:
-    return Source("table", lambda: iter(table.to_batches(max_chunksize=rows)))
+def source_of(table: pa.Table, rows: int) -> SynapseStream:
+    return SynapseStream("table", lambda: iter(table.to_batches(max_chunksize=rows)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -315,7 +315,7 @@ def test_checksum_is_that_of_the_rows_whatever_the_file(
     tmp_path: pathlib.Path, small_batches: None, kind: str
 ) -> None:
     table = contract_table()
-    found = batches.checksum(batches.open(write(kind, tmp_path, widened(table))))
+    found = batches.checksum(reading.open(write(kind, tmp_path, widened(table))))
     assert found.rows == len(table)
     assert found.hexdigest() == checksum_of(table)
 
@@ -361,7 +361,7 @@ def test_checksum_of_a_part_is_that_of_its_rows() -> None:
     table = contract_table()
     inside = pc.fill_null(pc.equal(table["split_skeleton"], "test"), False)
     source = source_of(table, 41)
-    source = Source("table", source.raw_batches, ("skeleton", "test"))
+    source = SynapseStream("table", source.raw_batches, ("skeleton", "test"))
     found = batches.checksum(source)
     assert found.rows == pc.sum(inside).as_py() > 0
     assert found.hexdigest() == checksum_of(table.filter(inside))

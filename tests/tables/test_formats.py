@@ -9,7 +9,7 @@ import pytest
 from pyarrow import csv, feather, parquet
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import formats, synapses
+from synister_jax.tables import formats, reading, synapses
 from tests.helpers.table_formats import (
     ROWS,
     WRITERS,
@@ -91,12 +91,12 @@ def test_a_packed_csv_is_read_as_a_csv(tmp_path: pathlib.Path) -> None:
     csv.write_csv(table, tmp_path / "t.csv")
     packed = gzip.compress((tmp_path / "t.csv").read_bytes())
     (tmp_path / "t.csv.gz").write_bytes(packed)
-    expected = synapses.load(tmp_path / "t.csv")
-    assert synapses.load(tmp_path / "t.csv.gz").equals(expected)
+    expected = reading.load(tmp_path / "t.csv")
+    assert reading.load(tmp_path / "t.csv.gz").equals(expected)
     assert len(expected) == 500
     (tmp_path / "t.csv.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(UserError, match="cannot read synapse table .*t.csv.gz: "):
-        synapses.load(tmp_path / "t.csv.gz")
+        reading.load(tmp_path / "t.csv.gz")
     (tmp_path / "t.gz").write_bytes(packed)
     with pytest.raises(UserError, match="cannot tell the format .*.csv, .csv.gz"):
         formats.open(tmp_path / "t.gz", choose_nothing)

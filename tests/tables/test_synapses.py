@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyarrow import csv, feather, parquet
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import batches, synapses
+from synister_jax.tables import reading, synapses
 from tests.helpers.export_v3 import write_export
 from tests.helpers.small_data import shared_data
 
@@ -25,7 +25,7 @@ def rows(**columns: list) -> pa.Table:
 
 def test_export_v3(tmp_path: pathlib.Path) -> None:
     write_export(tmp_path)
-    table = synapses.load(tmp_path)
+    table = reading.load(tmp_path)
     assert table.schema.names[:9] == synapses.SCHEMA.names
     assert table["synapse_id"].to_pylist() == [9, 3, 8]
     assert synapses.positions_nm_zyx(table).tolist() == [
@@ -56,7 +56,7 @@ def test_published_neurons_and_hemilineages(tmp_path: pathlib.Path) -> None:
     hemilineages = json.loads((published / "hemi_lineages_v3.json").read_text())
     change = {"skeletons_v3": neurons, "hemi_lineages_v3": hemilineages}
     write_export(tmp_path, **change, synapses_v3=made_up)
-    counts = synapses.load(tmp_path)["neurotransmitter"].value_counts().to_pylist()
+    counts = reading.load(tmp_path)["neurotransmitter"].value_counts().to_pylist()
     found = {c["values"]: c["counts"] for c in counts}
     assert found == {
         "acetylcholine": 397,
@@ -94,10 +94,10 @@ def test_any_table_survives_its_file(
     folder = tmp_path_factory.mktemp("files")
     for suffix in ("feather", "parquet"):
         synapses.write(table, folder / f"a.{suffix}")
-        found = synapses.load(folder / f"a.{suffix}")
+        found = reading.load(folder / f"a.{suffix}")
         assert found.equals(table) and found.schema.equals(table.schema)
     csv.write_csv(table, folder / "a.csv")
-    assert synapses.load(folder / "a.csv").equals(table)
+    assert reading.load(folder / "a.csv").equals(table)
 
 
 @pytest.mark.parametrize("suffix", ["feather", "parquet", "csv"])
@@ -110,7 +110,7 @@ def test_file_formats_agree(tmp_path: pathlib.Path, suffix: str) -> None:
         "csv": lambda t: csv.write_csv(t, path),
     }
     write[suffix](table)
-    loaded = synapses.load(path)
+    loaded = reading.load(path)
     assert loaded["synapse_id"].to_pylist() == [5, 6, 7]
     # More digits than a float holds: it must never have been one.
     assert loaded["neuron_id"].to_pylist() == [720575940612345678, 2, None]
@@ -143,15 +143,15 @@ def test_bad_rows_are_named(
 ) -> None:
     feather.write_feather(rows(**columns), str(tmp_path / "t.feather"))
     with pytest.raises(UserError, match=message):
-        synapses.load(tmp_path / "t.feather")
+        reading.load(tmp_path / "t.feather")
 
 
 def test_bad_positions_are_kept_when_asked(tmp_path: pathlib.Path) -> None:
     text = "synapse_id,z_nm,y_nm,x_nm\n1,,2,3\n2,1,2,3\n3,nan,inf,3\n"
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match="z_nm is missing or not finite: row 0"):
-        synapses.load(tmp_path / "t.csv")
-    [table] = batches.open(tmp_path / "t.csv").tables()
+        reading.load(tmp_path / "t.csv")
+    [table] = reading.open(tmp_path / "t.csv").tables()
     positions = synapses.positions_nm_zyx(table)
     assert np.isnan(positions[:, 0]).tolist() == [True, False, True]
 
@@ -168,7 +168,7 @@ def test_bad_positions_are_kept_when_asked(tmp_path: pathlib.Path) -> None:
 def test_bad_csv(tmp_path: pathlib.Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message):
-        synapses.load(tmp_path / "t.csv")
+        reading.load(tmp_path / "t.csv")
 
 
 def test_empty_tables(tmp_path: pathlib.Path) -> None:
@@ -176,27 +176,27 @@ def test_empty_tables(tmp_path: pathlib.Path) -> None:
     feather.write_feather(rows().slice(0, 0), str(tmp_path / "t.feather"))
     write_export(tmp_path, synapses_v3={})
     for path in (tmp_path / "t.csv", tmp_path / "t.feather", tmp_path):
-        table = synapses.load(path)
+        table = reading.load(path)
         assert len(table) == 0 and table.schema.names[:9] == synapses.SCHEMA.names
 
 
 def test_bad_export(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="hemi_lineages_v3.json does not exist"):
-        synapses.load(tmp_path)
+        reading.load(tmp_path)
     write_export(tmp_path, skeletons_v3={})
     with pytest.raises(UserError, match="synapse 9: 'skeleton 16' is missing"):
-        synapses.load(tmp_path)
+        reading.load(tmp_path)
     write_export(tmp_path, synapses_v3=[1, 2])
     with pytest.raises(UserError, match="objects by id"):
-        synapses.load(tmp_path)
+        reading.load(tmp_path)
     neuron = {"hemi_lineage_id": 1, "nt_known": "gaba"}
     write_export(tmp_path, skeletons_v3=dict.fromkeys(["16", "27", "30"], neuron))
     with pytest.raises(UserError, match="synapse 9: .*'gaba' of skeleton 16"):
-        synapses.load(tmp_path)
+        reading.load(tmp_path)
     with pytest.raises(UserError, match="cannot tell the format"):
-        synapses.load(tmp_path / "skeletons_v3.json")
+        reading.load(tmp_path / "skeletons_v3.json")
     with pytest.raises(UserError, match="does not exist"):
-        synapses.load(tmp_path / "nothing.feather")
+        reading.load(tmp_path / "nothing.feather")
 
 
 def test_unknown_split_and_part() -> None:

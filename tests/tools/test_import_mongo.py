@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax.tables import predictions, synapses
+from synister_jax.tables import predictions, reading, synapses
 from synister_jax.tables.mongo import address, databases
 from tests.helpers.small_data import ROOT
 
@@ -111,7 +111,7 @@ def test_there_and_back(
     assert f"{output}: {len(table)} synapses of {shown}" in run(
         "dump", location, f"--output={output}"
     )
-    assert synapses.load(output).equals(synapses.load(source))
+    assert reading.load(output).equals(reading.load(source))
 
     values = np.random.default_rng(0).random((len(table), 3), dtype=np.float32)
     values[4] = np.nan

@@ -9,7 +9,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.em import volumes
-from synister_jax.tables import synapses
+from synister_jax.tables import reading, synapses
 from tests.helpers.export_v3 import write_export
 from tests.helpers.small_data import ROOT, shared_data
 
@@ -50,7 +50,7 @@ def test_own_table_checked_against_its_volume(
     assert code == 0 and "warning: all positions lie where their voxel" in said
     code, said, _ = run(*options, "--scale_nm_zyx=40,4,4")
     assert code == 0 and "200 synapses of 7 neurons" in said and "glutamate" in said
-    table = synapses.load(output)
+    table = reading.load(output)
     positions = synapses.positions_nm_zyx(table)
     first = [float(cell) for cell in mine.read_text().split("\n")[1].split(",")[3:]]
     assert positions[0].tolist() == [first[2] * 40, first[1] * 4, first[0] * 4]
@@ -130,7 +130,7 @@ def test_export_v3_and_whether_it_is_the_published_one(tmp_path: pathlib.Path) -
     options = ["--source=export-v3", f"--input={folder}", f"--output={output}"]
     code, _, said = run(*options)
     assert code == 0 and said.count("differs from the published one") == 3
-    assert synapses.load(output).equals(synapses.load(folder))
+    assert reading.load(output).equals(reading.load(folder))
     synapse = {"skeleton_id": 16, "x": 1, "y": 2, "z": 3}
     (folder / "synapses_v3.json").write_text(json.dumps({"5": synapse}))
     published = shared_data("fafb_v3")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from synister_jax.tables import batches, synapses
+from synister_jax.tables import reading
 from tests.helpers.service_servers import Answer, NeuPrint, make_certificate
 from tests.helpers.small_data import ROOT
 
@@ -115,7 +115,7 @@ def test_killed_and_started_again_it_has_the_same_bytes(
     assert "n.bodyId > -1 " not in cyphers[0]
     assert checksum(killed) == checksum(whole)
 
-    table = synapses.load(whole)
+    table = reading.load(whole)
     assert len(table) == 6_000
     assert table["neuron_id"].to_pylist() == sorted(table["neuron_id"].to_pylist())
     # by hand: z nm = (60 - 1 - x) · 8, y nm = z · 8, x nm = y · 8
@@ -132,7 +132,7 @@ def test_killed_and_started_again_it_has_the_same_bytes(
     about = json.loads(table.schema.metadata[b"synister_jax"])
     assert about["dataset"] == "hemibrain:v1.2.1"
     assert about["coordinates"]["shape_zyx"] == list(SHAPE_ZYX)
-    assert sum(len(t) for t in batches.open(whole).tables()) == 6_000
+    assert sum(len(t) for t in reading.open(whole).tables()) == 6_000
 
 
 def test_who_has_no_listing_is_refused_at_once(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from synister_jax.em import volumes
-from synister_jax.tables import synapses
+from synister_jax.tables import reading, synapses
 from tests.helpers.small_data import ROOT, shared_data
 
 SMALL = ["--synapses=150", "--neurons=40", "--shape_zyx=25,600,650"]
@@ -40,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_the_importers_read_it(demo: pathlib.Path) -> None:
-    table = synapses.load(demo)
+    table = reading.load(demo)
     volume = volumes.open(str(demo / "volume.n5" / "volumes" / "raw" / "s0"))
     assert len(table) == 150 and volume.shape_zyx == (25, 600, 650)
     assert volume.voxel_size_nm_zyx == (40, 4, 4)
@@ -54,7 +54,7 @@ def test_the_importers_read_it(demo: pathlib.Path) -> None:
 
 
 def test_every_class_has_neurons_for_three_parts(demo: pathlib.Path) -> None:
-    table = synapses.load(demo)
+    table = reading.load(demo)
     assert synapses.split_columns(table) == []  # tools/make_splits.py makes them
     neurons: dict[str, set] = {}
     for row in table.to_pylist():

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.ground_truth import dialects, importing
-from synister_jax.tables import synapses
+from synister_jax.tables import reading, synapses
 from tests.helpers.small_data import ROOT, shared_data
 
 
@@ -48,7 +48,7 @@ def test_split_report_and_second_split(
     code, said, wrong = run(*options, "--by=neuron", f"--report={report}")
     assert code == 0, wrong
     assert "optimal" in said and "neuron_id: 0 in several parts" in said
-    before, after = synapses.load(table), synapses.load(output)
+    before, after = reading.load(table), reading.load(output)
     assert after.drop_columns(["split_skeleton"]).equals(before)
     parts: dict[int, set] = {}
     for row in after.to_pylist():
@@ -73,7 +73,7 @@ def test_split_report_and_second_split(
     options = [f"--synapses={output}", "--name=hemi", f"--output={output}"]
     code, _, wrong = run(*options, "--by=hemilineage")
     assert code == 0, wrong
-    both = synapses.load(output)
+    both = reading.load(output)
     assert both["split_skeleton"].equals(after["split_skeleton"])
     metadata = json.loads(both.schema.metadata[b"synister_jax"])
     assert set(metadata["splits"]) == {"skeleton", "hemi"}
@@ -83,7 +83,7 @@ def test_split_report_and_second_split(
 
 
 def test_hold_out(tmp_path: pathlib.Path, table: pathlib.Path) -> None:
-    ids = synapses.load(table)["synapse_id"].to_pylist()[:40]
+    ids = reading.load(table)["synapse_id"].to_pylist()[:40]
     held = tmp_path / "held.csv"
     held.write_text("synapse_id\n" + "\n".join(map(str, ids)))
     for wanted in ("none", "train"):
@@ -98,7 +98,7 @@ def test_hold_out(tmp_path: pathlib.Path, table: pathlib.Path) -> None:
             f"--output={output}",
         )
         assert code == 0, wrong
-        rows = synapses.load(output).to_pylist()
+        rows = reading.load(output).to_pylist()
         kept = {row["split_production"] for row in rows[:40] if row["neurotransmitter"]}
         assert kept == ({"train"} if wanted == "train" else {None})
         assert {row["split_production"] for row in rows[40:]} >= {"train", "validation"}
@@ -158,7 +158,7 @@ def test_male_vnc(tmp_path: pathlib.Path) -> None:
     assert "sum of relative deviations 0, optimal" in said
     code, _, wrong = run(f"--synapses={output}", *options[1:], f"--output={output}")
     assert code == 1 and "has a split skeleton already" in wrong
-    table = synapses.load(output)
+    table = reading.load(output)
     for name in ("acetylcholine", "gaba", "glutamate"):
         of_class = np.array(table["neurotransmitter"]) == name
         for part, fraction in zip(synapses.PARTS, (0.64, 0.16, 0.2), strict=True):

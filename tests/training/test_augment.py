@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from configs import demo, hemibrain, skeleton
 from synister_jax.base.errors import UserError
+from synister_jax.network import scaling
 from synister_jax.training import augment, warp
 from tests.helpers.small_data import tiny_config
 
@@ -19,7 +20,7 @@ MARGIN = (1, 2, 2)
 RECORD = (6, 20, 20)
 
 
-def settings(**change: object) -> augment.Settings:
+def settings(**change: object) -> augment.AugmentSettings:
     """Everything off but for what is named."""
     config = tiny_config()
     config.augment.update(
@@ -30,16 +31,16 @@ def settings(**change: object) -> augment.Settings:
         intensity_shift=(0.0, 0.0),
     )
     config.augment.update(change)
-    return augment.Settings.of(config)
+    return augment.AugmentSettings.of(config)
 
 
-def full(config: ml_collections.ConfigDict | None = None) -> augment.Settings:
+def full(config: ml_collections.ConfigDict | None = None) -> augment.AugmentSettings:
     """The whole chain, on a small crop unless a config is given."""
     if config is None:
         config = skeleton.get_config()
         config.crop_shape_zyx = (8, 40, 40)
         config.augment.elastic_spacing_zyx = (4, 10, 10)
-    return augment.Settings.of(config)
+    return augment.AugmentSettings.of(config)
 
 
 def records(count: int, shape: tuple[int, ...] = RECORD) -> np.ndarray:
@@ -47,7 +48,7 @@ def records(count: int, shape: tuple[int, ...] = RECORD) -> np.ndarray:
     return rng.integers(60, 190, (count, *shape), dtype=np.uint8)
 
 
-def record_shape(chosen: augment.Settings) -> tuple[int, ...]:
+def record_shape(chosen: augment.AugmentSettings) -> tuple[int, ...]:
     pairs = zip(chosen.crop_shape_zyx, chosen.margin_vx_zyx, strict=True)
     return tuple(size + 2 * margin for size, margin in pairs)
 
@@ -56,12 +57,12 @@ def centre(record: np.ndarray) -> np.ndarray:
     return record[1:-1, 2:-2, 2:-2].astype(np.float32) / 255 * 2 - 1
 
 
-def run(batch: np.ndarray, chosen: augment.Settings, key: int = 0) -> np.ndarray:
+def run(batch: np.ndarray, chosen: augment.AugmentSettings, key: int = 0) -> np.ndarray:
     keys = augment.batch_keys(key, 0, len(batch))
     return np.asarray(jax.jit(lambda b, k: augment.augment(b, k, chosen))(batch, keys))
 
 
-def draws(chosen: augment.Settings, count: int) -> augment.Draws:
+def draws(chosen: augment.AugmentSettings, count: int) -> augment.Draws:
     keys = jax.random.split(jax.random.key(0), count)
     return jax.device_get(jax.jit(jax.vmap(lambda k: augment.draw(k, chosen)))(keys))
 
@@ -70,7 +71,7 @@ def test_nothing_switched_on_is_the_centre_scaled() -> None:
     batch = records(3)
     expected = np.stack([centre(record) for record in batch])
     np.testing.assert_allclose(run(batch, settings()), expected, atol=1e-6)
-    middle = augment.centre(jnp.asarray(batch), SHAPE)
+    middle = scaling.centre(jnp.asarray(batch), SHAPE)
     np.testing.assert_allclose(middle, expected, atol=1e-6)
 
 
@@ -163,7 +164,7 @@ def test_some_crops_stay_sharp() -> None:
     """As many as are asked for are not interpolated; sections may slip all the same."""
     config = skeleton.get_config()
     config.augment.warp_probability = 0.25
-    drawn = draws(augment.Settings.of(config), 2_000)
+    drawn = draws(augment.AugmentSettings.of(config), 2_000)
     sharp = drawn.angle == 0
     np.testing.assert_allclose(sharp.mean(), 0.75, atol=0.04)
     np.testing.assert_array_equal(sharp, ~drawn.control.any(axis=(1, 2, 3, 4)))
@@ -199,7 +200,7 @@ def test_slips_displace_a_section_and_shifts_all_that_follow() -> None:
     assert np.abs(together).max() == 20
 
 
-def worst_draws(chosen: augment.Settings) -> list[augment.Draws]:
+def worst_draws(chosen: augment.AugmentSettings) -> list[augment.Draws]:
     """Draws at their limits, all pushing the same way, at many angles."""
     points = warp.control_shape_zyx(chosen.crop_shape_zyx, chosen.elastic_spacing_zyx)
     up = [
@@ -233,7 +234,7 @@ def worst_draws(chosen: augment.Settings) -> list[augment.Draws]:
 
 
 def draws_like(
-    chosen: augment.Settings,
+    chosen: augment.AugmentSettings,
     jitter: np.ndarray,
     control: np.ndarray,
     angle: float,
@@ -259,7 +260,7 @@ def test_no_voxel_comes_from_beyond_the_margin(
     config: ml_collections.ConfigDict,
 ) -> None:
     """Neither at the limits of every draw, nor in many random ones."""
-    chosen = augment.Settings.of(config)
+    chosen = augment.AugmentSettings.of(config)
     shape = np.array(record_shape(chosen))
 
     @jax.jit
@@ -325,7 +326,7 @@ def test_isotropic_crops_turn_every_axis_into_every_other() -> None:
         intensity_scale=(1.0, 1.0),
         intensity_shift=(0.0, 0.0),
     )
-    chosen = augment.Settings.of(config)
+    chosen = augment.AugmentSettings.of(config)
     assert chosen.margin_vx_zyx == (0, 0, 0)
     record = records(1, (8, 8, 8))[0]
     out = run(np.repeat(record[None], 1200, axis=0), chosen)
@@ -343,12 +344,12 @@ def test_isotropic_crops_turn_every_axis_into_every_other() -> None:
 
 def test_sizes_in_nm_are_those_in_voxels() -> None:
     config = hemibrain.get_config()
-    chosen = augment.Settings.of(config)
+    chosen = augment.AugmentSettings.of(config)
     assert chosen.jitter_zyx == (5, 5, 5)  # 80 nm, the central 1/8 of 640
     assert chosen.elastic_spacing_zyx == (20, 20, 20)
     assert chosen.elastic_sigma_zyx == (1, 1, 1)
     config = skeleton.get_config()
-    in_voxels = augment.Settings.of(config)
+    in_voxels = augment.AugmentSettings.of(config)
     config.augment.update(
         sizes_in="nm",
         jitter_zyx=(40, 40, 40),
@@ -356,7 +357,7 @@ def test_sizes_in_nm_are_those_in_voxels() -> None:
         elastic_sigma_zyx=(0.0, 8.0, 8.0),
         max_misalign_yx=(40, 40),
     )
-    assert augment.Settings.of(config) == in_voxels
+    assert augment.AugmentSettings.of(config) == in_voxels
 
 
 def test_values_are_clipped_before_scaling() -> None:

@@ -52,7 +52,7 @@ from tests.helpers.small_data import write_shards
 from synister_jax.tables import synapses
 from synister_jax.training import shards
 {prelude}
-table = synapses.load({str(table_path)!r})
+table = reading.load({str(table_path)!r})
 write_shards(pathlib.Path({str(folder)!r}), {str(volume_path)!r}, table)
 """
         return [sys.executable, "-c", text, *arguments]

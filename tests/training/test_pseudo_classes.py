@@ -12,7 +12,7 @@ import pytest
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.em import crops, volumes
-from synister_jax.tables import synapses
+from synister_jax.tables import reading, synapses
 from synister_jax.training import pseudo_classes, shards
 from tests.helpers.small_data import ROOT
 
@@ -299,4 +299,4 @@ def test_unknown_in_a_table_is_no_class(tmp_path: pathlib.Path) -> None:
     text = "synapse_id,z_nm,y_nm,x_nm,neurotransmitter\n1,0,0,0,unknown\n"
     (tmp_path / "table.csv").write_text(text)
     with pytest.raises(UserError, match="unknown neurotransmitter 'unknown'"):
-        synapses.load(tmp_path / "table.csv")
+        reading.load(tmp_path / "table.csv")

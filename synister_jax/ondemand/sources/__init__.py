@@ -96,7 +96,7 @@ def settings(
     ini: str | os.PathLike[str] | None = None,
     environment: Mapping[str, str] = os.environ,
     synapses: str | os.PathLike[str] | None = None,
-) -> credentials.Settings:
+) -> credentials.SourceSettings:
     """Server, credentials and the like of a source; see credentials.py.
 
     Args:
@@ -112,7 +112,7 @@ def settings(
 def presynaptic_sites(
     source: str,
     neuron_ids: Sequence[int],
-    settings: credentials.Settings,
+    settings: credentials.SourceSettings,
 ) -> Iterator[Found]:
     """The presynaptic sites of each neuron, in the order asked.
 
@@ -133,7 +133,7 @@ def presynaptic_sites(
 
 
 def listing(
-    source: str, settings: credentials.Settings, after: int | None = None
+    source: str, settings: credentials.SourceSettings, after: int | None = None
 ) -> Iterator[tuple[pa.Table, int | None]]:
     """Every presynaptic site of the source, page by page: (of `SITES`, where it is).
 
@@ -154,7 +154,7 @@ def to_volume_nm_zyx(
     source: str,
     coordinates: Mapping[str, np.ndarray],
     volume_shape_zyx: Sequence[int] | None,
-    settings: credentials.Settings,
+    settings: credentials.SourceSettings,
 ) -> np.ndarray:
     """Positions in nm in the volume's frame, [n, 3] float64; NaN rows stay NaN.
 

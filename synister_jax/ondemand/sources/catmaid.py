@@ -16,12 +16,14 @@ import pyarrow as pa
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand.sources import SITES, Found, http
-from synister_jax.ondemand.sources.credentials import Settings
+from synister_jax.ondemand.sources.credentials import SourceSettings
 
 _BATCH = 50  # skeletons a request
 
 
-def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator[Found]:
+def presynaptic_sites(
+    neuron_ids: Sequence[int], settings: SourceSettings
+) -> Iterator[Found]:
     """See `sources.presynaptic_sites`. A connector is one site of a skeleton.
 
     Connectors come in the order of their ids.
@@ -38,7 +40,7 @@ def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator
 
 
 def listing(
-    settings: Settings, after: int | None
+    settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
     """Not offered: CATMAID would answer with all connectors at once."""
     raise UserError(
@@ -48,7 +50,7 @@ def listing(
     )
 
 
-def _session(settings: Settings) -> http.Session:
+def _session(settings: SourceSettings) -> http.Session:
     token, password = settings["token"], settings["password"]
     session = http.Session("CATMAID", settings.where("token"), [token, password])
     if token:
@@ -59,7 +61,11 @@ def _session(settings: Settings) -> http.Session:
 
 
 def _ask(
-    session: http.Session, settings: Settings, path: str, ids: list[int], **form: str
+    session: http.Session,
+    settings: SourceSettings,
+    path: str,
+    ids: list[int],
+    **form: str,
 ) -> tuple[str, Any]:
     """(address, answer) of a request about skeletons."""
     url = f"{settings['url'].rstrip('/')}/{settings['project']}/{path}"
@@ -76,7 +82,7 @@ def _ask(
     return url, answer
 
 
-def _known(session: http.Session, settings: Settings, ids: list[int]) -> set[int]:
+def _known(session: http.Session, settings: SourceSettings, ids: list[int]) -> set[int]:
     """Those that are skeletons of the project; the answer is a list of their ids."""
     url, answer = _ask(session, settings, "skeletons/validity", ids)
     if not isinstance(answer, list) or not all(type(n) is int for n in answer):
@@ -84,7 +90,7 @@ def _known(session: http.Session, settings: Settings, ids: list[int]) -> set[int
     return set(answer) & set(ids)
 
 
-def _sites(session: http.Session, settings: Settings, ids: list[int]) -> pa.Table:
+def _sites(session: http.Session, settings: SourceSettings, ids: list[int]) -> pa.Table:
     """Of `SITES`: the answer's `links` start with skeleton, connector, x, y and z."""
     if not ids:
         return SITES.empty_table()

@@ -76,7 +76,7 @@ _SHOWN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SourceSettings:
     """What a source is asked with. Its text never shows a value."""
 
     source: str
@@ -109,7 +109,7 @@ def read(
     ini: str | os.PathLike[str] | None,
     environment: Mapping[str, str],
     synapses: str | os.PathLike[str] | None,
-) -> Settings:
+) -> SourceSettings:
     """The settings of a source that is known.
 
     Raises:
@@ -122,13 +122,13 @@ def read(
         given += [section.get(name, "") for section in sections]
         values[name] = next(filter(None, map(str.strip, given)), setting.default)
     table = None if synapses is None else str(synapses)
-    settings = Settings(source, values, table)
+    settings = SourceSettings(source, values, table)
     if values.get("token"):
         values["token"] = _token(settings)
     return settings
 
 
-def _token(settings: Settings) -> str:
+def _token(settings: SourceSettings) -> str:
     """Alone, where the JSON document around it was given, as neuPrint's page shows."""
     text = settings["token"]
     try:

@@ -21,7 +21,7 @@ from caveclient import auth, base, chunkedgraph, infoservice, materializationeng
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand.sources import SITES, Found, http
-from synister_jax.ondemand.sources.credentials import Settings
+from synister_jax.ondemand.sources.credentials import SourceSettings
 
 _VOXEL_SIZE_NM = {"x": 4.0, "y": 4.0, "z": 40.0}
 _POINTS = 1_000  # of a request to the transform service, as the original's
@@ -44,7 +44,9 @@ class _ChunkedGraph(http.OwnSession, chunkedgraph.ChunkedGraphClient):
     pass
 
 
-def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator[Found]:
+def presynaptic_sites(
+    neuron_ids: Sequence[int], settings: SourceSettings
+) -> Iterator[Found]:
     """See `sources.presynaptic_sites`; sites come in the order of their ids.
 
     A root id is known that was one at the time of the materialization.
@@ -63,7 +65,7 @@ def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator
 
 
 def listing(
-    settings: Settings, after: int | None
+    settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
     """Not offered: CAVE cuts queries, and offsets do not lead further."""
     raise UserError(
@@ -75,7 +77,7 @@ def listing(
 
 
 def to_fafb(
-    coordinates: Mapping[str, np.ndarray], settings: Settings
+    coordinates: Mapping[str, np.ndarray], settings: SourceSettings
 ) -> dict[str, np.ndarray]:
     """`x`, `y`, `z` in nm of CATMAID's FAFB v14 for those in nm of FlyWire.
 
@@ -115,7 +117,7 @@ def to_fafb(
 class _Cave:
     """The services of a datastack, each where the info service says."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: SourceSettings) -> None:
         self._settings = settings
         self._version = _version(settings)
         try:
@@ -256,7 +258,7 @@ def _check(frame: pd.DataFrame, roots: list[int]) -> None:
         raise ValueError("pre_pt_root_id")
 
 
-def _version(settings: Settings) -> int:
+def _version(settings: SourceSettings) -> int:
     try:
         return int(settings["materialization"])
     except ValueError:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand.sources import SITES, Found, http
-from synister_jax.ondemand.sources.credentials import Settings
+from synister_jax.ondemand.sources.credentials import SourceSettings
 from synister_jax.tables import position_ids
 
 _BATCH = 10  # bodies a request for neurons, as neuprint-python's own batches
@@ -34,7 +34,9 @@ class _Client(http.OwnSession, neuprint.Client):
         return False
 
 
-def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator[Found]:
+def presynaptic_sites(
+    neuron_ids: Sequence[int], settings: SourceSettings
+) -> Iterator[Found]:
     """See `sources.presynaptic_sites`; sites come in the order of their ids."""
     client = _client(settings)
     for first in range(0, len(neuron_ids), _BATCH):
@@ -52,7 +54,7 @@ def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator
 
 
 def listing(
-    settings: Settings, after: int | None
+    settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
     """See `sources.listing`; `after` is the last body id of a page.
 
@@ -79,7 +81,7 @@ def listing(
         yield _sites(client, bodies.tolist()), last
 
 
-def _client(settings: Settings) -> _Client:
+def _client(settings: SourceSettings) -> _Client:
     token, server = settings["token"], settings["server"]
     if not token:
         raise UserError(f"neuPrint needs a token: set {settings.where('token')}")

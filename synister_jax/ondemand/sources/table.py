@@ -9,11 +9,13 @@ import pyarrow.compute as pc
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand.sources import SITES, Found
-from synister_jax.ondemand.sources.credentials import Settings
-from synister_jax.tables import batches
+from synister_jax.ondemand.sources.credentials import SourceSettings
+from synister_jax.tables import reading
 
 
-def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator[Found]:
+def presynaptic_sites(
+    neuron_ids: Sequence[int], settings: SourceSettings
+) -> Iterator[Found]:
     """See `sources.presynaptic_sites`; the table is read once for all neurons.
 
     Every synapse of a neuron in the table is a presynaptic site of it, and a neuron
@@ -26,7 +28,7 @@ def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator
     asked = pa.array(neuron_ids, pa.int64())
     parts = [SITES.empty_table()]
     names_neurons = False
-    for table in batches.open(settings.synapses).tables():
+    for table in reading.open(settings.synapses).tables():
         names_neurons |= table["neuron_id"].null_count < len(table)
         table = table.filter(pc.is_in(table["neuron_id"], value_set=asked))
         columns = [table["synapse_id"], table["neuron_id"]]
@@ -48,7 +50,7 @@ def presynaptic_sites(neuron_ids: Sequence[int], settings: Settings) -> Iterator
 
 
 def listing(
-    settings: Settings, after: int | None
+    settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
     """Not offered: the table is one."""
     raise UserError(

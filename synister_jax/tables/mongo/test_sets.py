@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax.base import files
+from synister_jax.base import files, metadata
 from synister_jax.base.errors import UserError
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.mongo import databases, documents
@@ -250,5 +250,5 @@ def schema_of(
     for name in classes:
         fields.append(pa.field(predictions.probability_column(name), pa.float32()))
     about = json.loads(record.get("about", "{}"))
-    metadata = {"classes": list(classes), **about, "source": source}
-    return pa.schema(fields, {"synister_jax": json.dumps(metadata)})
+    about = {"classes": list(classes), **about, "source": source}
+    return pa.schema(fields, metadata.entry(about))

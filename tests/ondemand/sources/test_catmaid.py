@@ -33,7 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Catmaid]:
     server.close()
 
 
-def settings(server: Catmaid, **changed: str) -> credentials.Settings:
+def settings(server: Catmaid, **changed: str) -> credentials.SourceSettings:
     values = {"CATMAID_URL": server.url, "CATMAID_TOKEN": TOKEN}
     values |= {"CATMAID_HTTP_USER": USER, "CATMAID_HTTP_PASSWORD": PASSWORD}
     return sources.settings("fafb-catmaid", None, values | changed)

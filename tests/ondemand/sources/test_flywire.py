@@ -36,7 +36,7 @@ def server() -> Iterator[Cave]:
     server.close()
 
 
-def settings(url: str, **changed: str) -> credentials.Settings:
+def settings(url: str, **changed: str) -> credentials.SourceSettings:
     values = {"CAVE_SERVER": url, "CAVE_TOKEN": TOKEN}
     return sources.settings("fafb-flywire", None, values | changed)
 

@@ -49,7 +49,7 @@ def server(
 
 def settings(
     server: NeuPrint, source: str = "hemibrain", **changed: str
-) -> credentials.Settings:
+) -> credentials.SourceSettings:
     values = {"NEUPRINT_SERVER": server.url, "NEUPRINT_APPLICATION_CREDENTIALS": TOKEN}
     return sources.settings(source, None, values | changed)
 

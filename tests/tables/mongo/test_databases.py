@@ -21,7 +21,7 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import predictions, synapses
+from synister_jax.tables import predictions, reading, synapses
 from synister_jax.tables.mongo import (
     address,
     brains,
@@ -142,7 +142,7 @@ def test_export_v3_as_the_original_imports_it(
     tmp_path: pathlib.Path, mongo_database: str
 ) -> None:
     write_export(tmp_path)
-    table = synapses.load(tmp_path)
+    table = reading.load(tmp_path)
     with databases.connect(mongo_database) as database:
         assert databases.write(
             database, json_export.collections(tmp_path), table, "sha"
@@ -159,7 +159,7 @@ def test_export_v3_as_the_original_imports_it(
         id_field = documents.ID_FIELDS[name]
         expected = [{**each, "_id": each[id_field]} for each in expected]
         assert found[name] == typed(expected)
-    loaded = synapses.load(mongo_database)
+    loaded = reading.load(mongo_database)
     assert loaded.equals(table) and loaded.schema.equals(table.schema)
     source = json.loads(loaded.schema.metadata[b"synister_jax"])["source"]
     assert source == address.redact(mongo_database)
@@ -199,7 +199,7 @@ def random_table(seed: int) -> pa.Table:
 def test_a_table_comes_back(mongo_database: str, seed: int) -> None:
     table = random_table(seed)
     load_table(mongo_database, table)
-    loaded = synapses.load(mongo_database)
+    loaded = reading.load(mongo_database)
     assert loaded.schema.equals(table.schema)
     assert loaded.equals(table)
 
@@ -208,10 +208,10 @@ def test_a_table_of_ids_and_positions_comes_back(mongo_database: str) -> None:
     columns = dict.fromkeys(synapses.POSITION, [1.0, 2.0])
     table = synapses.conform(pa.table({"synapse_id": [2, 1], **columns}), "here")
     load_table(mongo_database, table)
-    assert synapses.load(mongo_database).equals(table)
+    assert reading.load(mongo_database).equals(table)
     nothing = table.slice(0, 0)
     load_table(mongo_database, nothing, overwrite=True)
-    assert synapses.load(mongo_database).equals(nothing)
+    assert reading.load(mongo_database).equals(nothing)
 
 
 def test_what_is_there_stays_unless_told(mongo_database: str) -> None:
@@ -223,7 +223,7 @@ def test_what_is_there_stays_unless_told(mongo_database: str) -> None:
         load_table(mongo_database, second)
     assert contents(mongo_database) == before
     assert load_table(mongo_database, second, overwrite=True)
-    assert synapses.load(mongo_database).equals(second)
+    assert reading.load(mongo_database).equals(second)
     assert load_table(mongo_database, first, overwrite=True)
     assert contents(mongo_database) == before
     with databases.connect(mongo_database) as database:
@@ -309,7 +309,7 @@ def test_an_import_interrupted_anywhere(
         if overwrite and points % 3 == 0:
             # The other one can be had back whatever state this is in.
             load_table(mongo_database, other, overwrite=True)
-            assert synapses.load(mongo_database).equals(other)
+            assert reading.load(mongo_database).equals(other)
         run()
         assert contents(mongo_database) == undisturbed, points
     assert points > 30
@@ -331,9 +331,9 @@ def test_another_source_starts_anew(
         with pytest.raises(Interrupted):
             load_table(mongo_database, first)
     with pytest.raises(UserError, match="an import into .* is unfinished"):
-        synapses.load(mongo_database)
+        reading.load(mongo_database)
     load_table(mongo_database, second)
-    assert synapses.load(mongo_database).equals(second)
+    assert reading.load(mongo_database).equals(second)
 
 
 def test_reading_what_is_half_replaced_is_refused(
@@ -345,7 +345,7 @@ def test_reading_what_is_half_replaced_is_refused(
         with pytest.raises(ZeroDivisionError):
             load_table(mongo_database, random_table(4), overwrite=True)
     with pytest.raises(UserError, match="import .* is unfinished; run that again"):
-        synapses.load(mongo_database)
+        reading.load(mongo_database)
 
 
 def test_documents_of_a_killed_client_that_arrive_late(
@@ -365,7 +365,7 @@ def test_documents_of_a_killed_client_that_arrive_late(
     monkeypatch.setattr(databases, "BATCH_DOCUMENTS", 20)
     load_table(mongo_database, table)
     assert not late
-    assert synapses.load(mongo_database).equals(table)
+    assert reading.load(mongo_database).equals(table)
 
 
 def test_something_else_in_a_half_filled_collection(
@@ -384,7 +384,7 @@ def test_something_else_in_a_half_filled_collection(
         with pytest.raises(UserError, match="not hold the documents of this import"):
             load_table(mongo_database, table)
         load_table(mongo_database, table)
-        assert synapses.load(mongo_database).equals(table)
+        assert reading.load(mongo_database).equals(table)
         drop(mongo_database)
 
 
@@ -447,11 +447,11 @@ def test_unusable_documents_are_named(
         database.synapses.insert_one(
             {"synapse_id": 1, "skeleton_id": 2, "x": 1, "y": 2, "z": 3, "source": "abc"}
         )
-        [row] = synapses.load(mongo_database).to_pylist()
+        [row] = reading.load(mongo_database).to_pylist()
         assert (row["hemilineage"], row["neuron_id"], row["x_nm"]) == ("A", 2, 1.0)
         database[collection].update_one({}, change)
     with pytest.raises(UserError, match=message):
-        synapses.load(mongo_database)
+        reading.load(mongo_database)
 
 
 def test_two_documents_of_one_neuron(mongo_database: str) -> None:
@@ -459,21 +459,21 @@ def test_two_documents_of_one_neuron(mongo_database: str) -> None:
     with databases.connect(mongo_database) as database:
         neuron = database.skeletons.find_one({}, {"_id": False})
         database.skeletons.insert_one(dict(neuron))  # says the same: no harm
-        synapses.load(mongo_database)
+        reading.load(mongo_database)
         database.skeletons.insert_one(neuron | {"nt_known": ["serotonin"]})
     with pytest.raises(UserError, match="two documents have skeleton_id"):
-        synapses.load(mongo_database)
+        reading.load(mongo_database)
 
 
 def test_missing_collections(mongo_database: str) -> None:
     every = "hemi_lineages, skeletons, synapses"
     with pytest.raises(UserError, match=f"synister_test_.* has no collection {every}$"):
-        synapses.load(mongo_database)
+        reading.load(mongo_database)
     with databases.connect(mongo_database) as database:
         database.synapses.insert_one({"synapse_id": 1})
         database.hemi_lineages.insert_one({"hemi_lineage_id": 1})
     with pytest.raises(UserError, match="has no collection skeletons$"):
-        synapses.load(mongo_database)
+        reading.load(mongo_database)
 
 
 def test_a_split_named_while_reading(mongo_database: str) -> None:
@@ -498,7 +498,7 @@ def test_a_server_that_stops_half_way(tmp_path: pathlib.Path) -> None:
                 server.wait()
                 list(batches)
         with pytest.raises(UserError, match="db: cannot reach MongoDB at 127.0.0.1:"):
-            synapses.load(f"{uri}/db?serverSelectionTimeoutMS=300")
+            reading.load(f"{uri}/db?serverSelectionTimeoutMS=300")
     finally:
         server.kill()
         server.wait()
@@ -539,7 +539,7 @@ def test_credentials_of_the_original(tmp_path: pathlib.Path) -> None:
     assert parsed["options"]["authSource"] == "admin"
     assert address.redact(uri) == "mongodb://127.0.0.1:9/synister_v3"
     with pytest.raises(UserError) as refused:
-        synapses.load(f"{uri}&serverSelectionTimeoutMS=200")
+        reading.load(f"{uri}&serverSelectionTimeoutMS=200")
     assert str(refused.value) == (
         "database synister_v3: cannot reach MongoDB at 127.0.0.1:9 within 0.2 s; "
         "is it running?"
@@ -723,7 +723,7 @@ def test_predictions_that_the_original_wrote(
     tmp_path: pathlib.Path, mongo_database: str
 ) -> None:
     load_table(mongo_database, random_table(1))
-    table = synapses.load(mongo_database)
+    table = reading.load(mongo_database)
     ids = table["synapse_id"].to_pylist()
     with databases.connect(f"{mongo_database}_predictions") as database:
         collection = database["skeleton_fafb_t3_p1000"]
