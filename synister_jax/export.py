@@ -23,59 +23,25 @@ import synister_jax
 from synister_jax.base import command, files, folders
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions
-from synister_jax.evaluation.confusions import Confusion
-from synister_jax.exchange import exports_neurons, exports_synapses, writing
+from synister_jax.exchange import banc, flyem, flywire, neuprint, synister, writing
+from synister_jax.exchange.writing import Options
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 
-# Consumer → the options it takes, and whether it needs them.
-TAKES = {
-    "flyem": {"voxel_size_nm_zyx": True, "confusion": True, "split": False},
-    "fafbseg": {},
-    "cave": {},
-    "codex": {},
-    "neuprint": {"voxel_size_nm_zyx": True, "confusion": False},
-    "banc": {},
-    "synister": {"voxel_size_nm_zyx": True, "predict": True},
-}
-# Consumer → all files that may be written for it.
-FILES = {
-    "flyem": (
-        "tbar-neurotransmitters.feather",
-        "body-neurotransmitters.feather",
-        "neurotransmitter-confusion.csv",
-        exports_synapses.LEFT_OUT,
-    ),
-    "fafbseg": ("synapses.feather",),
-    "cave": ("synapses_nt_v1.feather",),
-    "codex": ("neurons.csv.gz",),
-    "neuprint": (
-        "Neuprint_Synapses.csv",
-        "Neuprint_Neurons.csv",
-        exports_synapses.LEFT_OUT,
-    ),
-    "banc": (
-        "banc_nt_prediction.parquet",
-        "synapses_nt_prediction.csv",
-        "banc_neurotransmitter_prediction.csv",
-    ),
-    "synister": ("predictions.csv", "synapses.feather"),
+CONSUMERS = {
+    "flyem": flyem.FLYEM,
+    "fafbseg": flywire.FAFBSEG,
+    "cave": flywire.CAVE,
+    "codex": flywire.CODEX,
+    "neuprint": neuprint.NEUPRINT,
+    "banc": banc.BANC,
+    "synister": synister.SYNISTER,
 }
 _HELP = {
     "confusion": "=RUN/evaluation/test/step-<n>/metrics.json, of the same network",
     "voxel_size_nm_zyx": ", as 8,8,8: no predictions.json beside the table says it",
     "predict": ", the number in nts_<number>.gaba",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """None where not given; `TAKES` says which count."""
-
-    voxel_size_nm_zyx: tuple[float, float, float] | None = None
-    confusion: str | None = None
-    split: str | None = None
-    predict: int | None = None
 
 
 def export(
@@ -91,7 +57,8 @@ def export(
       UserError: an option that is missing or does not count; a folder whose files are
         not of this table and these options; see `exports.prepare`.
     """
-    takes = TAKES[to]
+    consumer = CONSUMERS[to]
+    takes = consumer.takes
     for name, value in vars(options).items():
         if value is not None and name not in takes:
             raise UserError(f"--to={to} does not take --{name}")
@@ -102,7 +69,7 @@ def export(
     for name, needed in takes.items():
         if needed and getattr(options, name) is None:
             raise UserError(f"--to={to} needs --{name}{_HELP[name]}")
-    source = writing.prepare(opened, to, drop_classes)
+    source = writing.prepare(opened, to, consumer, drop_classes)
     confusion = None
     if options.confusion is not None:
         confusion = confusions.load(options.confusion).for_classes(source.classes)
@@ -113,44 +80,14 @@ def export(
     }
     record = output / "export.json"
     read = [path] if options.confusion is None else [path, options.confusion]
-    folders.claim(record, plan, [*FILES[to], "query.tmp"], read)
+    folders.claim(record, plan, [*consumer.files, "query.tmp"], read)
     done = plan | {
         "synapses": source.rows,
-        "notes": _write(source, to, output, options, confusion),
+        "notes": consumer.write(source, output, options, confusion),
         "about": opened.about,
         "written_by": f"synister_jax {synister_jax.__version__}",
     }
-    return folders.finish(record, done, FILES[to])
-
-
-def _write(
-    source: Predictions,
-    to: str,
-    folder: pathlib.Path,
-    options: Options,
-    confusion: Confusion | None,
-) -> list[str]:
-    size = options.voxel_size_nm_zyx
-    match to:
-        case "flyem":
-            notes = exports_synapses.flyem(source, folder, size, options.split)
-            exports_neurons.flyem(source, folder, confusion)
-        case "neuprint":
-            notes = exports_synapses.neuprint(source, folder, size)
-            exports_neurons.neuprint(source, folder, confusion)
-        case "banc":
-            notes = exports_synapses.banc(source, folder)
-            exports_neurons.banc(source, folder)
-        case "codex":
-            notes = []
-            exports_neurons.codex(source, folder)
-        case "fafbseg":
-            notes = exports_synapses.fafbseg(source, folder)
-        case "cave":
-            notes = exports_synapses.cave(source, folder)
-        case "synister":
-            notes = exports_synapses.synister(source, folder, size, options.predict)
-    return notes
+    return folders.finish(record, done, consumer.files)
 
 
 def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None:
@@ -167,7 +104,7 @@ def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None
 
 def main() -> None:
     path = flags.DEFINE_string("predictions", None, "Prediction table.")
-    to = flags.DEFINE_enum("to", None, list(writing.NAMES), "Who is to read it.")
+    to = flags.DEFINE_enum("to", None, list(CONSUMERS), "Who is to read it.")
     output = flags.DEFINE_string("output", None, "Folder for the files.")
     size = flags.DEFINE_list(
         "voxel_size_nm_zyx", None, "Voxels that positions are to be in."

@@ -19,7 +19,7 @@ import pyarrow as pa
 from absl import flags
 from pyarrow import feather
 
-from synister_jax.base import command, files, metadata
+from synister_jax.base import command, files, folders, metadata
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.em import spaces, volumes
@@ -53,7 +53,7 @@ def main() -> None:
     with files.locked(folder):
         if not _pages(folder):  # nothing is kept of a plan that did not work
             files.remove(folder / "plan.json")
-        files.keep_plan(folder / "plan.json", plan)
+        folders.require_same(folder / "plan.json", plan)
         pages = _fetch(folder, settings, volume)
         if not pages:
             raise UserError(f"{settings.source} lists no synapse; check {plan}")

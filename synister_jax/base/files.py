@@ -19,10 +19,6 @@ from pyarrow import csv, feather
 from synister_jax.base.errors import UserError
 
 
-class OtherPlan(UserError):
-    """A folder is of something else than what is asked of it now."""
-
-
 @contextlib.contextmanager
 def replacing(
     path: str | os.PathLike[str], several_writers: bool = False
@@ -163,22 +159,6 @@ def locked(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
-
-
-def keep_plan(path: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Writes what a folder is made from, or refuses when it was something else."""
-    if not path.exists():
-        write_json(path, plan)
-        return
-    there = read_json(path)
-    if not isinstance(there, dict):
-        raise UserError(f"{path} is not what was written; remove it and rerun")
-    for key, value in plan.items():
-        if there.get(key) != value:
-            raise OtherPlan(
-                f"{path.parent} was made with other arguments: {key} was "
-                f"{there.get(key)}, now {value}; choose another --output"
-            )
 
 
 def sha256_of_columns(table: pa.Table, names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from synister_jax.base import files, queries
+from synister_jax.base import files, folders, queries
 from synister_jax.base.progress import Progress
 from synister_jax.em import crops, spaces
 from synister_jax.em.volumes import Volume
@@ -113,7 +113,7 @@ def make(
     files.make_folder(folder / "parts")
     with files.locked(folder, wait=True):
         if path.exists():
-            files.keep_plan(path, identity)
+            folders.require_same(path, identity)
         if not path.exists() or not open(folder).is_whole:
             counted = _Counted(source, volume, crop_shape_zyx)
             _write_units(counted, folder, unit_rows)
@@ -122,8 +122,8 @@ def make(
     # Not while others wait: each compares for itself.
     print(f"{source.name}: comparing with the plan in {folder}", flush=True)
     found = batches.checksum(source)
-    files.keep_plan(path, {"rows": found.rows})
-    files.keep_plan(path, {"synapses_sha256": found.hexdigest()})
+    folders.require_same(path, {"rows": found.rows})
+    folders.require_same(path, {"synapses_sha256": found.hexdigest()})
     return open(folder)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UnitResult files: what a unit of a plan found, with a checksum of its content.
+"""Part files: what a unit of a plan found, with a checksum of its content.
 
 `part-<unit>-of-<units>.feather`: `row` of the table, `whole` (False where a chunk that
 the crop needs is unreadable; the probabilities mean nothing then), a float32 column a

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the files that other tools read have in common: names, ids, how to write them.
 
-exports_synapses.py makes those with a row a synapse, exports_neurons.py those with a
-row a neuron; docs/exports.md says what is in each. In all of them classes are found by
-name; a class that a file always has and the network has not is 0 where there is a
-prediction; probabilities are NaN (CSV: blank) where there is none; an id that is not
-known is 0, because of a null pandas makes the whole column floats, which lose digits
-of large ids.
+Each family of tools has a module beside this one, whose consumers `export` lists;
+docs/exports.md says what is in each file. In all of them classes are found by name; a
+class that a file always has and the network has not is 0 where there is a prediction;
+probabilities are NaN (CSV: blank) where there is none; an id that is not known is 0,
+because of a null pandas makes the whole column floats, which lose digits of large ids.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import gzip
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,38 +24,66 @@ from pyarrow import csv
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
+from synister_jax.evaluation import calls
+from synister_jax.evaluation.confusions import Confusion
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
-
-_FAFB = ("gaba", "acetylcholine", "glutamate", "octopamine", "serotonin", "dopamine")
-_BANC = ("acetylcholine", "dopamine", "gaba", "glutamate")
-_BANC += ("histamine", "octopamine", "serotonin", "tyramine")
-# Class → what the consumer calls it, in the consumer's order. FlyEM says "unknown" for
-# "neither" (flyem-snapshot, `translate-names`).
-NAMES: Mapping[str, Mapping[str, str]] = {
-    "flyem": {name: name for name in synapses.CLASSES} | {"neither": "unknown"},
-    "fafbseg": {name: name for name in _FAFB},
-    "cave": dict(zip(_FAFB, ("gaba", "ach", "glut", "oct", "ser", "da"), strict=True)),
-    "codex": {
-        "dopamine": "DA",
-        "serotonin": "SER",
-        "gaba": "GABA",
-        "glutamate": "GLUT",
-        "acetylcholine": "ACH",
-        "octopamine": "OCT",
-    },
-    "neuprint": {name: name.capitalize() for name in synapses.CLASSES}
-    | {"neither": "Unknown"},
-    "banc": {name: name for name in _BANC},
-    "synister": {name: name for name in synapses.CLASSES},
-}
-# These find a synapse's neuron, or have a row for each neuron.
-NEEDS_NEURONS = ("flyem", "fafbseg", "codex", "neuprint", "banc")
 
 Convert = Callable[[pa.Table], pa.Table]
 
 
-def prepare(source: Predictions, to: str, drop_classes: Sequence[str]) -> Predictions:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a consumer may have to be told; None where it was not given.
+
+    Attributes:
+      voxel_size_nm_zyx: of the volume, for files with voxels.
+      confusion: file of the network's confusion matrix.
+      split: whose parts a file with one such column names.
+      predict: the original's number of the prediction.
+    """
+
+    voxel_size_nm_zyx: tuple[float, float, float] | None = None
+    confusion: str | None = None
+    split: str | None = None
+    predict: int | None = None
+
+
+class Write(Protocol):
+    """Writes a consumer's files; returns what the user should be told of them."""
+
+    def __call__(
+        self,
+        source: Predictions,
+        folder: pathlib.Path,
+        options: Options,
+        confusion: Confusion | None,
+    ) -> list[str]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """A tool that reads predictions, and how its files are written.
+
+    Attributes:
+      names: class → what the tool calls it, in the tool's order.
+      files: all files that may be written.
+      takes: the options that count, and whether each is needed.
+      needs_neurons: it finds a synapse's neuron, or has a row for each neuron.
+      write: writes the files of predictions that `prepare` has passed; what `takes`
+        needs is there.
+    """
+
+    names: Mapping[str, str]
+    files: tuple[str, ...]
+    takes: Mapping[str, bool]
+    needs_neurons: bool
+    write: Write
+
+
+def prepare(
+    source: Predictions, to: str, consumer: Consumer, drop_classes: Sequence[str]
+) -> Predictions:
     """The table as the consumer can have it: checked, without the dropped classes.
 
     A dropped class is as though the network did not have it: rows are called among the
@@ -73,7 +100,7 @@ def prepare(source: Predictions, to: str, drop_classes: Sequence[str]) -> Predic
                 f"{', '.join(source.classes)}"
             )
     classes = [name for name in source.classes if name not in drop_classes]
-    names = NAMES[to]
+    names = consumer.names
     for name in classes:
         if name not in names:
             raise UserError(
@@ -85,7 +112,7 @@ def prepare(source: Predictions, to: str, drop_classes: Sequence[str]) -> Predic
             f"--to={to} cannot tell the classes {', '.join(classes) or '(none)'} "
             "apart: choose others with --drop_classes"
         )
-    if to in NEEDS_NEURONS and not any_value(source, "neuron_id"):
+    if consumer.needs_neurons and not any_value(source, "neuron_id"):
         raise UserError(
             f"{source.path} names no neuron (neuron_id is empty), and --to={to} needs "
             "them: predict a table that has neuron_id"
@@ -175,11 +202,41 @@ def probability(table: pa.Table, name: str) -> np.ndarray:
     return table[predictions.probability_column(name)].to_numpy()
 
 
-def fixed(table: pa.Table, to: str) -> dict[str, np.ndarray]:
+def fixed(table: pa.Table, names: Mapping[str, str]) -> dict[str, np.ndarray]:
     """A float32 column for every class that the consumer has, NaN if not predicted."""
     absent = np.where(predictions.called(table) >= 0, 0, np.nan).astype(np.float32)
     classes = predictions.classes(table)
     return {
         column: probability(table, name) if name in classes else absent
-        for name, column in NAMES[to].items()
+        for name, column in names.items()
     }
+
+
+def calls_of_types(
+    source: Predictions,
+    folder: pathlib.Path,
+    cell_type: pa.ChunkedArray,
+    rule: str,
+    confusion: Confusion | None,
+) -> pa.Table:
+    """The row of `aggregate` of each neuron's cell type; nulls for one without."""
+    if not any_value(source, "cell_type"):
+        fields = [
+            ("neurotransmitter", pa.string()),
+            ("predicted", pa.int64()),
+            ("predicted_neurotransmitter", pa.string()),
+            ("score", pa.float64()),
+        ]
+        nothing = [pa.nulls(len(cell_type), kind) for _, kind in fields]
+        return pa.table(nothing, schema=pa.schema(fields))
+    types = calls.of_groups(source, "cell_type", rule, confusion, folder)
+    names = types["cell_type"].combine_chunks()
+    return types.take(pc.index_in(cell_type, value_set=names))
+
+
+def translated(
+    called: pa.ChunkedArray | pa.Array, names: Mapping[str, str]
+) -> pa.ChunkedArray | pa.Array:
+    """The consumer's names for those of classes; what is none stays."""
+    index = pc.index_in(called, value_set=pa.array([*names]))
+    return pc.coalesce(pa.array([*names.values()]).take(index), called)

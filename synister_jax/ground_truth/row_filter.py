@@ -4,7 +4,7 @@
 import numpy as np
 import pyarrow as pa
 
-from synister_jax.base.errors import UserError
+from synister_jax.base.errors import UserError, listed
 
 _DROPPED = pa.schema(
     [
@@ -47,11 +47,10 @@ class RowFilter:
             self.drop(rows, reason)
             return
         places = self._rows.select(["file", "row"]).take(at[:5]).to_pylist()
-        shown = ", ".join(f"{place['file']} row {place['row']}" for place in places)
-        more = f" and {len(at) - 5:,} more" if len(at) > 5 else ""
+        named = (f"{place['file']} row {place['row']}" for place in places)
         raise UserError(
-            f"{reason}: {shown}{more} (rows count from 0 after the header); mend them, "
-            "or leave them out and list them with --drop_bad_rows"
+            f"{reason}: {listed(named, len(at))} (rows count from 0 after the header); "
+            "mend them, or leave them out and list them with --drop_bad_rows"
         )
 
     def dropped(self, synapse_id: pa.Array) -> pa.Table:

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import feather
 
 import synister_jax
-from synister_jax.base import files, metadata
+from synister_jax.base import files, folders, metadata
 from synister_jax.base.errors import UserError, redact
 from synister_jax.base.progress import Progress
 from synister_jax.bulk import (
@@ -33,7 +32,7 @@ from synister_jax.bulk import (
     unit_results,
 )
 from synister_jax.em import crops, volumes
-from synister_jax.exchange import writing
+from synister_jax.exchange import synister, writing
 from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.ondemand import answer_page, sources
 from synister_jax.ondemand.questions import Asked
@@ -128,7 +127,7 @@ def answer(
         "volume_shape_zyx": list(network.volume.shape_zyx),
         "asked_sha256": files.sha256_of_columns(asked.table, asked.table.column_names),
     }
-    files.keep_plan(folder / REQUEST, request)
+    folders.require_same(folder / REQUEST, request)
     unknown, without = _find_synapses(
         asked, network, source, settings, folder, tell, most_synapses
     )
@@ -317,14 +316,6 @@ def _predict(
 
 
 def _original_columns(table: pa.Table) -> pa.Table:
-    """As the original's request wrote them (synistereq), and the status.
-
-    x, y, z are nm in the volume's frame; blank where there is nothing.
-    """
-    z, y, x = (writing.blank(table[name].to_numpy()) for name in synapses.POSITION)
-    columns = {"position_id": table["synapse_id"]}
-    columns["skid"] = pc.fill_null(table["neuron_id"], -1)
-    columns |= {"x": x, "y": y, "z": z}
-    for name in predictions.classes(table):
-        columns[name] = writing.blank(writing.probability(table, name))
-    return pa.table(columns | {"status": table["status"]})
+    """As the original's request wrote them (synistereq), and the status."""
+    columns = synister.request_columns(table)
+    return columns.append_column("status", table["status"])

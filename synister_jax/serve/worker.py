@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from pyarrow import feather
 
-from synister_jax.base import command, files
+from synister_jax.base import command, files, folders
 from synister_jax.base.errors import UserError, redact
 from synister_jax.ondemand import answering, sources
 from synister_jax.ondemand.questions import Asked
@@ -141,7 +141,7 @@ class Worker:
             )
             try:
                 about = answer()
-            except files.OtherPlan:
+            except folders.OtherContents:
                 # Begun with another batch size, temperature, table or the like.
                 for path in folder.iterdir():
                     if path.name != "asked.feather":

@@ -29,13 +29,10 @@ def load(uri: str | os.PathLike[str]) -> pa.Table:
       UserError: names the first offending rows and the reason.
     """
     if str(uri).startswith(address.SCHEMES):
-        from synister_jax.tables.mongo import (
-            databases,  # pymongo only for who asks for it
-        )
+        from synister_jax.tables.mongo import databases  # pymongo is not always needed
 
-        return synapses.conform(
-            databases.read_table(str(uri)), address.redact(str(uri))
-        )
+        name = address.redact(str(uri))
+        return synapses.conform(databases.read_table(str(uri)), name)
     if pathlib.Path(uri).is_dir():
         try:
             table = json_export.read(pathlib.Path(uri), synapses.SCHEMA)
@@ -77,7 +74,7 @@ def open(
 
 
 def _from_mongo(uri: str) -> Iterator[pa.RecordBatch]:
-    from synister_jax.tables.mongo import databases  # pymongo only for who asks for it
+    from synister_jax.tables.mongo import databases  # pymongo is not always needed
 
     with databases.connect(uri) as database:
         yield from _one(*databases.read_batches(database))

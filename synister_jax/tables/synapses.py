@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from synister_jax.base import files, metadata
-from synister_jax.base.errors import UserError
+from synister_jax.base.errors import UserError, listed
 from synister_jax.base.progress import Progress
 from synister_jax.tables import formats
 
@@ -317,8 +317,7 @@ def _refuse(
     rows = np.flatnonzero(bad)
     if not len(rows):
         return
-    shown = ", ".join(
-        f"row {first_row + r} ({column[int(r)].as_py()!r})" for r in rows[:5]
+    named = (f"row {first_row + r} ({column[int(r)].as_py()!r})" for r in rows)
+    raise UserError(
+        f"{source}: {why}: {listed(named, len(rows))}; mend or remove these rows"
     )
-    more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
-    raise UserError(f"{source}: {why}: {shown}{more}; mend or remove these rows")

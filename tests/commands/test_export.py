@@ -10,8 +10,8 @@ from pyarrow import feather, parquet
 from synister_jax import export
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.exchange import exports_synapses, writing
-from synister_jax.export import Options
+from synister_jax.exchange import writing
+from synister_jax.exchange.writing import Options
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX
 
@@ -120,7 +120,7 @@ def test_what_is_read_is_never_written(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "export.json").exists()
 
 
-@pytest.mark.parametrize("to", export.TAKES)
+@pytest.mark.parametrize("to", export.CONSUMERS)
 def test_the_record_lists_the_files_and_a_rerun_gives_the_same_bytes(
     tmp_path: pathlib.Path, to: str
 ) -> None:
@@ -129,13 +129,14 @@ def test_the_record_lists_the_files_and_a_rerun_gives_the_same_bytes(
     path = prediction_tables.write(tmp_path, table)
     given = {"voxel_size_nm_zyx": (40.0, 4.0, 4.0), "predict": 3}
     given["confusion"] = prediction_tables.confusion(tmp_path)
-    options = Options(**{k: v for k, v in given.items() if k in export.TAKES[to]})
+    consumer = export.CONSUMERS[to]
+    options = Options(**{k: v for k, v in given.items() if k in consumer.takes})
     output = tmp_path / "out"
     content = export.export(path, to, output, options)
     before = contents(output)
-    assert set(before) == {"export.json", *export.FILES[to]}
-    assert content["files"] == list(export.FILES[to]) and content["finished"]
-    (output / f"{export.FILES[to][-1]}.partial").write_text("of a run that was killed")
+    assert set(before) == {"export.json", *consumer.files}
+    assert content["files"] == list(consumer.files) and content["finished"]
+    (output / f"{consumer.files[-1]}.partial").write_text("of a run that was killed")
     export.export(path, to, output, options)
     assert contents(output) == before
 
@@ -155,7 +156,7 @@ def test_a_killed_folder_is_of_its_predictions(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(exports_synapses.exports, "write", kill)
+        patch.setattr(writing, "write", kill)
         with pytest.raises(Killed):
             export.export(path, "synister", output, options)
     assert not files.read_json(output / "export.json")["finished"]
@@ -166,7 +167,7 @@ def test_a_killed_folder_is_of_its_predictions(
     write = writing.write
     with monkeypatch.context() as patch:
         patch.setattr(
-            exports_synapses.exports,
+            writing,
             "write",
             lambda p, *of: kill() if p.suffix == ".feather" else write(p, *of),
         )
@@ -200,7 +201,3 @@ def test_not_complete_until_all_is_written(
         export.export(path, "banc", output, Options())
     assert not files.read_json(output / "export.json")["finished"]
     assert (output / "banc_nt_prediction.parquet").read_bytes() == before
-
-
-def test_all_consumers_are_known_to_all() -> None:
-    assert list(export.TAKES) == list(writing.NAMES) == list(export.FILES)

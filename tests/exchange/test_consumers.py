@@ -20,7 +20,7 @@ from pyarrow import feather
 
 from synister_jax import export
 from synister_jax.evaluation import tallies
-from synister_jax.export import Options
+from synister_jax.exchange.writing import Options
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX

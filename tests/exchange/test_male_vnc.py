@@ -18,7 +18,7 @@ import pytest
 from synister_jax import compare, export, one_transmitter, report
 from synister_jax.base import files
 from synister_jax.evaluation import calls, confusions, measurement, tallies
-from synister_jax.exchange import published
+from synister_jax.exchange import published, writing
 from synister_jax.tables import predictions
 from tests.helpers.small_data import shared_data
 
@@ -201,7 +201,7 @@ def test_exports_are_read_back_whole(
     if to in ("flyem", "synister"):
         options = options | {"voxel_size_nm_zyx": (8.0, 8.0, 8.0)}
     folder = path.parent / to
-    export.export(str(path), to, folder, export.Options(**options), dropped)
+    export.export(str(path), to, folder, writing.Options(**options), dropped)
     ours, theirs = published.open(path), published.open(folder / name, (8.0, 8.0, 8.0))
     found = compare.compare(ours, theirs, path.parent / f"with-{to}")
     assert found["joined"]["rows"] == 87_403

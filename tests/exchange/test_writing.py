@@ -8,7 +8,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.base.errors import UserError
-from synister_jax.export import Options
+from synister_jax.exchange.writing import Options
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import (
@@ -112,8 +112,8 @@ def test_voxel_size_of_the_record(tmp_path: pathlib.Path) -> None:
 def test_the_same_calls_as_aggregate(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(3)
     neurons = [NEURON + int(i) for i in rng.integers(0, 9, 200)]
-    calls = [SIX[i] for i in rng.integers(0, 6, 200)]
-    table = prediction_tables.make(neurons, calls)
+    drawn = [SIX[i] for i in rng.integers(0, 6, 200)]
+    table = prediction_tables.make(neurons, drawn)
     output, _ = export_to(tmp_path, "banc", table)
     path = prediction_tables.write(tmp_path, table)
     expected = calls.of_groups(predictions.open(path), "neuron", "banc")

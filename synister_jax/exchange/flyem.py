@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlyEM's tables of T-bars and bodies, as flyem-snapshot reads them.
+
+Columns, types and units are in docs/exports.md.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import calls, rules
+from synister_jax.evaluation.confusions import Confusion
+from synister_jax.exchange import points, writing
+from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.predictions import Predictions
+
+# FlyEM says "unknown" for "neither" (flyem-snapshot, `translate-names`).
+NAMES = {name: name for name in synapses.CLASSES} | {"neither": "unknown"}
+# The optic lobe's consensus trusts no call of these without an experiment
+# (flyem-snapshot, `override-celltype-before-consensus` and its specification).
+NEEDS_EXPERIMENT = ("dopamine", "octopamine", "serotonin")
+_NO_REGION = "<unspecified>"  # FlyEM's word for synapses outside all regions
+
+
+def _write(
+    source: Predictions,
+    folder: pathlib.Path,
+    options: Options,
+    confusion: Confusion | None,
+) -> list[str]:
+    assert options.voxel_size_nm_zyx is not None and confusion is not None
+    size = options.voxel_size_nm_zyx
+    notes = _write_synapses(source, folder, size, options.split)
+    _write_neurons(source, folder, confusion)
+    return notes
+
+
+def _write_synapses(
+    source: Predictions,
+    folder: pathlib.Path,
+    voxel_size_nm_zyx: Sequence[float],
+    split: str | None,
+) -> list[str]:
+    """FlyEM's tbar-neurotransmitters.feather; returns what there is to say.
+
+    Args:
+      split: whose parts become the column `split`; None: the only one there is.
+
+    Raises:
+      UserError: no such split, or several to choose from.
+    """
+    names = [name for name in source.schema.names if name.startswith("split_")]
+    known = [name.removeprefix("split_") for name in names]
+    if split is None and len(known) > 1:
+        raise UserError(f"say which of the splits {', '.join(known)} with --split")
+    if split is not None and split not in known:
+        raise UserError(
+            f"--split={split}: {source.path} has {', '.join(known) or 'none'}"
+        )
+    column = f"split_{split or known[0]}" if known else None
+    regions = _regions(source)
+
+    def convert(table: pa.Table) -> pa.Table:
+        point, voxel, table = points.having(table, voxel_size_nm_zyx)
+        nothing = pa.nulls(len(table), pa.string())
+        columns = {
+            "point_id": pa.array(point.astype(np.uint64)),
+            **points.xyz(voxel),
+            "conf": points.confidence(table),
+            "sv": nothing.cast(pa.int64()),
+            "body": writing.ids(table, "neuron_id"),
+            "roi": _categories(table["brain_region"].fill_null(_NO_REGION), regions),
+        }
+        for name in predictions.classes(table):
+            column_of_class = f"nt_{NAMES[name]}_prob"
+            columns[column_of_class] = writing.probability(table, name)
+        part = nothing if column is None else table[column]
+        return pa.table(columns | {"split": _categories(part, synapses.PARTS)})
+
+    path = folder / "tbar-neurotransmitters.feather"
+    return points.write(path, source, voxel_size_nm_zyx, convert)
+
+
+def _write_neurons(
+    source: Predictions, folder: pathlib.Path, confusion: Confusion
+) -> None:
+    """FlyEM's body-neurotransmitters.feather and neurotransmitter-confusion.csv.
+
+    Args:
+      confusion: of the classes of `source`, in any order.
+    """
+    found = bodies(source, folder, confusion)
+    neurons = found.pop("neurons")
+    body = {"body": neurons["neuron_id"], "cell_type": neurons["cell_type"]}
+    table = pa.table(body | found)
+    writing.write_table(folder / "body-neurotransmitters.feather", table, source)
+    names = [NAMES[name] for name in source.classes]
+    columns = {"ground_truth": pa.array(names)}
+    # A class that was not seen has no row; FlyEM's table has zeros there.
+    rates = np.nan_to_num(confusion.for_classes(source.classes).by_row())
+    columns |= dict(zip(names, rates.T, strict=True))
+    writing.write_table(
+        folder / "neurotransmitter-confusion.csv", pa.table(columns), source
+    )
+
+
+def bodies(
+    source: Predictions, folder: pathlib.Path, confusion: Confusion
+) -> dict[str, pa.ChunkedArray]:
+    """FlyEM's columns of n neurons, after `neurons`, the table they are of.
+
+    The ground truth is that of the neuron's type if its synapses name one, else that
+    of its own; it overrides the type's call in the consensus. Several transmitters of
+    one neuron are none that the column could hold.
+    """
+    neurons = calls.of_groups(source, "neuron", "flyem", confusion, folder)
+    types = writing.calls_of_types(
+        source, folder, neurons["cell_type"], "flyem", confusion
+    )
+    truth = pc.coalesce(_single(types), _single(neurons))
+    called, of_type = types["predicted_neurotransmitter"], types["predicted"]
+    needs = pc.is_in(called, value_set=pa.array(NEEDS_EXPERIMENT))
+    trusted = pc.if_else(needs, rules.UNCLEAR, called)
+    return {
+        "neurons": neurons,
+        "total_nt_predictions": neurons["predicted"].cast(pa.int32()),
+        # Where nothing is predicted, or the confusion has no row of the call, FlyEM
+        # says 0 and "unclear".
+        "predicted_nt_confidence": neurons["score"].fill_null(0.0),
+        "predicted_nt": writing.translated(
+            neurons["predicted_neurotransmitter"].fill_null(rules.UNCLEAR), NAMES
+        ),
+        "ground_truth": writing.translated(truth, NAMES),
+        "celltype_total_nt_predictions": of_type.fill_null(0).cast(pa.int32()),
+        "celltype_predicted_nt": writing.translated(called, NAMES),
+        "celltype_predicted_nt_confidence": pc.if_else(
+            pc.is_valid(of_type), types["score"].fill_null(0.0), None
+        ),
+        "consensus_nt": writing.translated(pc.coalesce(truth, trusted), NAMES),
+    }
+
+
+def _single(groups: pa.Table) -> pa.ChunkedArray:
+    """The known transmitter of each group; null for several, as gaba+octopamine."""
+    known = groups["neurotransmitter"]
+    return pc.if_else(pc.match_substring(known, "+"), None, known)
+
+
+def _regions(source: Predictions) -> list[str]:
+    """The values of brain_region, in order: one dictionary for all of a file."""
+    found: set[str] = set()
+    for table in source.tables(["brain_region"]):
+        found.update(pc.unique(table["brain_region"]).to_pylist())
+    return sorted((found - {None}) | {_NO_REGION})
+
+
+def _categories(
+    values: pa.Array | pa.ChunkedArray, names: Sequence[str]
+) -> pa.DictionaryArray:
+    names = pa.array(names, pa.string())
+    index = pc.index_in(values, value_set=names).cast(pa.int32())
+    if isinstance(index, pa.ChunkedArray):
+        index = index.combine_chunks()
+    return pa.DictionaryArray.from_arrays(index, names)
+
+
+FLYEM = Consumer(
+    names=NAMES,
+    files=(
+        "tbar-neurotransmitters.feather",
+        "body-neurotransmitters.feather",
+        "neurotransmitter-confusion.csv",
+        points.LEFT_OUT,
+    ),
+    takes={"voxel_size_nm_zyx": True, "confusion": True, "split": False},
+    needs_neurons=True,
+    write=_write,
+)

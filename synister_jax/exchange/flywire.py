@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlyWire's tables: of fafbseg, of CAVE and of Codex.
+
+Columns, types and units are in docs/exports.md.
+"""
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synister_jax.base import queries
+from synister_jax.base.errors import listed
+from synister_jax.evaluation import calls, tallies
+from synister_jax.evaluation.confusions import Confusion
+from synister_jax.exchange import writing
+from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.predictions import Predictions
+
+_FAFB = ("gaba", "acetylcholine", "glutamate", "octopamine", "serotonin", "dopamine")
+_FAFBSEG = {name: name for name in _FAFB}
+_CAVE = dict(zip(_FAFB, ("gaba", "ach", "glut", "oct", "ser", "da"), strict=True))
+_CODEX = {
+    "dopamine": "DA",
+    "serotonin": "SER",
+    "gaba": "GABA",
+    "glutamate": "GLUT",
+    "acetylcholine": "ACH",
+    "octopamine": "OCT",
+}
+
+
+def _write_fafbseg(
+    source: Predictions,
+    folder: pathlib.Path,
+    options: Options,
+    confusion: Confusion | None,
+) -> list[str]:
+    """synapses.feather for fafbseg-py and R's fafbseg; returns what there is to say.
+
+    fafbseg-py divides by the sum of a neuron's weights, and fails for all neurons where
+    that of one is zero: where no predicted synapse of a neuron has a cleft score above
+    0, all of its synapses weigh 1.
+    """
+    weightless = _weightless(source, folder)
+
+    def convert(table: pa.Table) -> pa.Table:
+        ids, neurons = table["synapse_id"], writing.ids(table, "neuron_id")
+        z, y, x = (table[name] for name in synapses.POSITION)
+        columns = {"id": ids, "offset": ids, "pre": neurons}
+        if "post_neuron_id" in table.column_names:
+            columns["post"] = writing.ids(table, "post_neuron_id")
+        columns |= {"pre_x": x, "pre_y": y, "pre_z": z}
+        weights = _weights(table)
+        weights[_among(neurons.to_numpy(), weightless)] = 1
+        columns["scores"] = writing.score(table, "connection_score")
+        columns |= {"cleft_score": pa.array(weights), "cleft_scores": pa.array(weights)}
+        return pa.table(columns | writing.fixed(table, _FAFBSEG))
+
+    writing.write(folder / "synapses.feather", source, convert)
+    if "cleft_score" not in source.schema.names:
+        return ["there are no cleft scores: every synapse weighs 1"]
+    if not len(weightless):
+        return []
+    count = len(weightless)
+    return [
+        f"neurons without a predicted synapse whose cleft score is above 0: {count:,}; "
+        f"their synapses weigh 1 each: {listed(weightless, count)}"
+    ]
+
+
+def _weightless(source: Predictions, folder: pathlib.Path) -> np.ndarray:
+    """Neurons, int64 [n], none of whose predicted synapses weighs anything."""
+    schema = pa.schema([("neuron", pa.int64()), ("weight", pa.float32())])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for table in source.tables():
+            known = predictions.called(table) >= 0
+            columns = [writing.ids(table, "neuron_id").to_numpy(), _weights(table)]
+            yield pa.record_batch([pa.array(c[known]) for c in columns], schema)
+
+    query = """SELECT neuron FROM rows GROUP BY neuron HAVING max(weight) = 0
+        ORDER BY neuron"""
+    found = pa.Table.from_batches(
+        queries.run(query, schema, batches(), folder), pa.schema([schema.field(0)])
+    )
+    return found["neuron"].to_numpy()
+
+
+def _among(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Whether each is one of `ascending`; unlike np.isin without sorting it again."""
+    place = np.searchsorted(ascending, values)
+    found = place < len(ascending)
+    found[found] = ascending[place[found]] == values[found]
+    return found
+
+
+def _weights(table: pa.Table) -> np.ndarray:
+    """Cleft scores, float32 [n], 0 where unknown; 1 in a table without them."""
+    if "cleft_score" not in table.column_names:
+        return np.ones(len(table), np.float32)
+    return tallies.weights(table)
+
+
+def _write_cave(
+    source: Predictions,
+    folder: pathlib.Path,
+    options: Options,
+    confusion: Confusion | None,
+) -> list[str]:
+    """synapses_nt_v1.feather, FlyWire's table of CAVE with flat positions in nm."""
+
+    def convert(table: pa.Table) -> pa.Table:
+        z, y, x = (table[name] for name in synapses.POSITION)
+        nowhere = pa.nulls(len(table), pa.float64())
+        unknown = pa.array(np.zeros(len(table), np.int64))
+        return pa.table(
+            {
+                "id": table["synapse_id"],
+                "pre_pt_root_id": writing.ids(table, "neuron_id"),
+                "post_pt_root_id": writing.ids(table, "post_neuron_id"),
+                "connection_score": writing.score(table, "connection_score"),
+                "cleft_score": writing.score(table, "cleft_score"),
+                **writing.fixed(table, _CAVE),
+                "valid_nt": pa.array(predictions.called(table) >= 0),
+                "pre_pt_supervoxel_id": unknown,
+                "post_pt_supervoxel_id": unknown,
+                "pre_pt_position_x": x,
+                "pre_pt_position_y": y,
+                "pre_pt_position_z": z,
+                **{f"post_pt_position_{axis}": nowhere for axis in "xyz"},
+            }
+        )
+
+    writing.write(folder / "synapses_nt_v1.feather", source, convert)
+    return []
+
+
+def _write_codex(
+    source: Predictions,
+    folder: pathlib.Path,
+    options: Options,
+    confusion: Confusion | None,
+) -> list[str]:
+    """neurons.csv.gz: the largest mean probability, and all of them."""
+    neurons = calls.of_groups(source, "neuron", "mean_probability", folder=folder)
+    names = _CODEX
+    columns = {
+        "root_id": neurons["neuron_id"],
+        "group": pa.nulls(len(neurons), pa.string()),
+        "nt_type": writing.translated(neurons["predicted_neurotransmitter"], names),
+        "nt_type_score": neurons["score"],
+    }
+    zero = pc.if_else(pc.is_valid(neurons["score"]), 0.0, None)
+    for name, code in names.items():
+        known = name in source.classes
+        mean = neurons[f"mean_{name}_prob"] if known else zero
+        columns[f"{code.lower()}_avg"] = mean
+    writing.write_table(folder / "neurons.csv.gz", pa.table(columns), source)
+    return []
+
+
+FAFBSEG = Consumer(
+    names=_FAFBSEG,
+    files=("synapses.feather",),
+    takes={},
+    needs_neurons=True,
+    write=_write_fafbseg,
+)
+CAVE = Consumer(
+    names=_CAVE,
+    files=("synapses_nt_v1.feather",),
+    takes={},
+    needs_neurons=False,
+    write=_write_cave,
+)
+CODEX = Consumer(
+    names=_CODEX,
+    files=("neurons.csv.gz",),
+    takes={},
+    needs_neurons=True,
+    write=_write_codex,
+)

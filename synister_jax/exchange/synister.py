@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The original's files: its answer to a request, and its tables on Zenodo.
+
+Columns, types and units are in docs/exports.md.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synister_jax.evaluation.confusions import Confusion
+from synister_jax.exchange import points, writing
+from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.predictions import Predictions
+
+NAMES = {name: name for name in synapses.CLASSES}
+
+
+def _write(
+    source: Predictions,
+    folder: pathlib.Path,
+    options: Options,
+    confusion: Confusion | None,
+) -> list[str]:
+    assert options.voxel_size_nm_zyx is not None and options.predict is not None
+    _write_files(source, folder, options.voxel_size_nm_zyx, options.predict)
+    return []
+
+
+def _write_files(
+    source: Predictions,
+    folder: pathlib.Path,
+    voxel_size_nm_zyx: Sequence[float],
+    predict: int,
+) -> None:
+    """The original's predictions.csv, and synapses.feather as published on Zenodo.
+
+    Args:
+      predict: the original's number of the prediction: columns are `nts_<predict>.…`.
+    """
+
+    def published(table: pa.Table) -> pa.Table:
+        voxel = points.voxels(table, voxel_size_nm_zyx)
+        columns = {"id": table["synapse_id"], "body": writing.ids(table, "neuron_id")}
+        columns |= points.xyz(np.where(np.abs(voxel) < points.INT32, voxel, np.nan))
+        for name in predictions.classes(table):
+            columns[f"nts_{predict}.{name}"] = writing.probability(table, name)
+        return pa.table(columns)
+
+    writing.write(folder / "predictions.csv", source, request_columns)
+    writing.write(folder / "synapses.feather", source, published)
+
+
+def request_columns(table: pa.Table) -> pa.Table:
+    """The columns of the original's answer to a request (synistereq).
+
+    x, y, z are nm in the volume's frame, blank where there is nothing; `skid` is -1
+    for a synapse of no neuron.
+    """
+    z, y, x = (writing.blank(table[name].to_numpy()) for name in synapses.POSITION)
+    skids = pc.fill_null(table["neuron_id"], -1)
+    columns = {"position_id": table["synapse_id"], "skid": skids}
+    columns |= {"x": x, "y": y, "z": z}
+    for name in predictions.classes(table):
+        columns[name] = writing.blank(writing.probability(table, name))
+    return pa.table(columns)
+
+
+SYNISTER = Consumer(
+    names=NAMES,
+    files=("predictions.csv", "synapses.feather"),
+    takes={"voxel_size_nm_zyx": True, "predict": True},
+    needs_neurons=False,
+    write=_write,
+)
