@@ -15,6 +15,7 @@ kill the command at any moment and rerun it. --calibrated takes the temperature 
 `synister_jax.calibrate` fitted to the checkpoint.
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -36,7 +37,10 @@ from synister_jax.bulk import (
     planning,
     unit_results,
 )
-from synister_jax.network import checkpoint, saved_calibration
+from synister_jax.bulk.inputs import Inputs
+from synister_jax.bulk.planning import Plan
+from synister_jax.em import volumes
+from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.tables import reading
 from synister_jax.tables.batches import SynapseStream
 
@@ -75,147 +79,227 @@ def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str,
     return members
 
 
-def main() -> None:
-    workdir = flags.DEFINE_list(
-        "workdir", None, "Folder of the run; of several, their mean."
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command is asked to do, as its flags say it."""
+
+    workdirs: list[str]
+    steps: list[str]
+    volume: str
+    output: str
+    synapses: str | None
+    split: str
+    part: str | None
+    roi_nm_zyx: list[str] | None
+    step_nm_zyx: list[str] | None
+    voxel_size_nm_zyx: list[str] | None
+    batch_size: int
+    views: int
+    calibrated: bool
+    unit_rows: int
+    units: str | None
+    cluster: str | None
+    workers: int
+    file_format: str
+    dry_run: bool
+    retry_missing: bool
+
+    @classmethod
+    def of_flags(cls) -> "Options":
+        """Raises `UserError` for flags that do not go together."""
+        given = flags.FLAGS
+        if (given.synapses is None) == (given.roi_nm_zyx is None):
+            raise UserError("give either --synapses or --roi_nm_zyx with --step_nm_zyx")
+        on_grid = given.roi_nm_zyx is not None
+        useless = ["part", "split", "format"] if on_grid else ["step_nm_zyx"]
+        useless += ["workers"] if given.cluster is None else []
+        for name in useless:
+            if given[name].present:
+                raise UserError(f"--{name} means nothing here; leave it out")
+        others = {"workdirs": "workdir", "steps": "step", "views": "tta"}
+        others |= {"file_format": "format"}
+        names = {field.name: field.name for field in dataclasses.fields(cls)} | others
+        values = {name: given[flag].value for name, flag in names.items()}
+        return cls(**values | {"views": int(given.tta)})
+
+    def source(self) -> tuple[SynapseStream, grids.Grid | None]:
+        """The rows to predict, and the grid whose points they are, if it is one."""
+        if self.roi_nm_zyx is not None:
+            grid = grids.Grid.of(self.roi_nm_zyx, self.step_nm_zyx or [])
+            name = f"grid {self.roi_nm_zyx} every {self.step_nm_zyx}"
+            return SynapseStream(name, grid.batches), grid
+        assert self.synapses is not None  # of_flags
+        part = None if self.part is None else (self.split, self.part)
+        return reading.open(self.synapses, part), None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prediction:
+    """All that is open while the command runs."""
+
+    inputs: Inputs
+    classifier: inference.Classifier
+    volume: volumes.Volume
+    source: SynapseStream
+    grid: grids.Grid | None
+    abstain_below: float | None
+    plan: Plan
+
+    @classmethod
+    def open(cls, options: Options) -> "_Prediction":
+        source, grid = options.source()
+        size = options.voxel_size_nm_zyx
+        members = members_of(options.workdirs, options.steps)
+        fitted = None
+        if options.calibrated:
+            fitted = saved_calibration.load(members, options.views)
+        opening = Inputs(
+            members=tuple(members),
+            batch_size=options.batch_size,
+            views=options.views,
+            volume=options.volume,
+            voxel_size_nm_zyx=size
+            and command.three_numbers("voxel_size_nm_zyx", size, True),
+            output=options.output,
+            retry_missing=options.retry_missing,
+            temperature=fitted["temperature"] if fitted else None,
+        )
+        classifier, volume = opening.open()
+        if fitted:
+            [member] = classifier.members
+            saved_calibration.require_parameters(fitted, member["parameters_sha256"])
+        plan = planning.of_classifier(
+            classifier, source, volume, pathlib.Path(options.output), options.unit_rows
+        )
+        below = fitted["abstain_below"] if fitted else None
+        return cls(opening, classifier, volume, source, grid, below, plan)
+
+
+def predict(options: Options) -> None:
+    """Plans, executes what is left to do, and merges; prints what happens.
+
+    Raises:
+      UserError: an option is wrong, something cannot be opened, read or written. What
+        is finished stays.
+    """
+    units_of(options.units, 0)  # a mistake there is told before any work
+    if options.cluster is not None:
+        dask_cluster.check(options.cluster)
+        jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+    prediction = _Prediction.open(options)
+    plan = prediction.plan
+    # A warning only: every row is answered, those outside too.
+    if plan.about["doubt"]:
+        print(f"warning: {plan.about['doubt']}", file=sys.stderr)
+    if options.dry_run:
+        print(estimate.text(plan, prediction.classifier, prediction.volume))
+        return
+    mine = units_of(options.units, len(plan))
+    _execute(prediction, mine, options)
+    if options.units is not None:
+        shown = f"units {mine.start} to {mine.stop - 1}" if mine else "none"
+        print(
+            f"{shown} of {len(plan)} units: done; when all are, run the same "
+            "command without --units to merge them"
+        )
+        return
+    _merge(prediction, options)
+
+
+def _execute(prediction: _Prediction, mine: range, options: Options) -> None:
+    """Does those of the units that are not done, here or on the cluster's workers."""
+    plan = prediction.plan
+    left = unit_results.unfinished(plan, mine, options.retry_missing)
+    rows = sum(map(plan.size, mine))
+    done = rows - sum(left.values())
+    progress = Progress("predict", rows, "synapses", done=done)
+    if options.cluster is None:
+        times = execution.execute(
+            plan,
+            list(left),
+            prediction.classifier,
+            prediction.volume,
+            progress,
+            options.retry_missing,
+        )
+    else:
+        do = functools.partial(inputs.execute_unit, prediction.inputs.elsewhere(plan))
+        times = dask_cluster.execute(
+            do, list(left), options.cluster, options.workers, progress
+        )
+    if left:
+        whose = "" if options.cluster is None else " of all workers together"
+        print(f"predict: {times.text(whose)}")
+
+
+def _merge(prediction: _Prediction, options: Options) -> None:
+    record = merging.finish(
+        prediction.plan,
+        prediction.classifier,
+        prediction.source,
+        prediction.volume,
+        options.file_format,
+        prediction.grid,
+        prediction.abstain_below,
     )
-    step = flags.DEFINE_list(
+    shown = ", ".join(f"{n:,} {name}" for name, n in record["status"].items())
+    print(f"{options.output}/{record['file']}: {record['rows']:,} rows: {shown}")
+    if record["unreadable_chunks"]:
+        print(
+            f"{record['unreadable_chunks']:,} chunks could not be read, see "
+            f"{options.output}/unreadable_chunks.csv; --retry_missing tries again"
+        )
+
+
+def _define_flags() -> None:
+    flags.DEFINE_list("workdir", None, "Folder of the run; of several, their mean.")
+    flags.DEFINE_list(
         "step", [], "Checkpoint: a number or `best`; of several, their mean."
     )
-    table = flags.DEFINE_string("synapses", None, "Synapse table.")
-    split = flags.DEFINE_string("split", "skeleton", "Split that --part is of.")
-    part = flags.DEFINE_string("part", None, "Only the rows of this part of the split.")
-    roi = flags.DEFINE_list("roi_nm_zyx", None, "Region of a grid, Z0:Z1,Y0:Y1,X0:X1.")
-    grid_step = flags.DEFINE_list("step_nm_zyx", None, "Distances of a grid's points.")
-    volume = flags.DEFINE_string("volume", None, "Volume.")
-    voxel_size = flags.DEFINE_list(
+    flags.DEFINE_string("synapses", None, "Synapse table.")
+    flags.DEFINE_string("split", "skeleton", "Split that --part is of.")
+    flags.DEFINE_string("part", None, "Only the rows of this part of the split.")
+    flags.DEFINE_list("roi_nm_zyx", None, "Region of a grid, Z0:Z1,Y0:Y1,X0:X1.")
+    flags.DEFINE_list("step_nm_zyx", None, "Distances of a grid's points.")
+    flags.DEFINE_string("volume", None, "Volume.")
+    flags.DEFINE_list(
         "voxel_size_nm_zyx",
         None,
         "The volume's, where it is meant to differ from the network's.",
     )
-    output = flags.DEFINE_string("output", None, "Folder of predictions.")
-    batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
-    tta = flags.DEFINE_enum(
+    flags.DEFINE_string("output", None, "Folder of predictions.")
+    flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
+    flags.DEFINE_enum(
         "tta", "1", ["1", "8"], "Views of every crop; 8: mirrored and transposed."
     )
-    calibrated = flags.DEFINE_bool(
+    flags.DEFINE_bool(
         "calibrated", False, "With the temperature that calibrate.py fitted."
     )
-    unit_rows = flags.DEFINE_integer(
+    flags.DEFINE_integer(
         "unit_rows",
         planning.UNIT_ROWS,
         "Synapses of a work unit.",
         1,
         planning.MOST_UNIT_ROWS,
     )
-    units = flags.DEFINE_string("units", None, "Do the I-th of N shares only: I/N.")
-    cluster = flags.DEFINE_string(
+    flags.DEFINE_string("units", None, "Do the I-th of N shares only: I/N.")
+    flags.DEFINE_string(
         "cluster",
         None,
         "Do the units on workers: local, slurm, lsf, or a Dask scheduler's address.",
     )
-    worker_count = flags.DEFINE_integer(
+    flags.DEFINE_integer(
         "workers", 2, "Workers of --cluster=local, slurm or lsf.", lower_bound=1
     )
-    file_format = flags.DEFINE_enum(
-        "format", "feather", list(merging.FORMATS), "Of the predictions."
-    )
-    dry_run = flags.DEFINE_bool("dry_run", False, "Plan, and say what it will take.")
-    retry_missing = flags.DEFINE_bool(
-        "retry_missing", False, "Do rows again whose data was missing."
-    )
+    flags.DEFINE_enum("format", "feather", list(merging.FORMATS), "Of the predictions.")
+    flags.DEFINE_bool("dry_run", False, "Plan, and say what it will take.")
+    flags.DEFINE_bool("retry_missing", False, "Do rows again whose data was missing.")
     flags.mark_flags_as_required(["workdir", "volume", "output"])
 
-    def run() -> None:
-        if (table.value is None) == (roi.value is None):
-            raise UserError("give either --synapses or --roi_nm_zyx with --step_nm_zyx")
-        useless = ["step_nm_zyx"] if roi.value is None else ["part", "split", "format"]
-        useless += ["workers"] if cluster.value is None else []
-        for name in useless:
-            if flags.FLAGS[name].present:
-                raise UserError(f"--{name} means nothing here; leave it out")
-        grid = None
-        if roi.value is not None:
-            grid = grids.Grid.of(roi.value, grid_step.value or [])
-            name = f"grid {roi.value} every {grid_step.value}"
-            source = SynapseStream(name, grid.batches)
-        else:
-            of_part = None if part.value is None else (split.value, part.value)
-            source = reading.open(table.value, of_part)
-        size = voxel_size.value
-        if size is not None:
-            size = command.three_numbers("voxel_size_nm_zyx", size, True)
-        units_of(units.value, 0)  # a mistake there is told before any work
-        if cluster.value is not None:
-            dask_cluster.check(cluster.value)
-            jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
-        members, views = members_of(workdir.value, step.value), int(tta.value)
-        fitted = saved_calibration.load(members, views) if calibrated.value else None
-        job = inputs.Inputs(
-            tuple(members),
-            batch_size.value,
-            views,
-            volume.value,
-            size,
-            output.value,
-            retry_missing.value,
-            fitted["temperature"] if fitted else None,
-        )
-        classifier, opened = job.open()
-        if fitted:
-            [member] = classifier.members
-            saved_calibration.require_parameters(fitted, member["parameters_sha256"])
-        plan = planning.of_classifier(
-            classifier, source, opened, pathlib.Path(output.value), unit_rows.value
-        )
-        # A warning only: every row is answered, those outside too.
-        if plan.about["doubt"]:
-            print(f"warning: {plan.about['doubt']}", file=sys.stderr)
-        if dry_run.value:
-            print(estimate.text(plan, classifier, opened))
-            return
-        mine = units_of(units.value, len(plan))
-        left = unit_results.unfinished(plan, mine, job.retry_missing)
-        rows = sum(map(plan.size, mine))
-        done = rows - sum(left.values())
-        progress = Progress("predict", rows, "synapses", done=done)
-        if cluster.value is None:
-            times = execution.execute(
-                plan, list(left), classifier, opened, progress, job.retry_missing
-            )
-        else:
-            do = functools.partial(inputs.execute_unit, job.elsewhere(plan))
-            times = dask_cluster.execute(
-                do, list(left), cluster.value, worker_count.value, progress
-            )
-        if left:
-            whose = "" if cluster.value is None else " of all workers together"
-            print(f"predict: {times.text(whose)}")
-        if units.value is not None:
-            shown = f"units {mine.start} to {mine.stop - 1}" if mine else "none"
-            print(
-                f"{shown} of {len(plan)} units: done; when all are, run the same "
-                "command without --units to merge them"
-            )
-            return
-        record = merging.finish(
-            plan,
-            classifier,
-            source,
-            opened,
-            file_format.value,
-            grid,
-            fitted["abstain_below"] if fitted else None,
-        )
-        shown = ", ".join(f"{n:,} {name}" for name, n in record["status"].items())
-        print(f"{output.value}/{record['file']}: {record['rows']:,} rows: {shown}")
-        if record["unreadable_chunks"]:
-            print(
-                f"{record['unreadable_chunks']:,} chunks could not be read, see "
-                f"{output.value}/unreadable_chunks.csv; --retry_missing tries again"
-            )
 
-    command.run(run)
+def main() -> None:
+    _define_flags()
+    command.run(lambda: predict(Options.of_flags()))
 
 
 if __name__ == "__main__":

@@ -83,10 +83,9 @@ def _split(table: pa.Table) -> pa.Table:
         table = table.drop_columns([column])
     hold_out = None if _HOLD_OUT.value is None else _ids(_HOLD_OUT.value)
     fractions = command.three_numbers("fractions", _FRACTIONS.value)
-    split = splits.make(
-        table,
-        _BY.value,
-        fractions,
+    scheme = splits.Scheme(
+        by=_BY.value,
+        fractions=fractions,
         classes=_CLASSES.value,
         hold_out=hold_out,
         hold_out_part=None if _HOLD_OUT_PART.value == "none" else _HOLD_OUT_PART.value,
@@ -96,6 +95,7 @@ def _split(table: pa.Table) -> pa.Table:
         seed=_SEED.value,
         time_limit_s=_TIME_LIMIT.value,
     )
+    split = splits.make(table, scheme)
     about = metadata.of(table)
     made = {"by": _BY.value, "fractions": fractions, "seed": _SEED.value}
     made |= {"balance": _BALANCE.value, "per_synapse": list(split.per_synapse)}

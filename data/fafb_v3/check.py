@@ -10,15 +10,15 @@ missing.
 import pathlib
 import sys
 
-from synister_jax.command import UserError
-
-from synister_jax import command, export_v3
+from synister_jax.base import command
+from synister_jax.base.errors import UserError
+from synister_jax.tables.mongo import json_export
 
 
 def main() -> None:
     folder = pathlib.Path(__file__).parent
-    different = export_v3.unpublished(folder)
-    for name in export_v3.PUBLISHED:
+    different = json_export.unpublished(folder)
+    for name in json_export.PUBLISHED:
         print(f"{name}: {different.get(name, 'as published')}")
     if "differs" in different.values():
         print("warning: not all files are the published ones", file=sys.stderr)

@@ -77,28 +77,11 @@ def classes_of(table: pa.Table) -> tuple[str, ...]:
     return tuple(name for name in synapses.NEUROTRANSMITTERS if name in there)
 
 
-def make(
-    table: pa.Table,
-    by: str,
-    fractions: Sequence[float] = (0.64, 0.16, 0.20),
-    *,
-    classes: Sequence[str] | None = None,
-    hold_out: np.ndarray | None = None,
-    hold_out_part: str | None = None,
-    balance: str = "synapses",
-    shared_cell_types: bool = False,
-    per_synapse_fallback: bool = False,
-    seed: int = 0,
-    time_limit_s: float = 60.0,
-) -> Split:
-    """Splits a synapse table so that no group is in two parts.
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a split is to be made.
 
-    The answer does not depend on the order of the rows. It is the same on every
-    machine unless the clock stops the solver (`Split.stopped`).
-
-    Args:
-      table: synapse table. Rows take part that have one known neurotransmitter, of
-        `classes`, and a group, and are not held out; all others get no part.
+    Attributes:
       by: neuron, hemilineage, brain_region or cell_type (a neuron without a type is
         a group of its own).
       fractions: of train, validation and test; a part with fraction 0 is not made.
@@ -113,22 +96,76 @@ def make(
         synapse instead of raising.
       seed: another seed gives another split.
       time_limit_s: of wall time, should the budget of nodes not be enough.
+    """
+
+    by: str
+    fractions: Sequence[float] = (0.64, 0.16, 0.20)
+    classes: Sequence[str] | None = None
+    hold_out: np.ndarray | None = None
+    hold_out_part: str | None = None
+    balance: str = "synapses"
+    shared_cell_types: bool = False
+    per_synapse_fallback: bool = False
+    seed: int = 0
+    time_limit_s: float = 60.0
+
+    def check(self) -> None:
+        """Raises `UserError` for what no table could be split by."""
+        if self.by not in GROUP_COLUMNS:
+            raise UserError(f"--by={self.by}: it is one of {', '.join(GROUP_COLUMNS)}")
+        if self.balance not in ("synapses", "neurons"):
+            raise UserError(f"--balance={self.balance}: it is synapses or neurons")
+        if self.hold_out_part not in (None, "train"):
+            raise UserError(
+                f"--hold_out_part={self.hold_out_part}: it is none or train"
+            )
+        fractions = self.fractions
+        shown = ", ".join(f"{f:g}" for f in fractions)
+        if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions):
+            raise UserError(
+                f"--fractions={shown}: three numbers from 0 to 1 are needed, for "
+                f"{', '.join(synapses.PARTS)}"
+            )
+        if not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+            raise UserError(
+                f"--fractions={shown} add up to {sum(fractions):g}, not to 1"
+            )
+        if self.shared_cell_types and (self.by != "neuron" or not fractions[0]):
+            raise UserError("--shared_cell_types needs --by=neuron and a train part")
+        synapses.check_classes(self.classes or ())
+
+
+def make(table: pa.Table, scheme: Scheme) -> Split:
+    """Splits a synapse table so that no group is in two parts.
+
+    The answer does not depend on the order of the rows. It is the same on every
+    machine unless the clock stops the solver (`Split.stopped`).
+
+    Args:
+      table: synapse table. Rows take part that have one known neurotransmitter, of
+        `classes`, and a group, and are not held out; all others get no part.
 
     Raises:
       ImpossibleSplit: a class would be more than 5 points off in some part.
       UserError: names the argument that is wrong by the option of make_splits.py.
     """
     start = time.monotonic()
-    classes = tuple(classes_of(table) if classes is None else classes)
-    _check(table, by, fractions, classes, balance, shared_cell_types, hold_out_part)
+    scheme.check()
+    by, fractions = scheme.by, np.asarray(scheme.fractions, float)
+    if table[GROUP_COLUMNS[by]].null_count == len(table):
+        raise UserError(
+            f"--by={by}: no row has a {GROUP_COLUMNS[by]}; split by something else"
+        )
+    given = scheme.classes
+    classes = tuple(classes_of(table) if given is None else given)
     labels = synapses.labels(table, classes)
     neurons = _codes(table["neuron_id"])
     types = _cell_types(table, neurons)
     groups = _groups(table, by, neurons, types)
     usable = (labels >= 0) & (groups >= 0)
-    if balance == "neurons":
+    if scheme.balance == "neurons":
         usable &= neurons >= 0
-    held_out = _held_out(table, hold_out)
+    held_out = _held_out(table, scheme.hold_out)
     rows = np.flatnonzero(usable & ~held_out)
     labels = labels[rows]
     _check_rows(labels, classes, by)
@@ -139,22 +176,24 @@ def make(
     shape = (len(first), len(classes))
     cell = group_of_row * shape[1] + labels
     counted = cell
-    if balance == "neurons":
+    if scheme.balance == "neurons":
         neuron_of_cell = np.unique(np.stack([cell, neurons[rows]]), axis=1)
         counted = neuron_of_cell[0]
     counts = np.bincount(counted, minlength=math.prod(shape)).reshape(shape)
-    group_types = types[rows][first] if shared_cell_types else np.full(shape[0], -1)
+    group_types = (
+        types[rows][first] if scheme.shared_cell_types else np.full(shape[0], -1)
+    )
 
-    shuffle = np.random.default_rng(seed).permutation(shape[0])
+    shuffle = np.random.default_rng(scheme.seed).permutation(shape[0])
     groups_to_split = solver.Groups(
         counts[shuffle],
-        np.asarray(fractions, float),
+        fractions,
         *solver.anchor(counts[shuffle], group_types[shuffle]),
-        seed=seed,
-        deadline=start + time_limit_s,
+        seed=scheme.seed,
+        deadline=start + scheme.time_limit_s,
     )
     solved, per_synapse, reasons = _solve_all(
-        groups_to_split, classes, by, per_synapse_fallback
+        groups_to_split, classes, by, scheme.per_synapse_fallback
     )
     part_of_group = np.zeros(shape[0], np.int64)
     for solution in solved:
@@ -162,17 +201,17 @@ def make(
 
     part = part_of_group[group_of_row]
     achieved = np.stack([counts[part_of_group == p].sum(axis=0) for p in range(3)], 1)
-    targets = [solver.targets(n, groups_to_split.fractions) for n in counts.sum(0)]
+    targets = [solver.targets(n, fractions) for n in counts.sum(0)]
     targets = np.stack(targets)
     for k in per_synapse:
         of_class = labels == k
-        targets[k] = solver.targets(of_class.sum(), groups_to_split.fractions)
+        targets[k] = solver.targets(of_class.sum(), fractions)
         achieved[k] = targets[k]
         ids = table["synapse_id"].to_numpy()[rows[of_class]]
         part[of_class] = _per_synapse(ids, targets[k])
     parts = np.full(len(table), None, object)
-    if hold_out_part is not None:
-        parts[usable & held_out] = hold_out_part
+    if scheme.hold_out_part is not None:
+        parts[usable & held_out] = scheme.hold_out_part
     parts[rows] = np.array(synapses.PARTS, object)[part]
     return Split(
         parts=parts,
@@ -185,37 +224,6 @@ def make(
         seconds=time.monotonic() - start,
         per_synapse=tuple(classes[k] for k in per_synapse),
     )
-
-
-def _check(
-    table: pa.Table,
-    by: str,
-    fractions: Sequence[float],
-    classes: Sequence[str],
-    balance: str,
-    shared_cell_types: bool,
-    hold_out_part: str | None,
-) -> None:
-    if by not in GROUP_COLUMNS:
-        raise UserError(f"--by={by}: it is one of {', '.join(GROUP_COLUMNS)}")
-    column = GROUP_COLUMNS[by]
-    if table[column].null_count == len(table):
-        raise UserError(f"--by={by}: no row has a {column}; split by something else")
-    if balance not in ("synapses", "neurons"):
-        raise UserError(f"--balance={balance}: it is synapses or neurons")
-    if hold_out_part not in (None, "train"):
-        raise UserError(f"--hold_out_part={hold_out_part}: it is none or train")
-    shown = ", ".join(f"{f:g}" for f in fractions)
-    if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions):
-        raise UserError(
-            f"--fractions={shown}: three numbers from 0 to 1 are needed, for "
-            f"{', '.join(synapses.PARTS)}"
-        )
-    if not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-        raise UserError(f"--fractions={shown} add up to {sum(fractions):g}, not to 1")
-    if shared_cell_types and (by != "neuron" or not fractions[0]):
-        raise UserError("--shared_cell_types needs --by=neuron and a train part")
-    synapses.check_classes(classes)
 
 
 def _check_rows(labels: np.ndarray, classes: Sequence[str], by: str) -> None:

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from synister_jax.base import files
 from synister_jax.serve import annotations, shapes, tokens, uploads
-from synister_jax.serve.records import LimitReached, Revoked, StoredJob
+from synister_jax.serve.records import LimitReached, NewJob, Revoked, StoredJob
 from synister_jax.serve.service import Served, Service, User, revoked
 
 router = APIRouter(prefix="/api")
@@ -78,19 +78,26 @@ async def submit(
         job_id = secrets.token_hex(8)
         folder = served.job_folder(job_id)
         folder.mkdir(mode=0o700)
-        submitted = functools.partial(
-            served.store.submit,
-            *(job_id, user.token_id, chosen.name, named, asked.kind, _shown(name)),
-            *(len(asked.table), asked.table.nbytes, report.step, key),
-            *(served.options.most_jobs, served.options.most_bytes),
+        new = NewJob(
+            id=job_id,
+            token_id=user.token_id,
+            model=chosen.name,
+            source=named,
+            kind=asked.kind,
+            name=_shown(name),
+            rows=len(asked.table),
+            size=asked.table.nbytes,
+            step=report.step,
+            request_key=key,
         )
+        limits = (served.options.most_jobs, served.options.most_bytes)
         is_new = False
         try:
             files.write_feather(folder / "asked.feather", asked.table)
-            job, is_new = submitted(fresh)
+            job, is_new = served.store.submit(new, *limits, fresh)
             answer = served.job_folder(job.id) / "answer.json"
             if job.state == "done" and not answer.exists():
-                job, is_new = submitted(True)
+                job, is_new = served.store.submit(new, *limits, fresh=True)
             return job, is_new
         finally:
             if not is_new:

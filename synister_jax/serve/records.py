@@ -46,6 +46,30 @@ class StoredJob:
 
 
 @dataclasses.dataclass(frozen=True)
+class NewJob:
+    """A request for predictions that has been checked.
+
+    Attributes:
+      kind: neurons or positions.
+      name: what the user calls it.
+      size: bytes that it takes now; the worker's `Store.finish` says the rest.
+      step: of the model's checkpoint; None before a worker opened it.
+      request_key: the same for the same request.
+    """
+
+    id: str
+    token_id: int
+    model: str
+    source: str
+    kind: str
+    name: str
+    rows: int
+    size: int
+    step: int | None
+    request_key: str
+
+
+@dataclasses.dataclass(frozen=True)
 class StoredPoint:
     """A single position that somebody waits for, in the source's coordinates."""
 

@@ -19,6 +19,7 @@ from typing import Any
 from synister_jax.serve.database import Database
 from synister_jax.serve.records import (
     LimitReached,
+    NewJob,
     Report,
     Revoked,
     StoredJob,
@@ -60,16 +61,7 @@ class Store:
 
     def submit(
         self,
-        job_id: str,
-        token_id: int,
-        model: str,
-        source: str,
-        kind: str,
-        name: str,
-        rows: int,
-        size: int,
-        step: int | None,
-        request_key: str,
+        new: NewJob,
         most_jobs: int,
         most_bytes: int,
         fresh: bool = False,
@@ -77,7 +69,8 @@ class Store:
         """(the job, whether it is new): the token's own of this request if it has one.
 
         Args:
-          size: bytes that it takes now; the worker's `finish` says the rest.
+          most_jobs: unfinished ones that a token may have.
+          most_bytes: that the jobs of a token may take.
           fresh: a finished one of the same request does not count.
 
         Raises:
@@ -85,37 +78,38 @@ class Store:
           Revoked: the token ended while its request was read.
         """
         with self.database.transaction() as connection:
-            _require_token(connection, token_id)
+            _require_token(connection, new.token_id)
             if fresh:
                 connection.execute(
                     "UPDATE jobs SET request_key = NULL WHERE token_id = ? AND "
                     "request_key = ? AND state = 'done'",
-                    (token_id, request_key),
+                    (new.token_id, new.request_key),
                 )
             there = connection.execute(
                 f"SELECT {_JOB} FROM jobs WHERE token_id = ? AND request_key = ? AND "
                 "state IN ('queued', 'running', 'done')",
-                (token_id, request_key),
+                (new.token_id, new.request_key),
             ).fetchall()
             if there:
                 return StoredJob(**there[0]), False
-            [[jobs, kept]] = connection.execute(_USED, [token_id]).fetchall()
+            [[jobs, kept]] = connection.execute(_USED, [new.token_id]).fetchall()
             if jobs >= most_jobs:
                 raise LimitReached(
                     f"{jobs:,} jobs are unfinished, {most_jobs:,} may be: wait for one "
                     "or cancel it"
                 )
-            if kept + size > most_bytes:
+            if kept + new.size > most_bytes:
                 raise LimitReached(
                     f"your jobs take {kept:,} bytes of {most_bytes:,}: delete some"
                 )
             [row] = connection.execute(
+                # As `NewJob` has its fields, then ours.
                 "INSERT INTO jobs (id, token_id, model, source, kind, name, rows, "
                 "bytes, step, request_key, view_key, created) VALUES "
                 f"(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING {_JOB}",
                 (
-                    *(job_id, token_id, model, source, kind, name, rows, size, step),
-                    *(request_key, secrets.token_urlsafe(16), time.time()),
+                    *dataclasses.astuple(new),
+                    *(secrets.token_urlsafe(16), time.time()),
                 ),
             ).fetchall()
             return StoredJob(**row), True

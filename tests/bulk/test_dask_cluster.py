@@ -145,9 +145,9 @@ def test_a_job_that_is_lost_is_replaced(
     # The look at the workers comes every half minute; not in a test.
     # And Ctrl-C is Ctrl-C, also where the tests run in the background of a shell.
     runner = (
-        "import runpy, signal, sys; from synister_jax import dask_workers; "
+        "import runpy, signal, sys; from synister_jax.bulk import dask_cluster; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "dask_workers._LOOK_SECONDS = 1; sys.argv = sys.argv[1:]; "
+        "dask_cluster._LOOK_SECONDS = 1; sys.argv = sys.argv[1:]; "
         "runpy.run_module('synister_jax.predict', run_name='__main__', alter_sys=True)"
     )
     command[1:3] = ["-c", runner, "predict"]

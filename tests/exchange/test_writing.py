@@ -8,6 +8,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.base.errors import UserError
+from synister_jax.evaluation import calls
 from synister_jax.exchange.writing import Options
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables

@@ -84,9 +84,9 @@ def check_against_all(counts: np.ndarray, fractions: Sequence[float]) -> bool:
     classes = CLASSES[: counts.shape[1]]
     if expected is None:
         with pytest.raises(splits.ImpossibleSplit, match="best possible alone|within"):
-            splits.make(table, "hemilineage", fractions, classes=classes)
+            splits.make(table, splits.Scheme("hemilineage", fractions, classes=classes))
         return False
-    split = splits.make(table, "hemilineage", fractions, classes=classes)
+    split = splits.make(table, splits.Scheme("hemilineage", fractions, classes=classes))
     assert split.objective == pytest.approx(expected, abs=1e-9)
     assert split.optimal and split.bound == split.objective and not split.stopped
     parts = parts_of_groups(table, split, "hemilineage")
@@ -151,14 +151,14 @@ def sizes(seed: int, count: int) -> list[int]:
 
 def test_answer_depends_on_seed_and_not_on_row_order() -> None:
     table = neurons({"gaba": sizes(0, 40), "dopamine": sizes(1, 30)})
-    split = splits.make(table, "neuron")
+    split = splits.make(table, splits.Scheme("neuron"))
     assert split.objective == 0 and split.optimal
     order = np.random.default_rng(5).permutation(len(table))
-    shuffled = splits.make(table.take(order), "neuron")
+    shuffled = splits.make(table.take(order), splits.Scheme("neuron"))
     assert shuffled.parts.tolist() == split.parts[order].tolist()
-    again = splits.make(table, "neuron")
+    again = splits.make(table, splits.Scheme("neuron"))
     assert again.parts.tolist() == split.parts.tolist()
-    other = splits.make(table, "neuron", seed=1)
+    other = splits.make(table, splits.Scheme("neuron", seed=1))
     assert other.objective == 0 and other.parts.tolist() != split.parts.tolist()
 
 
@@ -170,7 +170,7 @@ def test_rows_that_take_no_part() -> None:
     ids[7] = None
     table = table.set_column(5, "neurotransmitter", [known])
     table = table.set_column(4, "neuron_id", [ids])
-    split = splits.make(table, "neuron", classes=["gaba"])
+    split = splits.make(table, splits.Scheme("neuron", classes=["gaba"]))
     assert set(split.parts[[5, 6, 7]]) == {None}
     assert split.classes == ("gaba",)
     for label, part in zip(known, split.parts, strict=True):
@@ -182,7 +182,7 @@ def test_impossible_classes_are_named_with_what_can_be_reached() -> None:
     # 9 of the 10 octopamine synapses belong to one neuron.
     table = neurons({"gaba": sizes(0, 40), "octopamine": [90, 5, 5]})
     with pytest.raises(splits.ImpossibleSplit) as error:
-        splits.make(table, "neuron")
+        splits.make(table, splits.Scheme("neuron"))
     said = str(error.value)
     assert "octopamine" in said and "gaba" not in said
     assert "0.90/0.05/0.05" in said and "--per_synapse_fallback" in said
@@ -191,7 +191,7 @@ def test_impossible_classes_are_named_with_what_can_be_reached() -> None:
 def test_fall_back_keeps_three_disjoint_parts() -> None:
     """The original's validation set overwrote its test set (ingest.py)."""
     table = neurons({"gaba": sizes(0, 40), "octopamine": [90, 5, 5]})
-    split = splits.make(table, "neuron", per_synapse_fallback=True)
+    split = splits.make(table, splits.Scheme("neuron", per_synapse_fallback=True))
     assert split.per_synapse == ("octopamine",)
     label = np.array(table["neurotransmitter"])
     counts = {
@@ -202,7 +202,9 @@ def test_fall_back_keeps_three_disjoint_parts() -> None:
     parts_of_groups(table.filter(label == "gaba"), of_gaba, "neuron_id")
     assert split.counts[0].tolist() == split.targets[0].tolist()
     order = np.random.default_rng(0).permutation(len(table))
-    again = splits.make(table.take(order), "neuron", per_synapse_fallback=True)
+    again = splits.make(
+        table.take(order), splits.Scheme("neuron", per_synapse_fallback=True)
+    )
     assert again.parts.tolist() == split.parts[order].tolist()
 
 
@@ -210,54 +212,62 @@ def test_hold_out() -> None:
     table = neurons({"gaba": sizes(0, 40)})
     ids = table["synapse_id"].to_numpy()[::9]
     held = np.isin(table["synapse_id"], ids)
-    split = splits.make(table, "neuron", hold_out=ids)
+    split = splits.make(table, splits.Scheme("neuron", hold_out=ids))
     assert set(split.parts[held]) == {None} and None not in set(split.parts[~held])
-    inside = splits.make(table, "neuron", hold_out=ids, hold_out_part="train")
+    inside = splits.make(
+        table, splits.Scheme("neuron", hold_out=ids, hold_out_part="train")
+    )
     assert set(inside.parts[held]) == {"train"}
     assert inside.parts[~held].tolist() == split.parts[~held].tolist()
     with pytest.raises(UserError, match="none of its synapses"):
-        splits.make(table, "neuron", hold_out=np.array([-1]))
+        splits.make(table, splits.Scheme("neuron", hold_out=np.array([-1])))
 
 
 @pytest.mark.parametrize("fractions", [(0.8, 0.2, 0.0), (1.0, 0.0, 0.0)])
 def test_parts_of_fraction_zero_are_not_made(fractions: tuple[float, ...]) -> None:
-    split = splits.make(neurons({"gaba": sizes(0, 40)}), "neuron", fractions)
+    split = splits.make(
+        neurons({"gaba": sizes(0, 40)}), splits.Scheme("neuron", fractions)
+    )
     made = {p for p, f in zip(synapses.PARTS, fractions, strict=True) if f}
     assert set(split.parts) == made and split.objective == 0
 
 
 def test_few_groups_go_to_train_then_test() -> None:
-    two = splits.make(neurons({"gaba": [80, 20]}), "neuron", (0.78, 0.02, 0.2))
+    two = splits.make(
+        neurons({"gaba": [80, 20]}), splits.Scheme("neuron", (0.78, 0.02, 0.2))
+    )
     assert set(two.parts) == {"train", "test"}
-    one = splits.make(neurons({"gaba": [80]}), "neuron", (0.96, 0.02, 0.02))
+    one = splits.make(
+        neurons({"gaba": [80]}), splits.Scheme("neuron", (0.96, 0.02, 0.02))
+    )
     assert set(one.parts) == {"train"}
 
 
 def test_balance_of_neurons() -> None:
     table = neurons({"gaba": sizes(0, 50), "dopamine": sizes(1, 25)})
-    split = splits.make(table, "neuron", balance="neurons")
+    split = splits.make(table, splits.Scheme("neuron", balance="neurons"))
     assert split.counts.tolist() == [[32, 8, 10], [16, 4, 5]]
     assert split.objective == 0
 
 
 def test_cell_types() -> None:
     table = neurons({"gaba": sizes(0, 60), "dopamine": sizes(1, 60)}, cell_types=True)
-    own = splits.make(table, "cell_type", (0.5, 0.25, 0.25))
+    own = splits.make(table, splits.Scheme("cell_type", (0.5, 0.25, 0.25)))
     parts_of_groups(table, own, "cell_type")
-    shared = splits.make(table, "neuron", shared_cell_types=True)
+    shared = splits.make(table, splits.Scheme("neuron", shared_cell_types=True))
     found: dict[str, set] = {}
     for name, part in zip(table["cell_type"].to_pylist(), shared.parts, strict=True):
         found.setdefault(name, set()).add(part)
     assert all("train" in parts for parts in found.values())
     with pytest.raises(UserError, match="--shared_cell_types"):
-        splits.make(table, "cell_type", shared_cell_types=True)
+        splits.make(table, splits.Scheme("cell_type", shared_cell_types=True))
 
 
 def test_neurons_without_a_type_stay_whole_in_a_split_by_type() -> None:
     table = neurons({"gaba": sizes(0, 60)}, cell_types=True)
     types = [t if t != "T3" else None for t in table["cell_type"].to_pylist()]
     table = table.set_column(8, "cell_type", [pa.array(types, pa.string())])
-    split = splits.make(table, "cell_type", (0.5, 0.25, 0.25))
+    split = splits.make(table, splits.Scheme("cell_type", (0.5, 0.25, 0.25)))
     parts_of_groups(table, split, "neuron_id")
     assert None not in set(split.parts)
 
@@ -280,7 +290,7 @@ def test_published_hemilineages() -> None:
     for at, name in enumerate(names):
         columns[name] = pa.array([row[at] for row in rows]).take(pa.array(repeat))
     table = synapses.conform(pa.table(columns), "made here")
-    split = splits.make(table, "neuron", per_synapse_fallback=True)
+    split = splits.make(table, splits.Scheme("neuron", per_synapse_fallback=True))
     parts = {row[0]: set() for row in rows}
     for neuron, label, part in zip(
         table["neuron_id"].to_pylist(),
@@ -303,7 +313,7 @@ def test_male_vnc() -> None:
     folder = shared_data("malevnc_tbars")
     paths = [folder / f"{n}.csv.gz" for n in ("acetylcholine", "gaba", "glutamate")]
     table = importing.read(paths, dialects.DIALECTS["malevnc"]).table
-    split = splits.make(table, "neuron")
+    split = splits.make(table, splits.Scheme("neuron"))
     assert split.objective == 0 and split.optimal
     share = split.counts / split.counts.sum(axis=1, keepdims=True)
     assert np.abs(share - FRACTIONS).max() < 0.001
@@ -336,9 +346,9 @@ def test_shared_cell_types_equal_brute_force() -> None:
             best = objective if best is None else min(best, objective)
         if best is None:
             with pytest.raises(splits.ImpossibleSplit):
-                splits.make(table, "neuron", shared_cell_types=True)
+                splits.make(table, splits.Scheme("neuron", shared_cell_types=True))
             continue
-        split = splits.make(table, "neuron", shared_cell_types=True)
+        split = splits.make(table, splits.Scheme("neuron", shared_cell_types=True))
         assert split.objective == pytest.approx(best, abs=1e-9) and split.optimal
         possible += 1
     assert possible > 5

@@ -516,7 +516,7 @@ def test_without_pytorch_the_package_says_what_to_install() -> None:
     program = """
 import sys
 sys.modules["torch"] = None
-from synister_jax import torch_weights
+from synister_jax.network import torch_weights
 torch_weights.load("x")
 """
     done = subprocess.run(

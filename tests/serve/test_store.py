@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from synister_jax.serve import supervisor, tokens
-from synister_jax.serve.records import LimitReached, Revoked, StoredJob
+from synister_jax.serve.records import LimitReached, NewJob, Revoked, StoredJob
 from synister_jax.serve.store import MOST_ATTEMPTS, Store
 
 
@@ -30,14 +30,12 @@ def store(tmp_path: pathlib.Path) -> Iterator[Store]:
 def submit(
     store: Store, number: int, token_id: int = 1, key: str | None = None, **more: bool
 ) -> StoredJob:
-    job, _ = store.submit(
-        *(f"{number:016x}", token_id, "small", "none", "positions", "", 10, 100, 3),
-        request_key=key or str(number),
-        most_jobs=100,
-        most_bytes=10_000,
-        **more,
-    )
-    return job
+    new = new_job(f"{number:016x}", key or str(number), token_id)
+    return store.submit(new, most_jobs=100, most_bytes=10_000, **more)[0]
+
+
+def new_job(job_id: str, key: str, token_id: int = 1) -> NewJob:
+    return NewJob(job_id, token_id, "small", "none", "positions", "", 10, 100, 3, key)
 
 
 def test_a_job_from_end_to_end(store: Store) -> None:
@@ -116,13 +114,9 @@ def test_the_same_request_is_one_job(store: Store) -> None:
 def test_limits(store: Store) -> None:
     submit(store, 1)
     with pytest.raises(LimitReached, match="1 jobs are unfinished"):
-        store.submit(
-            *("f" * 16, 1, "small", "none", "positions", "", 10, 100, 3, "k", 1, 9999)
-        )
+        store.submit(new_job("f" * 16, "k"), most_jobs=1, most_bytes=9999)
     with pytest.raises(LimitReached, match="100 bytes of 150"):
-        store.submit(
-            *("f" * 16, 1, "small", "none", "positions", "", 10, 100, 3, "k", 9, 150)
-        )
+        store.submit(new_job("f" * 16, "k"), most_jobs=9, most_bytes=150)
 
 
 def test_a_job_that_stops_workers_is_given_up(store: Store) -> None:

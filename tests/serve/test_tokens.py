@@ -12,6 +12,7 @@ import pytest
 from synister_jax.base.errors import UserError
 from synister_jax.serve import tokens
 from synister_jax.serve.limits import Rate
+from synister_jax.serve.records import NewJob
 from synister_jax.serve.store import Store
 from tests.helpers import serving
 
@@ -48,8 +49,12 @@ def test_revoking_ends_all_of_it(store: Store) -> None:
     session, _ = tokens.open_session(store.database, user)
     jobs = [
         store.submit(
-            *(f"{n:016x}", user.token_id, "m", "none", "positions", "", 1, 1, 3),
-            *(str(n), 9, 1000),
+            NewJob(
+                *(f"{n:016x}", user.token_id, "m", "none", "positions", "", 1, 1, 3),
+                str(n),
+            ),
+            most_jobs=9,
+            most_bytes=1000,
         )[0]
         for n in range(3)
     ]

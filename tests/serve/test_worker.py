@@ -15,6 +15,7 @@ from pyarrow import feather
 
 from synister_jax.ondemand import answering, questions, sources
 from synister_jax.serve import models, tokens
+from synister_jax.serve.records import NewJob
 from synister_jax.serve.store import Store, StoredJob
 from synister_jax.serve.worker import Worker
 from synister_jax.tables import predictions
@@ -62,11 +63,10 @@ class Service:
         folder = self.state / "jobs" / job_id
         folder.mkdir()
         feather.write_feather(pa.table(columns), str(folder / "asked.feather"))
-        job, _ = self.store.submit(
-            *(job_id, 1, model, "none", "positions", "name", rows, 0, None, job_id),
-            *(20, 1 << 40),
+        new = NewJob(
+            job_id, 1, model, "none", "positions", "name", rows, 0, None, job_id
         )
-        return job
+        return self.store.submit(new, most_jobs=20, most_bytes=1 << 40)[0]
 
     def wait(self, job_id: str, what: Callable[[StoredJob], bool]) -> StoredJob:
         until = time.monotonic() + 90
@@ -222,10 +222,8 @@ def test_begun_with_something_else_it_begins_anew(service: Service) -> None:
 def test_step_that_was_asked_for_is_used(service: Service) -> None:
     found = models.load(service.models)
     worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
-    service.store.submit(
-        *("9" * 16, 1, "tiny", "none", "positions", "name", 1, 0, 20, "key"),
-        *(20, 1 << 40),
-    )
+    new = NewJob("9" * 16, 1, "tiny", "none", "positions", "name", 1, 0, 20, "key")
+    service.store.submit(new, most_jobs=20, most_bytes=1 << 40)
     columns = {"position_id": [1], "neuron_id": [None], "x": [160.0]}
     table = pa.table(columns | {"y": [160.0], "z": [160.0]})
     folder = service.state / "jobs" / ("9" * 16)

@@ -123,13 +123,14 @@ def is_real(database: Database) -> bool:
 
 
 def test_no_jax_and_pymongo_in_one_module() -> None:
-    modules = "mongo, mongo_predictions, mongo_brain"
+    modules = "databases, test_sets, brains"
     code = (
-        f"from synister_jax import {modules}; import sys; print('jax' in sys.modules)"
+        f"from synister_jax.tables.mongo import {modules}; import sys; "
+        "print('jax' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout == "False\n", found.stderr
-    package = pathlib.Path(databases.__file__).parent
+    package = pathlib.Path(databases.__file__).parents[2]
     importers = {
         path.name
         for path in package.rglob("*.py")
@@ -1003,7 +1004,8 @@ def test_names_that_no_collection_can_have(name: str) -> None:
 
 def test_pymongo_is_not_needed_to_load_files() -> None:
     code = (
-        "from synister_jax import synapses; import sys; print('pymongo' in sys.modules)"
+        "from synister_jax.tables import reading; import sys; "
+        "print('pymongo' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout == "False\n", found.stderr
