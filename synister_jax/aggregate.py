@@ -51,7 +51,7 @@ def threshold(text: str, source: Predictions) -> float:
 
 
 def main() -> None:
-    path = flags.DEFINE_string("predictions", None, "Prediction table.")
+    path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
     by_ = flags.DEFINE_enum("by", "neuron", list(COLUMNS), "What to call.")
     rule_names = flags.DEFINE_list(
         "rule", ["majority"], f"How to call it: of {', '.join(rules.RULES)}."
@@ -65,8 +65,9 @@ def main() -> None:
         "Synapses of a lower highest probability do not count: a number, or "
         "`calibrated` for the threshold that predict --calibrated left.",
     )
-    output = flags.DEFINE_string("output", None, "Feather or Parquet to write.")
-    flags.mark_flags_as_required(["predictions", "output"])
+    output = flags.DEFINE_string(
+        "output", None, "Feather or Parquet to write.", required=True
+    )
 
     def aggregate() -> None:
         names = list(dict.fromkeys(rule_names.value))

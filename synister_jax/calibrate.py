@@ -207,7 +207,7 @@ def _write(path: pathlib.Path, picture: pathlib.Path, measured: dict[str, Any]) 
 
 
 def main() -> None:
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     steps = flags.DEFINE_list(
         "steps",
         None,
@@ -219,7 +219,6 @@ def main() -> None:
     part = flags.DEFINE_enum(
         "check", None, ["test"], "Measure on this part what was fitted; fit nothing."
     )
-    flags.mark_flag_as_required("workdir")
 
     def run() -> None:
         if part.value is not None and flags.FLAGS["precision"].present:

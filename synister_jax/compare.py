@@ -345,7 +345,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    output = flags.DEFINE_string("output", None, "Folder to write to.")
+    output = flags.DEFINE_string("output", None, "Folder to write to.", required=True)
     by = flags.DEFINE_enum(
         "by", None, list(joining.KEYS), "What rows have in common; id if it can be."
     )
@@ -358,7 +358,6 @@ def main() -> None:
     largest = flags.DEFINE_integer(
         "largest", 100, "Rows of disagreements.feather.", lower_bound=0
     )
-    flags.mark_flag_as_required("output")
 
     def run(first: str, second: str) -> None:
         size = None

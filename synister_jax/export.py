@@ -103,9 +103,11 @@ def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None
 
 
 def main() -> None:
-    path = flags.DEFINE_string("predictions", None, "Prediction table.")
-    to = flags.DEFINE_enum("to", None, list(CONSUMERS), "Who is to read it.")
-    output = flags.DEFINE_string("output", None, "Folder for the files.")
+    path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
+    to = flags.DEFINE_enum(
+        "to", None, list(CONSUMERS), "Who is to read it.", required=True
+    )
+    output = flags.DEFINE_string("output", None, "Folder for the files.", required=True)
     size = flags.DEFINE_list(
         "voxel_size_nm_zyx", None, "Voxels that positions are to be in."
     )
@@ -119,7 +121,6 @@ def main() -> None:
     drop_classes = flags.DEFINE_list(
         "drop_classes", [], "Classes to leave out; nothing is rescaled."
     )
-    flags.mark_flags_as_required(["predictions", "to", "output"])
 
     def run() -> None:
         three = size.value and command.three_numbers(size.name, size.value, True)

@@ -218,12 +218,13 @@ def summary(table: pa.Table, fdr: float, draws: int) -> str:
 
 
 def main() -> None:
-    path = flags.DEFINE_string("predictions", None, "Prediction table.")
+    path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
     by = flags.DEFINE_enum("by", "neuron", list(UNITS), "What is tested.")
     confusion = flags.DEFINE_string(
         "confusion",
         None,
         "metrics.json of the test part, or CSV of counts or of rows P(called | true).",
+        required=True,
     )
     correlation = flags.DEFINE_float(
         "correlation", None, "Of calls within a group, if not that of metrics.json."
@@ -239,8 +240,9 @@ def main() -> None:
         "type; by default a tenth of the neurons of metrics.json are smaller.",
         lower_bound=1,
     )
-    output = flags.DEFINE_string("output", None, "Feather or Parquet to write.")
-    flags.mark_flags_as_required(["predictions", "confusion", "output"])
+    output = flags.DEFINE_string(
+        "output", None, "Feather or Parquet to write.", required=True
+    )
 
     def test() -> None:
         if not 0 < fdr.value < 1:

@@ -72,8 +72,7 @@ def main() -> None:
         "confusion", None, "metrics.json or CSV, for the rules that need it."
     )
     shards = flags.DEFINE_string("shards", None, "Shards, if moved since training.")
-    output = flags.DEFINE_string("output", None, "HTML file to write.")
-    flags.mark_flag_as_required("output")
+    output = flags.DEFINE_string("output", None, "HTML file to write.", required=True)
 
     def report() -> None:
         if table.value is not None:

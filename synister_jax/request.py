@@ -55,7 +55,11 @@ def main() -> None:
         "positions", None, "CSV with x, y, z, and where there are any id and skid."
     )
     source = flags.DEFINE_enum(
-        "source", None, list(sources.SOURCES), "Where neurons and positions are from."
+        "source",
+        None,
+        list(sources.SOURCES),
+        "Where neurons and positions are from.",
+        required=True,
     )
     table = flags.DEFINE_string(
         "synapses", None, "Synapse table with the neurons of --source=none."
@@ -63,15 +67,16 @@ def main() -> None:
     credentials = flags.DEFINE_string(
         "credentials", None, "Ini file of the source, where the environment has none."
     )
-    workdir = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder of a trained run.", required=True
+    )
     step = flags.DEFINE_string("step", "best", "Checkpoint: a number or `best`.")
     calibrated = flags.DEFINE_bool(
         "calibrated", False, "With the temperature that calibrate.py fitted."
     )
-    volume = flags.DEFINE_string("volume", None, "Volume.")
+    volume = flags.DEFINE_string("volume", None, "Volume.", required=True)
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
-    output = flags.DEFINE_string("output", None, "Folder of the answer.")
-    flags.mark_flags_as_required(["source", "workdir", "volume", "output"])
+    output = flags.DEFINE_string("output", None, "Folder of the answer.", required=True)
 
     def run() -> None:
         if (neurons.value is None) == (positions.value is None):

@@ -346,13 +346,13 @@ def _next(batches: grain.DatasetIterator, folder: pathlib.Path) -> data.Batch:
 
 def main() -> None:
     config = config_flags.DEFINE_config_file("config", lock_config=True)
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.mark_flag_as_required("config")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     coordinator = flags.DEFINE_string(
         "coordinator", None, "Several processes: `auto`, or host:port of process 0."
     )
     processes = flags.DEFINE_integer("processes", None, "How many.", lower_bound=1)
     index = flags.DEFINE_integer("process_index", None, "Of this one.", lower_bound=0)
-    flags.mark_flags_as_required(["config", "workdir"])
 
     def run() -> None:
         folder = files.make_folder(workdir.value).resolve()

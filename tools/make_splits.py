@@ -18,7 +18,7 @@ from absl import flags
 from synister_jax.base import command, figures, files, metadata
 from synister_jax.base.errors import UserError
 from synister_jax.ground_truth import leakage, splits
-from synister_jax.tables import columns, reading, synapses
+from synister_jax.tables import columns, formats, reading, synapses
 
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Of the split.", required=True)
@@ -114,7 +114,7 @@ def _keep_columns(table: pa.Table) -> None:
     source, output = pathlib.Path(_SYNAPSES.value), pathlib.Path(_OUTPUT.value)
     if not source.is_file() or source.resolve() != output.resolve():
         return
-    lost = set(columns.read(source).column_names) - set(table.column_names)
+    lost = set(formats.read(source).column_names) - set(table.column_names)
     if lost:
         raise UserError(
             f"--output={output} is the input; its {', '.join(sorted(lost))} are "
@@ -123,7 +123,7 @@ def _keep_columns(table: pa.Table) -> None:
 
 
 def _ids(path: str) -> np.ndarray:
-    table = columns.read(path)
+    table = formats.read(path)
     if "synapse_id" not in table.column_names:
         raise UserError(f"--hold_out={path} has no column synapse_id")
     values, missing, malformed = columns.integers(table["synapse_id"])

@@ -3,7 +3,7 @@
 
 The points are the rows of a synapse table, z slowest, so whatever answers a table
 answers a grid. The answers go into an OME-Zarr 0.4 group of Zarr 2 that neuroglancer,
-Fiji and funlib read: TensorStore writes its one array.
+Fiji and funlib read: its one array is written through TensorStore.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tensorstore as ts
 
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
+from synister_jax.em import volumes
 from synister_jax.tables import synapses
 
 _MOST_POINTS = 2**40
@@ -163,24 +163,10 @@ def write_zarr(
             "another name"
         )
     with files.replacing_folder(path) as partial:
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{partial}/0/"},
-            "metadata": metadata,
-        }
-        context = ts.Context({"file_io_sync": False})
-        store = _written(path, ts.open(spec, context=context, create=True))
+        store = volumes.create_zarr(partial / "0", metadata)
         for z, slab in _slabs(path, shape, chunk[1], pieces):
-            _written(path, store[:, z : z + slab.shape[1]].write(slab))
+            volumes.written(path, store[:, z : z + slab.shape[1]].write(slab))
         _write_attributes(path.stem, partial, grid, classes, about)
-
-
-def _written(path: pathlib.Path, future: Any) -> Any:
-    """What TensorStore's future or write results in; its errors as `UserError`."""
-    try:
-        return future.result()
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"cannot write {path}: {error}; mend that and rerun") from None
 
 
 def _slabs(

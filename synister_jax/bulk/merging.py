@@ -14,7 +14,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NotRequired, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from synister_jax.base import files, queries
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.bulk import grids, planning, unit_results
-from synister_jax.bulk.planning import Plan
+from synister_jax.bulk.planning import Plan, PlanRecord
 from synister_jax.em import crops
 from synister_jax.em.volumes import Volume
 from synister_jax.network.inference import Classifier
@@ -34,6 +34,20 @@ from synister_jax.tables.batches import SynapseStream
 
 # A Parquet file of a folder has about this many rows.
 _FILE_ROWS = 1 << 22
+
+
+class PredictionsRecord(PlanRecord):
+    """What predictions.json says beside the table: the plan, and what came of it."""
+
+    members: list[dict[str, Any]]  # each network's run, step, parameters_sha256, …
+    synapses: str  # the table's name
+    abstain_below: NotRequired[float | None]  # with a temperature alone
+    file: str  # name of the answer
+    status: dict[str, int]  # rows of each
+    unreadable_chunks: int
+    config: dict[str, Any]  # of the networks
+    written_by: str
+    versions: dict[str, str]
 
 
 @dataclasses.dataclass
@@ -168,7 +182,7 @@ def finish(
     file_format: str = "feather",
     grid: grids.Grid | None = None,
     abstain_below: float | None = None,
-) -> dict[str, Any]:
+) -> PredictionsRecord:
     """Merges the parts of all units; returns what predictions.json says.
 
     The statuses are `ok`; `partly_outside` (the part of the crop outside the volume is
@@ -181,7 +195,7 @@ def finish(
       grid: the source is its points: they are written as a Zarr volume.
       abstain_below: told with the temperature, where there is one (calibrate.py).
     """
-    about = {
+    about: dict[str, Any] = {
         "members": classifier.members,
         "views": classifier.views,
         "volume": volume.uri,
@@ -206,27 +220,25 @@ def finish(
             if other != name:  # an answer in another format, before the last retry
                 files.remove(plan.folder / other)
         _write_unreadable(plan.folder, merged)
-        record = (
-            plan.about
-            | about
-            | {
-                "file": name,
-                "status": dict(sorted(merged.status.items())),
-                "unreadable_chunks": len(merged.unreadable),
-                "config": json.loads(classifier.config.to_json_best_effort()),
-                "written_by": f"synister_jax {synister_jax.__version__}",
-                "versions": {
-                    name: importlib.metadata.version(name)
-                    for name in ("jax", "flax", "tensorstore", "pyarrow", "duckdb")
-                },
-            }
-        )
+        record: dict[str, Any] = {
+            **plan.about,
+            **about,
+            "file": name,
+            "status": dict(sorted(merged.status.items())),
+            "unreadable_chunks": len(merged.unreadable),
+            "config": json.loads(classifier.config.to_json_best_effort()),
+            "written_by": f"synister_jax {synister_jax.__version__}",
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("jax", "flax", "tensorstore", "pyarrow", "duckdb")
+            },
+        }
         if classifier.temperature is None:
             record.pop("temperature", None)  # an older plan does not name it
         files.write_json(plan.folder / "predictions.json", record)
         for left in (plan.folder / "parts").glob("*.partial"):  # of killed processes
             left.unlink(missing_ok=True)
-    return record
+    return cast(PredictionsRecord, record)
 
 
 def _write_unreadable(folder: pathlib.Path, merged: Merged) -> None:

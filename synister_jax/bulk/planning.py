@@ -15,7 +15,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -39,12 +39,34 @@ _CODED = pa.schema([("code", pa.int64()), *_UNIT])
 _SAMPLE_ROWS = 100_000
 
 
+class PlanRecord(TypedDict):
+    """What plan.json says: what a plan is made from, and what making it found out."""
+
+    classes: list[str]
+    parameters_sha256: list[str]  # of each network
+    views: int
+    temperature: NotRequired[float | None]  # older plans do not name it
+    batch_size: int
+    part: list[str] | None  # (split, part): only its rows
+    crop_shape_zyx: list[int]
+    volume: str
+    volume_shape_zyx: list[int]
+    chunk_shape_zyx: list[int]
+    voxel_size_nm_zyx: list[float]
+    offset_nm_zyx: list[float]
+    unit_rows: int
+    rows: int  # of the table
+    synapses_sha256: str  # of its ids and positions
+    status_by_position: dict[str, int]  # rows of each status that positions tell
+    doubt: str | None  # what seems wrong with the positions
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A finished plan."""
 
     folder: pathlib.Path
-    about: dict[str, Any]  # plan.json
+    about: PlanRecord
 
     @functools.cached_property
     def _file(self) -> parquet.ParquetFile:

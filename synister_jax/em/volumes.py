@@ -71,7 +71,9 @@ class Volume:
 
     @property
     def chunk_shape_zyx(self) -> tuple[int, ...]:
-        return tuple(self.store.chunk_layout.read_chunk.shape)
+        shape = self.store.chunk_layout.read_chunk.shape
+        assert shape is not None  # of every driver that reads chunks
+        return tuple(int(size or 0) for size in shape)
 
     def read(
         self, start_vx_zyx: Sequence[int], stop_vx_zyx: Sequence[int]
@@ -151,9 +153,10 @@ def open(  # noqa: A001 - volumes.open reads well
         raise UserError(
             f"volume {uri} holds {store.dtype.name}; only uint8 is supported"
         )
+    stated: tuple[float, ...] | None
+    offset_nm: tuple[float, ...] = (0.0, 0.0, 0.0)
     if driver == "neuroglancer_precomputed":
-        stated = tuple(unit.multiplier for unit in store.dimension_units)
-        offset_nm = (0.0, 0.0, 0.0)
+        stated = tuple(unit.multiplier for unit in store.dimension_units if unit)
     else:
         stated, offset_nm = container.physical_nm(driver, metadata, axes, uri)
     voxel_size = _agreed_voxel_size(stated, voxel_size_nm_zyx, uri)
@@ -208,6 +211,29 @@ def write_n5(
     attributes["n5"] = "2.0.0"
     attributes["offset"] = [float(v) for v in offset_nm_zyx[::-1]]
     files.write_json(attributes_path, attributes)
+
+
+def create_zarr(path: str | pathlib.Path, metadata: dict[str, Any]) -> ts.TensorStore:
+    """A new Zarr 2 array in the folder `path`, to be written to.
+
+    Raises:
+      UserError: it cannot be created.
+    """
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "metadata": metadata,
+    }
+    context = ts.Context({"file_io_sync": False})
+    return written(path, ts.open(spec, context=context, create=True))
+
+
+def written(path: str | pathlib.Path, future: ts.Future | ts.WriteFutures) -> Any:
+    """Waits for what TensorStore writes to `path`; its errors become `UserError`."""
+    try:
+        return future.result()
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"cannot write {path}: {error}; mend that and rerun") from None
 
 
 def _context(cache_bytes: int) -> ts.Context:
@@ -365,11 +391,11 @@ def _as_zyx(
 def _agreed_voxel_size(
     stated: tuple[float, ...] | None, expected: Sequence[float] | None, uri: str
 ) -> tuple[float, ...]:
-    if stated is None and expected is None:
-        raise UserError(
-            f"volume {uri} does not state its voxel size; give voxel_size_nm_zyx"
-        )
     if stated is None:
+        if expected is None:
+            raise UserError(
+                f"volume {uri} does not state its voxel size; give voxel_size_nm_zyx"
+            )
         return tuple(float(v) for v in expected)
     if expected is not None and not np.allclose(stated, expected, rtol=1e-6):
         raise UserError(

@@ -2,11 +2,46 @@
 """From the counts of a confusion matrix to accuracy, precision, recall and F1."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from synister_jax.evaluation import confusions
+
+
+class Accuracies(TypedDict):
+    """Numbers of a confusion matrix (rows true); None where undefined.
+
+    `accuracy` is the fraction of all that is right, `mean_class_accuracy` the mean
+    recall over the classes that occur; both as the original's `get_accuracy`.
+    """
+
+    count: int
+    accuracy: float | None
+    mean_class_accuracy: float | None
+    confusion: list[list[int]]
+
+
+class ClassNumbers(TypedDict):
+    """Numbers of one class; one that occurs and is never called has precision None."""
+
+    support: int  # how many are of it
+    called: int  # how many are called so
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+class Summary(Accuracies):
+    """All numbers of a confusion matrix (rows true); None where undefined.
+
+    `macro_f1` is the mean F1 over the classes that occur.
+    """
+
+    macro_f1: float | None
+    per_class: dict[str, ClassNumbers]
+    confusion_by_row: list[list[float | None]]
+    confusion_by_column: list[list[float | None]]
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -17,12 +52,8 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
     return counts
 
 
-def accuracies(counts: np.ndarray) -> dict[str, Any]:
-    """Of a confusion matrix (rows true); None where undefined.
-
-    `accuracy`: fraction of all right. `mean_class_accuracy`: mean recall over the
-    classes that occur; both as the original's `get_accuracy`.
-    """
+def accuracies(counts: np.ndarray) -> Accuracies:
+    """The accuracies of a confusion matrix, int [k, k], rows true."""
     support, right = counts.sum(axis=1), np.diag(counts)
     recall = right[support > 0] / support[support > 0]
     return {
@@ -33,13 +64,8 @@ def accuracies(counts: np.ndarray) -> dict[str, Any]:
     }
 
 
-def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """All numbers of a confusion matrix (rows true); None where undefined.
-
-    Those of `accuracies`; `macro_f1`, the mean F1 over the classes that occur;
-    `per_class`; the matrix as fractions of its rows and of its columns. A class that
-    occurs and is never called has precision None and F1 0.
-    """
+def summary(counts: np.ndarray, classes: Sequence[str]) -> Summary:
+    """All numbers of a confusion matrix, int [k, k], rows true."""
     per_class = {
         name: _of_class(int(right), int(support), int(called))
         for name, right, support, called in zip(
@@ -50,8 +76,9 @@ def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
             strict=True,
         )
     }
-    f1 = [numbers["f1"] for numbers in per_class.values() if numbers["support"]]
-    return accuracies(counts) | {
+    f1 = [n["f1"] for n in per_class.values() if n["f1"] is not None]
+    return {
+        **accuracies(counts),
         "macro_f1": float(np.mean(f1)) if f1 else None,
         "per_class": per_class,
         "confusion_by_row": fractions(counts, axis=1),
@@ -59,7 +86,7 @@ def summary(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _of_class(right: int, support: int, called: int) -> dict[str, Any]:
+def _of_class(right: int, support: int, called: int) -> ClassNumbers:
     return {
         "support": support,
         "called": called,
@@ -72,4 +99,4 @@ def _of_class(right: int, support: int, called: int) -> dict[str, Any]:
 def fractions(counts: np.ndarray, axis: int) -> list[list[float | None]]:
     """`confusions.normalised` for JSON: None where it is undefined."""
     found = confusions.normalised(counts, axis)
-    return np.where(np.isnan(found), None, found).tolist()
+    return [[None if np.isnan(x) else float(x) for x in row] for row in found]

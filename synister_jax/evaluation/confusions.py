@@ -99,6 +99,7 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
     if path.is_dir():
         path = _only_step(path)
     measured: dict[str, Any] = {}
+    rows: Sequence[Sequence[str | float]]
     if path.suffix == ".csv":
         classes, rows = _read_csv(path)
     else:

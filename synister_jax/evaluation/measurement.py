@@ -6,7 +6,7 @@ What `evaluate` writes as metrics.json; docs/evaluation.md lists every key.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from synister_jax.evaluation import (
     mixtures,
     tallies,
 )
+from synister_jax.evaluation.accuracy import Accuracies, Summary
 from synister_jax.tables import predictions, synapses
 
 # Neurons of so many predicted synapses, and of such a share of votes for the winner,
@@ -29,11 +30,62 @@ CUTOFFS = (0.0, 0.5, 0.7, 0.9)
 RULE = "majority"
 
 
+class Interval(TypedDict):
+    """95 % intervals [low, high]; None where there is none to tell."""
+
+    accuracy: list[float] | None
+    mean_class_accuracy: list[float] | None
+    macro_f1: list[float] | None
+
+
+class SynapseNumbers(Summary):
+    """Numbers of the synapses."""
+
+    interval: Interval
+
+
+class GroupNumbers(Summary):
+    """Numbers of groups (hemilineages, cell types), called by `rule`."""
+
+    rule: str
+
+
+class NeuronNumbers(GroupNumbers):
+    """Numbers of the neurons."""
+
+    interval: Interval
+    tenth_of_synapses: int | None  # a tenth has fewer predicted synapses
+
+
+class Variant(Accuracies):
+    """Numbers of the neurons that are large and sure enough, and of their synapses."""
+
+    n_min: int
+    cutoff: float
+    synapses: Accuracies
+
+
+class Measured(TypedDict):
+    """What `measure` finds; docs/evaluation.md explains every key."""
+
+    loss: float | None
+    synapses: SynapseNumbers
+    neurons: NeuronNumbers
+    hemilineages: GroupNumbers | None
+    cell_types: GroupNumbers | None
+    brain_regions: dict[str, Accuracies]
+    expected_probability: list[list[float] | None]
+    neuron_variants: list[Variant]
+    accuracy_by_synapses: list[dict[str, Any]]
+    correlation: dict[str, float | None]
+    calibration: dict[str, Any]
+
+
 def measure(
     table: pa.Table,
     n_mins: Sequence[int] = N_MIN,
     cutoffs: Sequence[float] = CUTOFFS,
-) -> dict[str, Any]:
+) -> Measured:
     """The numbers of a prediction table; None what is undefined.
 
     A synapse counts where its transmitter is one of the classes and it was predicted; a
@@ -55,7 +107,7 @@ def measure(
         "loss": calibration.loss(probabilities, truth),
         "synapses": {
             **accuracy.summary(accuracy.confusion(truth, called, k), classes),
-            "interval": intervals.by_group(neuron_of, truth, called, k),
+            "interval": _by_group(neuron_of, truth, called, k),
         },
         "neurons": {
             **neurons.summary(),
@@ -111,17 +163,18 @@ class _Groups:
         found = pc.index_in(table[name], value_set=names)
         return pc.fill_null(found, -1).to_numpy().astype(np.int32)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> GroupNumbers:
         k = len(self.tally.classes)
         confusion = accuracy.confusion(self.truth, self.called, k)
-        return {"rule": RULE} | accuracy.summary(confusion, self.tally.classes)
+        return {"rule": RULE, **accuracy.summary(confusion, self.tally.classes)}
 
-    def intervals(self) -> dict[str, list[float] | None]:
+    def intervals(self) -> Interval:
         """Of `summary`: of the accuracy Wilson's, of the means by drawing groups."""
         k, counted = len(self.tally.classes), (self.truth >= 0) & (self.called >= 0)
-        found = intervals.by_group(np.arange(len(self)), self.truth, self.called, k)
+        found = _by_group(np.arange(len(self)), self.truth, self.called, k)
         right = (self.truth == self.called)[counted]
-        return found | {"accuracy": intervals.wilson(int(right.sum()), len(right))}
+        wilson = intervals.wilson(int(right.sum()), len(right))
+        return {**found, "accuracy": wilson}
 
     def tenth(self) -> int | None:
         """A tenth of the labelled, predicted groups have fewer predicted synapses."""
@@ -129,9 +182,20 @@ class _Groups:
         return int(np.ceil(np.quantile(sizes, 0.1))) if len(sizes) else None
 
 
+def _by_group(
+    groups: np.ndarray, truth: np.ndarray, called: np.ndarray, k: int
+) -> Interval:
+    found = intervals.by_group(groups, truth, called, k)
+    return {
+        "accuracy": found["accuracy"],
+        "mean_class_accuracy": found["mean_class_accuracy"],
+        "macro_f1": found["macro_f1"],
+    }
+
+
 def _regions(
     table: pa.Table, truth: np.ndarray, called: np.ndarray, k: int
-) -> dict[str, Any]:
+) -> dict[str, Accuracies]:
     """Of the synapses in each brain region; a region releases no one transmitter."""
     regions = sorted(pc.unique(table["brain_region"].drop_null()).to_pylist())
     place = synapses.index_in(table["brain_region"], regions)
@@ -166,7 +230,7 @@ def _variant(
     called: np.ndarray,
     n_min: int,
     cutoff: float,
-) -> dict[str, Any]:
+) -> Variant:
     """Of the neurons that are large and sure enough, and of their synapses."""
     k = len(neurons.tally.classes)
     kept = (neurons.tally.predicted >= n_min) & (neurons.share >= cutoff)
@@ -210,7 +274,7 @@ def _neurons_within(
     return counts, hemilineages.truth[pc.index_in(names, value_set=every).to_numpy()]
 
 
-def scalars(part: str, measured: dict[str, Any]) -> dict[str, float]:
+def scalars(part: str, measured: Measured) -> dict[str, float]:
     """What a run logs of `measure`; nothing of what is undefined."""
     of_synapses, neurons = measured["synapses"], measured["neurons"]
     values = {

@@ -96,7 +96,7 @@ class Published:
             probability, named with its row (counted from 0).
         """
         rows = 0
-        for batch in _batches(pathlib.Path(self.name), self.columns.values()):
+        for batch in _batches(pathlib.Path(self.name), list(self.columns.values())):
             yield self._conform(pa.Table.from_batches([batch]), rows)
             rows += len(batch)
 
@@ -141,6 +141,7 @@ class Published:
         if not self.has_positions:
             return pa.nulls(len(table), pa.float64())
         if self.in_voxels:
+            assert self.voxel_size_nm_zyx is not None  # has_positions
             values = values * self.voxel_size_nm_zyx[axis]
         return pa.array(values, mask=np.isnan(values))
 

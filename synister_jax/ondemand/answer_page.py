@@ -6,7 +6,7 @@ first rows of its table without JavaScript too.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from synister_jax.base import files
 from synister_jax.base.errors import redact
 from synister_jax.evaluation import calls
 from synister_jax.ondemand import sources
+from synister_jax.ondemand.answer_record import AnswerRecord
 from synister_jax.pages import neurons_table, page, predictions_section
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
@@ -26,7 +27,7 @@ MOST_POSITIONS = 200  # in the page; more are in predictions.csv
 MOST_NAMED = 200  # neurons of whom there is nothing to show
 
 
-def render(folder: pathlib.Path, about: Mapping[str, Any]) -> str:
+def render(folder: pathlib.Path, about: AnswerRecord) -> str:
     """The page as text.
 
     Args:

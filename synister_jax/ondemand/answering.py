@@ -14,7 +14,6 @@ What is finished stays, so a request that was stopped goes on where it was.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +34,7 @@ from synister_jax.em import crops, volumes
 from synister_jax.exchange import synister, writing
 from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.ondemand import answer_page, sources
+from synister_jax.ondemand.answer_record import AnswerRecord
 from synister_jax.ondemand.questions import Asked
 from synister_jax.ondemand.sources.credentials import SourceSettings
 from synister_jax.tables import predictions, reading, synapses
@@ -105,7 +105,7 @@ def answer(
     folder: pathlib.Path,
     tell: Tell,
     most_synapses: int | None = None,
-) -> dict[str, Any]:
+) -> AnswerRecord:
     """Fills `folder`; returns what its answer.json says.
 
     Args:
@@ -134,7 +134,7 @@ def answer(
     record, doubt = _predict(network, folder, tell)
     table = predictions.open(folder / "predictions.feather")
     writing.write(folder / "predictions.csv", table, _original_columns, silent=True)
-    about = {
+    about: AnswerRecord = {
         "kind": asked.kind,
         "source": source,
         "source_title": sources.SOURCES[source].title,
@@ -197,7 +197,9 @@ def _find_synapses(
     whole = asked.kind == "neurons" and source == "none"  # a table is read once
     size = len(asked.table) if whole else _GROUP[asked.kind]
     files.make_folder(folder / "sites")
-    pieces, unknown, without = [], [], []
+    pieces: list[pa.Table] = []
+    unknown: list[int] = []
+    without: list[int] = []
     for first in range(0, len(asked.table), max(size, 1)):
         piece = folder / "sites" / f"sites-{first:09d}.feather"
         table = _read_group(piece)
@@ -210,7 +212,7 @@ def _find_synapses(
             found = _group(group, first, asked, source, settings, tell)
             shape = network.volume.shape_zyx
             files.write_feather(piece, _placed(found, source, shape, settings))
-            table = _read_group(piece)
+            table = feather.read_table(piece, memory_map=False)
         about = metadata.of(table)
         unknown += about["unknown"]
         without += about["without"]
@@ -250,7 +252,7 @@ def _group(
         names = {"position_id": "synapse_id"}
         columns = [names.get(name, name) for name in rows.column_names]
         sites = rows.rename_columns(columns).select(sources.SITES.names)
-        about = {"unknown": [], "without": []}
+        about: dict[str, list[int]] = {"unknown": [], "without": []}
     else:
         found = []
         neurons = rows["neuron_id"].to_pylist()
@@ -296,7 +298,7 @@ class _Counted(Progress):
 
 def _predict(
     network: OpenNetwork, folder: pathlib.Path, tell: Tell
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[merging.PredictionsRecord, str | None]:
     """(what predictions.json says, what seems wrong with the positions)."""
     source = reading.open(folder / "synapses.feather")
     # A relative name, so that the same request in another folder has the same bytes.

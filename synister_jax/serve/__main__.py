@@ -98,7 +98,9 @@ def _serve(
 
 def main() -> None:
     sys.argv[0] = "serve"  # in messages
-    folder = flags.DEFINE_string("models", None, "Folder with models.toml.")
+    folder = flags.DEFINE_string(
+        "models", None, "Folder with models.toml.", required=True
+    )
     state = flags.DEFINE_string("state", None, "Folder of jobs; --models/service.")
     host = flags.DEFINE_string("host", "127.0.0.1", "Where to listen.")
     port = flags.DEFINE_integer("port", 8000, "0: one that is free.", 0, 65535)
@@ -126,7 +128,6 @@ def main() -> None:
     add = flags.DEFINE_string("add_token", None, "Make a token of this name.")
     revoke = flags.DEFINE_string("revoke_token", None, "End the token of this name.")
     lists = flags.DEFINE_bool("list_tokens", False, "Name the tokens.")
-    flags.mark_flag_as_required("models")
 
     def run() -> None:
         found = models.load(pathlib.Path(folder.value))

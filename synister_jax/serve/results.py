@@ -8,7 +8,7 @@ neurons of the last answers asked for.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -75,11 +75,11 @@ def _neuron(found: _Neurons, row: int) -> shapes.Neuron:
 
 @functools.lru_cache(maxsize=_CACHED)
 def _neurons(path: pathlib.Path, _changed: int) -> _Neurons:
-    schema = _schema(path)
-    classes = predictions.classes(schema)
+    source = predictions.open(path)
+    classes = source.classes
     names = [predictions.probability_column(name) for name in classes]
     pieces = []
-    for table in _tables(path, schema, ["neuron_id", *names]):
+    for table in source.tables(["neuron_id", *names]):
         table = table.filter(pc.is_valid(table["neuron_id"]))
         called = predictions.called(table)
         pieces.append((table["neuron_id"].to_numpy(), called))
@@ -101,10 +101,11 @@ def synapses_page(
     path: pathlib.Path, wanted: Filter, offset: int, limit: int
 ) -> shapes.Synapses:
     """Rows that `wanted` lets through, in the order of the answer."""
-    schema = _schema(path)
-    classes = predictions.classes(schema)
-    total, rows = 0, []
-    for table in _tables(path, schema, _columns(classes)):
+    source = predictions.open(path)
+    classes = source.classes
+    total = 0
+    rows: list[shapes.Synapse] = []
+    for table in source.tables(_columns(classes)):
         if not wanted.is_empty:
             table = table.filter(_mask(table, wanted, classes))
         first = max(0, offset - total)
@@ -163,25 +164,3 @@ def _synapses(table: pa.Table, classes: Sequence[str]) -> list[shapes.Synapse]:
 def _number(value: float | None) -> float | None:
     """JSON has no NaN."""
     return value if value is not None and np.isfinite(value) else None
-
-
-def _schema(path: pathlib.Path) -> pa.Schema:
-    with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-        return reader.schema
-
-
-def _tables(
-    path: pathlib.Path, schema: pa.Schema, columns: Sequence[str]
-) -> Iterator[pa.Table]:
-    """Its record batches in order, one at least, with these columns alone."""
-    fields = sorted(schema.get_field_index(name) for name in columns)
-    options = pa.ipc.IpcReadOptions(included_fields=fields)
-    with pa.memory_map(str(path)) as file:
-        with pa.ipc.open_file(file, options=options) as reader:
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
-                table = pa.Table.from_batches([batch])
-                yield table.replace_schema_metadata(schema.metadata)
-            if not reader.num_record_batches:
-                empty = schema.empty_table().select(list(columns))
-                yield empty.replace_schema_metadata(schema.metadata)

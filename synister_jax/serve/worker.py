@@ -242,15 +242,16 @@ def _watch_server(worker: Worker) -> None:
 
 
 def main() -> None:
-    folder = flags.DEFINE_string("models", None, "Folder with models.toml.")
-    state = flags.DEFINE_string("state", None, "Folder of the service.")
-    name = flags.DEFINE_string("name", None, "Of this worker.")
+    folder = flags.DEFINE_string(
+        "models", None, "Folder with models.toml.", required=True
+    )
+    state = flags.DEFINE_string("state", None, "Folder of the service.", required=True)
+    name = flags.DEFINE_string("name", None, "Of this worker.", required=True)
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
     most_synapses = flags.DEFINE_integer(
         "most_synapses", 1_000_000, "Of the neurons of a job together.", lower_bound=1
     )
     credentials = flags.DEFINE_string("credentials", None, "Ini file of the sources.")
-    flags.mark_flags_as_required(["models", "state", "name"])
 
     def run() -> None:
         root = files.make_folder(state.value)

@@ -1,90 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of tables that others wrote: read as they are, then made exact or refused."""
+"""Columns of tables that others wrote, made exact: text, integers, numbers."""
 
 import contextlib
-import json
-import os
-import pathlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import csv, feather, parquet
-
-from synister_jax.base import files
-from synister_jax.base.errors import UserError
 
 # What the sources write for "not known" (synister_data, consolidate.py).
 _UNKNOWN = ("", "na", "nan", "none", "null", "unknown")
 _INTEGER = r"^[+-]?[0-9]{1,19}$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
-
-
-def read(path: str | os.PathLike[str]) -> pa.Table:
-    """Feather, Parquet, a JSON list of objects, or CSV (also .gz) with text columns.
-
-    Raises:
-      UserError: absent, not of that format, or two columns of one name.
-    """
-    path = pathlib.Path(path)
-    name = path.name.removesuffix(".gz")
-    if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file")
-    try:
-        if name.endswith(".feather"):
-            table = feather.read_table(path)
-        elif name.endswith(".parquet"):
-            table = parquet.read_table(path)
-        elif _is_json(path):
-            table = _read_json(path)
-        elif name.endswith(".csv"):
-            table = _read_csv(path)
-        else:
-            raise UserError(
-                f"cannot tell the format of {path}; its name should end in .feather, "
-                ".parquet, .json, .csv or .csv.gz"
-            )
-        names = table.column_names  # decoded only here
-    except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if len(set(names)) < len(names):
-        raise UserError(f"{path} has two columns of one name: {names}")
-    # A column without a name holds the row names of R or pandas.
-    return table.drop_columns([""]) if "" in names else table
-
-
-def _is_json(path: pathlib.Path) -> bool:
-    """The original's consolidated FAFB files are JSON although named .csv."""
-    with open(path, "rb") as file:
-        return path.suffix == ".json" or file.read(64).lstrip().startswith(b"[")
-
-
-def _read_json(path: pathlib.Path) -> pa.Table:
-    content = files.read_json(path)
-    if not isinstance(content, list) or not all(isinstance(x, dict) for x in content):
-        raise UserError(f"{path} is not a JSON list of objects")
-    names = list(dict.fromkeys(name for line in content for name in line))
-    columns = {}
-    for name in names:
-        values = [line.get(name) for line in content]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowException, OverflowError):
-            # Mixed kinds: as text, so that the odd one is named by its row.
-            texts = [v if isinstance(v, str) else json.dumps(v) for v in values]
-            nothing = np.array([v is None for v in values], bool)
-            columns[name] = pa.array(texts, pa.string(), mask=nothing)
-    return pa.table(columns)
-
-
-def _read_csv(path: pathlib.Path) -> pa.Table:
-    # Numbers as text: what a guess would make of long ids is not exact.
-    with csv.open_csv(path) as reader:
-        names = reader.schema.names
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-    # Else a line break within quotes splits a row where a block of the file ends.
-    parse = csv.ParseOptions(newlines_in_values=True)
-    return csv.read_csv(path, convert_options=convert, parse_options=parse)
 
 
 def text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record batches of a synapse table as its file has them, in its order.
+"""Tables in files, whatever their format.
 
-A table of any size is read in the memory of a few batches, unless a Feather file was
-written as one.
+`open` gives a table of any size in record batches, in the file's order and in the
+memory of a few batches, unless a Feather file was written as one. `read` gives a table
+that others wrote, whole and as it is, for `columns` to make its values exact.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
-from pyarrow import csv, parquet
+from pyarrow import csv, feather, parquet
 
+from synister_jax.base import files
 from synister_jax.base.errors import UserError
 
 BATCH_ROWS = 1 << 17
@@ -83,20 +87,30 @@ def _open_parquet(path: pathlib.Path, choose: Choose) -> Opened:
 
 
 def _open_csv(path: pathlib.Path, choose: Choose) -> Opened:
-    # Arrow unpacks what is named .gz.
-    blocks = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
-    # Else a line break within quotes splits a row where a block of the file ends.
-    parse = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, blocks, parse) as reader:
-        types = choose(reader.schema.names)
+    types = choose(_csv_names(path))
     convert = csv.ConvertOptions(
         column_types=types,
         include_columns=list(types),
         strings_can_be_null=True,
         null_values=["", "NA", "NULL"],
     )
-    reader = csv.open_csv(path, blocks, parse, convert)
+    reader = _csv_reader(path, convert)
     return reader.schema, iter(reader)
+
+
+def _csv_reader(
+    path: pathlib.Path, convert: csv.ConvertOptions | None = None
+) -> csv.CSVStreamingReader:
+    """Arrow's reader, which unpacks what is named .gz."""
+    blocks = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
+    # Else a line break within quotes splits a row where a block of the file ends.
+    parse = csv.ParseOptions(newlines_in_values=True)
+    return csv.open_csv(path, blocks, parse, convert)
+
+
+def _csv_names(path: pathlib.Path) -> list[str]:
+    with _csv_reader(path) as reader:
+        return reader.schema.names
 
 
 _OPENERS = {
@@ -105,3 +119,67 @@ _OPENERS = {
     ".csv": _open_csv,
     ".csv.gz": _open_csv,
 }
+
+
+def read(path: str | os.PathLike[str]) -> pa.Table:
+    """Feather, Parquet, a JSON list of objects, or CSV (also .gz) with text columns.
+
+    Raises:
+      UserError: absent, not of that format, or two columns of one name.
+    """
+    path = pathlib.Path(path)
+    name = path.name.removesuffix(".gz")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    try:
+        if name.endswith(".feather"):
+            table = feather.read_table(path)
+        elif name.endswith(".parquet"):
+            table = parquet.read_table(path)
+        elif _is_json(path):
+            table = _read_json(path)
+        elif name.endswith(".csv"):
+            table = _read_csv(path)
+        else:
+            raise UserError(
+                f"cannot tell the format of {path}; its name should end in .feather, "
+                ".parquet, .json, .csv or .csv.gz"
+            )
+        names = table.column_names  # decoded only here
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of one name: {names}")
+    # A column without a name holds the row names of R or pandas.
+    return table.drop_columns([""]) if "" in names else table
+
+
+def _is_json(path: pathlib.Path) -> bool:
+    """The original's consolidated FAFB files are JSON although named .csv."""
+    with path.open("rb") as file:
+        return path.suffix == ".json" or file.read(64).lstrip().startswith(b"[")
+
+
+def _read_json(path: pathlib.Path) -> pa.Table:
+    content = files.read_json(path)
+    if not isinstance(content, list) or not all(isinstance(x, dict) for x in content):
+        raise UserError(f"{path} is not a JSON list of objects")
+    names = list(dict.fromkeys(name for line in content for name in line))
+    columns = {}
+    for name in names:
+        values = [line.get(name) for line in content]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            # Mixed kinds: as text, so that the odd one is named by its row.
+            texts = [v if isinstance(v, str) else json.dumps(v) for v in values]
+            nothing = np.array([v is None for v in values], bool)
+            columns[name] = pa.array(texts, pa.string(), mask=nothing)
+    return pa.table(columns)
+
+
+def _read_csv(path: pathlib.Path) -> pa.Table:
+    # Numbers as text: what a guess would make of long ids is not exact.
+    types = dict.fromkeys(_csv_names(path), pa.string())
+    with _csv_reader(path, csv.ConvertOptions(column_types=types)) as reader:
+        return reader.read_all()

@@ -29,7 +29,7 @@ BAD_POSITION = "bad_position"
 def build(
     table: pa.Table,
     probabilities: np.ndarray,
-    status: Sequence[str],
+    status: Sequence[str] | np.ndarray,
     classes: Sequence[str],
     about: Mapping[str, Any],
 ) -> pa.Table:

@@ -41,12 +41,16 @@ def open_shards(config: ml_collections.ConfigDict, training: bool = True) -> Sha
         voxel_size_nm_zyx=config.voxel_size_nm_zyx,
         classes=config.classes,
     )
-    for name in ("neither_crops", "unknown_per_class") if training else ():
-        if shards.manifest.get(name, 0) != config[name]:
+    cut_with = {
+        "neither_crops": shards.manifest.get("neither_crops", 0),
+        "unknown_per_class": shards.manifest.get("unknown_per_class", 0),
+    }
+    for name, count in cut_with.items() if training else ():
+        if count != config[name]:
             raise UserError(
-                f"shards {shards.folder} were cut with {name} = "
-                f"{shards.manifest.get(name, 0)}, the config says {config[name]}; cut "
-                f"shards with this config, or set config.{name}"
+                f"shards {shards.folder} were cut with {name} = {count}, the config "
+                f"says {config[name]}; cut shards with this config, or set "
+                f"config.{name}"
             )
     return shards
 

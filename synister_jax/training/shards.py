@@ -13,7 +13,7 @@ import math
 import pathlib
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import grain
 import numpy as np
@@ -29,12 +29,42 @@ FORMAT = "synister_jax crops, version 1"
 _ID = struct.Struct("<q")
 
 
+class ShardEntry(TypedDict):
+    """A shard in the manifest."""
+
+    name: str
+    records: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What manifest.json says of a finished folder."""
+
+    format: str
+    neither_crops: NotRequired[int]  # pseudo-classes, where there are any
+    unknown_per_class: NotRequired[int]
+    volume: str
+    volume_shape_zyx: list[int]
+    voxel_size_nm_zyx: list[float]
+    offset_nm_zyx: list[float]
+    synapses_sha256: str  # of the columns that decide the crops
+    classes: list[str]
+    crop_shape_zyx: list[int]
+    margin_vx_zyx: list[int]
+    number_of_shards: int
+    records: int
+    dropped: dict[str, int]  # rows without a record, by reason
+    shards: list[ShardEntry]
+    written_by: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """A finished folder of shards; row i of `index` describes record i."""
 
     folder: pathlib.Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     index: pa.Table
 
     @property
@@ -123,7 +153,7 @@ def open(folder: str | pathlib.Path) -> Shards:  # noqa: A001 - shards.open read
             f"{folder}/index.feather has {len(index):,} rows, the manifest says "
             f"{manifest['records']:,} records; cut the shards again"
         )
-    return Shards(folder, manifest, index)
+    return Shards(folder, cast(Manifest, manifest), index)
 
 
 def verify(shards: Shards) -> None:
