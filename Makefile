@@ -103,6 +103,8 @@ test: $(TORCH)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) $(CONSUMERS) $(BENCH) $(BENCH_FOLDER) $(DEMO)

@@ -10,6 +10,9 @@ One row a group and rule, whatever the number of synapses; groups in ascending o
 The rules are those of `rules.py`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pyarrow as pa
 from absl import flags
 
@@ -92,7 +95,7 @@ def main() -> None:
         table = calls.interleaved(tables)
         about = {
             **predictions.about(tables[0]),
-            "rules": {name: rules.RULES[name].__doc__.split("\n")[0] for name in names},
+            "rules": {name: _first_line(rules.RULES[name]) for name in names},
             "min_probability": least,
             "confusion": None if matrix is None else matrix.name,
             "predictions": {"path": str(source.path)} | source.about,
@@ -106,6 +109,10 @@ def main() -> None:
             print(f"  {name}: {_summary(each)}")
 
     command.run(aggregate)
+
+
+def _first_line(rule: Callable[..., Any]) -> str:
+    return (rule.__doc__ or "").split("\n")[0]
 
 
 def _summary(table: pa.Table) -> str:

@@ -226,8 +226,8 @@ def main() -> None:
         if math.isnan(precision.value):
             raise UserError("--precision=nan: give a share, from 0 to 1")
         folder = pathlib.Path(workdir.value)
-        chosen = checkpoint.parse_steps(folder, steps.value) or [None]
-        for given in chosen:
+        chosen = checkpoint.parse_steps(folder, steps.value)
+        for given in chosen or (None,):
             step = checkpoint.choose_step(folder, given)
             if part.value is None:
                 fit(folder, step, precision.value)

@@ -15,7 +15,7 @@ what is in metrics.json.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ def evaluate(
     steps: Sequence[int] | None = None,
     shards_folder: str | None = None,
     batch_size: int = 32,
-    variants: Variants = Variants(),  # noqa: B008 - it is frozen
+    variants: Variants = Variants(),
 ) -> dict[str, Any]:
     """Evaluates the checkpoints of `steps` (the latest when None); returns the summary.
 
@@ -73,7 +73,7 @@ def evaluate(
     mesh = sharding.make_mesh()
     shards = data.open_shards(config, training=False)
     part = SplitPart.of(shards, config.split, part_name)
-    chosen = [checkpoint.choose_step(workdir, step) for step in steps or [None]]
+    chosen = [checkpoint.choose_step(workdir, step) for step in steps or (None,)]
     folder = files.make_folder(workdir / "evaluation" / part_name)
     crops_sha256 = shards.sha256(config.split)
     batches = math.ceil(len(part.rows) / batch_size)
@@ -105,7 +105,7 @@ def evaluate_table(
     path: pathlib.Path,
     output: pathlib.Path,
     part: tuple[str, str] | None = None,
-    variants: Variants = Variants(),  # noqa: B008
+    variants: Variants = Variants(),
 ) -> dict[str, Any]:
     """Measures a table of predictions that fits into memory; returns metrics.json.
 
@@ -160,7 +160,7 @@ def _write(
     return content
 
 
-def _interval(numbers: dict[str, Any]) -> str:
+def _interval(numbers: Mapping[str, Any]) -> str:
     limits = numbers["interval"]["accuracy"]
     return "" if limits is None else " [{:.3f}, {:.3f}]".format(*limits)
 
@@ -247,6 +247,7 @@ def main() -> None:
                 pathlib.Path(table.value), pathlib.Path(output.value), of_part, variants
             )
             return
+        assert workdir.value is not None  # one of the two is given
         run_folder = pathlib.Path(workdir.value)
         evaluate(
             run_folder,

@@ -55,7 +55,7 @@ def export(
 
     Raises:
       UserError: an option that is missing or does not count; a folder whose files are
-        not of this table and these options; see `exports.prepare`.
+        not of this table and these options; see `writing.prepare`.
     """
     consumer = CONSUMERS[to]
     takes = consumer.takes
@@ -123,7 +123,9 @@ def main() -> None:
     )
 
     def run() -> None:
-        three = size.value and command.three_numbers(size.name, size.value, True)
+        three = None
+        if size.value is not None:
+            three = command.three_numbers(size.name, size.value, True)
         options = Options(three, confusion.value, split.value, predict.value)
         folder = pathlib.Path(output.value)
         done = export(path.value, to.value, folder, options, drop_classes.value)

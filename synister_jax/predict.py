@@ -20,6 +20,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -63,10 +64,11 @@ def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str,
       UserError: a run without such a checkpoint.
     """
     members = []
+    step: int | None
     for workdir in workdirs:
         folder = pathlib.Path(workdir)
         checkpoint.load_config(folder)  # whether it is a run at all
-        for text in steps or [None]:
+        for text in steps or (None,):
             if text == "best":
                 step = checkpoint.best_step(folder)
             elif text is None or text.isdecimal():
@@ -119,7 +121,9 @@ class Options:
         others = {"workdirs": "workdir", "steps": "step", "views": "tta"}
         others |= {"file_format": "format"}
         names = {field.name: field.name for field in dataclasses.fields(cls)} | others
-        values = {name: given[flag].value for name, flag in names.items()}
+        values: dict[str, Any] = {
+            name: given[flag].value for name, flag in names.items()
+        }
         return cls(**values | {"views": int(given.tta)})
 
     def source(self) -> tuple[SynapseStream, grids.Grid | None]:
@@ -148,18 +152,19 @@ class _Prediction:
     @classmethod
     def open(cls, options: Options) -> "_Prediction":
         source, grid = options.source()
-        size = options.voxel_size_nm_zyx
         members = members_of(options.workdirs, options.steps)
         fitted = None
         if options.calibrated:
             fitted = saved_calibration.load(members, options.views)
+        size = None
+        if (texts := options.voxel_size_nm_zyx) is not None:
+            size = command.three_numbers("voxel_size_nm_zyx", texts, True)
         opening = Inputs(
             members=tuple(members),
             batch_size=options.batch_size,
             views=options.views,
             volume=options.volume,
-            voxel_size_nm_zyx=size
-            and command.three_numbers("voxel_size_nm_zyx", size, True),
+            voxel_size_nm_zyx=size,
             output=options.output,
             retry_missing=options.retry_missing,
             temperature=fitted["temperature"] if fitted else None,

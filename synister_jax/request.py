@@ -131,7 +131,7 @@ def _asked(neurons: str | None, positions: str | None) -> questions.Asked:
             raise UserError(f"--neurons={neurons}: {checked.errors[0].message}")
         asked, warnings = checked.asked, checked.warnings
     else:
-        kind = "positions" if neurons is None else "neurons"
+        kind: questions.Kind = "positions" if neurons is None else "neurons"
         path = positions if neurons is None else neurons
         if not path:
             raise UserError(f"--{kind} is empty; give a CSV file")

@@ -14,6 +14,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -165,12 +166,12 @@ def jit_step(
     config: ml_collections.ConfigDict,
     network: nn.Module,
     tx: optax.GradientTransformation,
-    placed: TrainState,
+    placed: Any,
 ) -> Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step`, compiled; it donates the state.
 
     Args:
-      placed: the sharding of every leaf of the state.
+      placed: the sharding of every leaf of the state, in a TrainState.
     """
     return jax.jit(
         functools.partial(train_step, config, network, tx),
@@ -327,7 +328,7 @@ def _first_state(
 def _validated(workdir: pathlib.Path, first_step: int) -> list[tuple[int, float]]:
     """Step and number that decides the best checkpoint, of every evaluation so far."""
     return [
-        (line["step"], line[checkpoint.BEST_BY])
+        (int(line["step"]), line[checkpoint.BEST_BY])
         for line in event_log.read(workdir)
         if line["step"] <= first_step and checkpoint.BEST_BY in line
     ]
@@ -361,7 +362,8 @@ def main() -> None:
         elif processes.value is not None or index.value is not None:
             raise UserError("--processes and --process_index need --coordinator")
         dtype = model.compute_dtype(config.value)
-        cache = jax.config.jax_compilation_cache_dir
+        # JAX adds the attributes of its options one by one, unknown to its types.
+        cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
         if cache is None and not convolution.calls_library(dtype):
             # A run that was stopped starts again without compiling.
             jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 # Before jax is imported anywhere: four CPU devices in this process, and no look for
 # other accelerators, so that the suite means the same on every machine.
@@ -36,6 +37,9 @@ from tests.helpers.small_data import (
     tiny_config,
     write_shards,
 )
+
+if TYPE_CHECKING:
+    from playwright import sync_api
 
 
 @pytest.fixture(scope="session")
@@ -135,3 +139,30 @@ def mongo_database(mongo_server_uri: str) -> Iterator[str]:
     with databases.connect(uri) as database:
         for each in (name, f"{name}_predictions"):
             database.client.drop_database(each)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["sync_api.Browser"]:
+    """The machine's Chromium or Chrome; skips where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
+    with api.sync_playwright() as playwright:
+        # Containers often have no user namespaces; the page is our own.
+        started = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"]
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def table_path(
+    tmp_path_factory: pytest.TempPathFactory, synapse_table: pa.Table
+) -> pathlib.Path:
+    """`synapse_table` as a Feather file."""
+    path = tmp_path_factory.mktemp("table") / "synapses.feather"
+    synapses.write(synapses.conform(synapse_table, "table"), path)
+    return path

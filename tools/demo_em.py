@@ -11,6 +11,7 @@ deviation, so that a synapse blends into synthetic and into real tissue.
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from demo_synapses import (
@@ -55,6 +56,7 @@ def paint(
         grain = _grain(fine, coarse)
         ripple_px = 0.5 * coarse + 2.2 * wide
         if tissue is None:
+            assert background is not None  # or there would be a tissue
             shift_px_yx = np.zeros(2, int)
             image = background[z].astype(np.float32)
             sharp = image - ndimage.gaussian_filter(image, 1.0)
@@ -167,7 +169,9 @@ class Tissue:
         membrane = _bump(wall_px, 3.0) - 0.25 * _bump(wall_px, 0.9)
         return 140 + 54 * (tone + membrane * (_MEMBRANE - tone))
 
-    def _cells(self, depth: float, *yx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _cells(
+        self, depth: np.floating, *yx: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns each pixel's cell and its distance to that cell's wall in px."""
         blocks = [
             at.reshape(-1, _BLOCK_PX, at.shape[1] // _BLOCK_PX, _BLOCK_PX) for at in yx
@@ -200,7 +204,7 @@ class Tissue:
         return cell, wall_px
 
     def _add_mitochondria(
-        self, tone: np.ndarray, depth: float, *place: np.ndarray
+        self, tone: np.ndarray, depth: np.floating, *place: np.ndarray
     ) -> None:
         """Paints them into tone; place is y, x, cell and wall_px of each pixel."""
         where = np.nonzero(self._has_mitochondrion[place[2]] & (place[3] > 6))
@@ -324,5 +328,5 @@ def _turn(
     return dy * cosine + dx * sine, dx * cosine - dy * sine
 
 
-def _bump(x: np.ndarray | float, width: float) -> np.ndarray | float:
+def _bump(x: np.ndarray | float, width: float) -> Any:
     return np.exp(-((x / width) ** 2))

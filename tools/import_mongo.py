@@ -18,6 +18,7 @@ split, experiment and train. Kill an import at any moment and run it again.
 
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +64,7 @@ def _define_layout() -> None:
     @flags.multi_flags_validator(
         ["layout", *dict.fromkeys(sum(_OF_LAYOUT.values(), ()))]
     )
-    def _(values: dict[str, object]) -> bool:
+    def _(values: dict[str, Any]) -> bool:
         wanted = _OF_LAYOUT[values["layout"]]
         for name, value in values.items():
             if name != "layout" and (value is not None) != (name in wanted):

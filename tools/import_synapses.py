@@ -95,9 +95,17 @@ def main() -> None:
 
 
 # What an export v3, already in its volume's frame and taken as it is, has no use for.
-_NOT_OF_EXPORT = ("space", "scale_nm_zyx", "offset_nm_zyx", "columns")
-_NOT_OF_EXPORT += ("voxel_size_nm_zyx", "minimum_synapses", "minimum_neurons")
-_NOT_OF_EXPORT += ("keep_unknown", "drop_bad_rows")
+_NOT_OF_EXPORT = (
+    "space",
+    "scale_nm_zyx",
+    "offset_nm_zyx",
+    "columns",
+    "voxel_size_nm_zyx",
+    "minimum_synapses",
+    "minimum_neurons",
+    "keep_unknown",
+    "drop_bad_rows",
+)
 
 
 def _export_v3() -> importing.GroundTruth:

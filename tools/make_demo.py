@@ -163,7 +163,7 @@ def _draw_neurons(
     floor = np.full(weights.size, min(9, (total - unknown - 1) // weights.size))
     rest = total - unknown - 1 - floor.sum()
     counts = floor + _apportion(rest, np.maximum(weights - floor, 0))
-    drawn = [
+    drawn: list[tuple[str, tuple[str, ...] | None]] = [
         (name, (name,)) for name in np.repeat(demo_synapses.CLASSES, counts).tolist()
     ]
     drawn += [

@@ -10,6 +10,7 @@ it and without `--by`, the split that is there is reported on.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,23 +58,24 @@ _VOXEL_SIZE = flags.DEFINE_list("voxel_size_nm_zyx", ["40", "4", "4"], "For the 
 
 def main() -> None:
     table = reading.load(_SYNAPSES.value)
-    if _BY.value is None:
+    by = _BY.value
+    if by is None:
         if _OUTPUT.value is not None or _REPORT.value is None:
             raise UserError("give --by=… and --output to split, or --report alone")
     else:
-        table = _split(table)
+        table = _split(table, by)
     if _REPORT.value is not None:
         _report(table, pathlib.Path(_REPORT.value))
 
 
-def _split(table: pa.Table) -> pa.Table:
+def _split(table: pa.Table, by: str) -> pa.Table:
     column = f"split_{_NAME.value}"
     if not _NAME.value.isidentifier():
         raise UserError(f"--name={_NAME.value}: use letters, digits and _")
     if _OUTPUT.value is None:
         raise UserError("give --output=TABLE, a .feather or .parquet file")
     synapses.check_writable(_OUTPUT.value)
-    _keep_columns(table)
+    _keep_columns(table, _OUTPUT.value)
     if column in table.column_names:
         if not _OVERWRITE.value:
             raise UserError(
@@ -84,7 +86,7 @@ def _split(table: pa.Table) -> pa.Table:
     hold_out = None if _HOLD_OUT.value is None else _ids(_HOLD_OUT.value)
     fractions = command.three_numbers("fractions", _FRACTIONS.value)
     scheme = splits.Scheme(
-        by=_BY.value,
+        by=by,
         fractions=fractions,
         classes=_CLASSES.value,
         hold_out=hold_out,
@@ -97,7 +99,7 @@ def _split(table: pa.Table) -> pa.Table:
     )
     split = splits.make(table, scheme)
     about = metadata.of(table)
-    made = {"by": _BY.value, "fractions": fractions, "seed": _SEED.value}
+    made: dict[str, Any] = {"by": by, "fractions": fractions, "seed": _SEED.value}
     made |= {"balance": _BALANCE.value, "per_synapse": list(split.per_synapse)}
     made |= {"shared_cell_types": _SHARED_CELL_TYPES.value, "hold_out": _HOLD_OUT.value}
     made |= {"objective": split.objective, "bound": split.bound}
@@ -109,9 +111,9 @@ def _split(table: pa.Table) -> pa.Table:
     return table
 
 
-def _keep_columns(table: pa.Table) -> None:
+def _keep_columns(table: pa.Table, written_to: str) -> None:
     """Refuses to write over a file of which the table has not all columns."""
-    source, output = pathlib.Path(_SYNAPSES.value), pathlib.Path(_OUTPUT.value)
+    source, output = pathlib.Path(_SYNAPSES.value), pathlib.Path(written_to)
     if not source.is_file() or source.resolve() != output.resolve():
         return
     lost = set(formats.read(source).column_names) - set(table.column_names)

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -16,7 +17,8 @@ def _parse_flags(argv: Sequence[str], positional: Sequence[str]) -> list[str]:
         arguments = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS:
             # A config file that cannot be read fails at its first use only.
-            flags.FLAGS["config"].value.keys()
+            config: Any = flags.FLAGS["config"].value
+            config.keys()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         _exit(f"flags: {error.args[0]}", 2)
     except Exception as error:  # whatever goes wrong in the user's config file
@@ -31,7 +33,7 @@ def _parse_flags(argv: Sequence[str], positional: Sequence[str]) -> list[str]:
     return arguments
 
 
-def _exit(message: str, code: int, abandon_threads: bool = False) -> None:
+def _exit(message: str, code: int, abandon_threads: bool = False) -> NoReturn:
     # A URI given in the wrong place may hold a password.
     one_line = redact(" ".join(message.split()))
     print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {one_line}", file=sys.stderr)

@@ -29,7 +29,7 @@ _LINES = [f"#01020{5 + number:x}" for number in range(6)]
 _MEANINGS = {_INK: "currentColor", _GRID: "var(--line)"} | {
     colour: f"var(--c{number})" for number, colour in enumerate(_LINES)
 }
-_IN_PAGE = {
+_IN_PAGE: dict[Any, Any] = {  # matplotlib has literal types for the names
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
     "axes.prop_cycle": plt.cycler(color=_LINES),
@@ -181,7 +181,7 @@ def augmentations(
         layout="constrained",
     )
     grid = figure.add_gridspec(2 * n, columns, height_ratios=(1, strip) * n)
-    grey = {"cmap": "gray", "vmin": -1, "vmax": 1}
+    grey: dict[str, Any] = {"cmap": "gray", "vmin": -1, "vmax": 1}
     for i, (record, name) in enumerate(zip(records, names, strict=True)):
         first, *middles, along_z = (
             figure.add_subplot(grid[2 * i, column]) for column in range(columns)
@@ -200,7 +200,7 @@ def augmentations(
         along_z.set_title("1, z–x", fontsize=7)
         below = figure.add_subplot(grid[2 * i + 1, :], anchor="W")
         side_by_side = np.pad(crops[i, 0, shown], gap, constant_values=1)
-        below.imshow(np.hstack(side_by_side), **grey)
+        below.imshow(np.hstack(list(side_by_side)), **grey)
         below.set_title(f"1, {len(shown)} of {depth} sections", fontsize=7, loc="left")
         for axes in (first, *middles, along_z, below):
             axes.axis("off")

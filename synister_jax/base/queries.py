@@ -5,7 +5,7 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import duckdb
 import pyarrow as pa
@@ -23,7 +23,7 @@ def run(
     batches: Iterator[pa.RecordBatch],
     folder: pathlib.Path | None,
     threads: int | None = None,
-) -> Iterator[pa.RecordBatch]:
+) -> Generator[pa.RecordBatch, None, None]:
     """The rows of `query`, an SQL statement over `batches`, which it calls `rows`.
 
     One batch at least, though it may be empty.
@@ -49,7 +49,8 @@ def run(
 
     # Each thread needs memory of its own: 128 of them run out of this.
     threads = threads or min(8, os.cpu_count() or 1)
-    config = {"memory_limit": MEMORY, "threads": str(threads)}
+    config: dict[str, str | bool | int | float | list[str]] = {}
+    config |= {"memory_limit": MEMORY, "threads": str(threads)}
     config["preserve_insertion_order"] = "false"  # only ORDER BY says what comes first
     with _spill(folder) as spill:
         config["temp_directory"] = "" if spill is None else str(spill)

@@ -218,16 +218,16 @@ def _ahead(
     pool: concurrent.futures.Executor, items: Iterator[_T], depth: int = _AHEAD
 ) -> Iterator[_T]:
     """The items, made by the pool's one thread, up to `depth` before they are asked."""
-    end = object()
     stopped = threading.Event()
 
-    def following() -> object:
-        return end if stopped.is_set() else next(items, end)
+    def following() -> list[_T]:
+        """The next one; none where there is an end."""
+        return [] if stopped.is_set() else list(itertools.islice(items, 1))
 
     waiting = collections.deque(pool.submit(following) for _ in range(depth))
     try:
-        while (item := waiting.popleft().result()) is not end:
+        while found := waiting.popleft().result():
             waiting.append(pool.submit(following))
-            yield item
+            yield found[0]
     finally:
         stopped.set()

@@ -173,7 +173,7 @@ def of_classifier(
     return make(source, volume, shape, files.make_folder(output), unit_rows, made_from)
 
 
-def open(folder: pathlib.Path) -> Plan:  # noqa: A001
+def open(folder: pathlib.Path) -> Plan:
     """The plan that is in a folder."""
     return Plan(folder, files.read_json(folder / "plan.json"))
 

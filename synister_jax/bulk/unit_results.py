@@ -91,6 +91,6 @@ def _sha256(plan: Plan, unit: int, part: UnitResult) -> str:
     digest = hashlib.sha256(plan.fingerprint + f"unit {unit}".encode())
     for values in (part.rows, part.whole, part.probabilities):
         digest.update(f"{values.dtype} {values.shape}".encode())
-        digest.update(np.ascontiguousarray(values))
+        digest.update(np.ascontiguousarray(values).data)
     digest.update(json.dumps(sorted(part.unreadable)).encode())
     return digest.hexdigest()

@@ -82,6 +82,7 @@ def describe(space: Space, shape_zyx: Sequence[int] | None) -> dict[str, Any]:
     """What `to_volume` did, for a table's metadata."""
     record = dataclasses.asdict(space)
     if any(space.flip_zyx):
+        assert shape_zyx is not None  # `to_volume` refuses to flip without it
         record["shape_zyx"] = [int(size) for size in shape_zyx]
     return record
 

@@ -119,7 +119,7 @@ def reason(error: Exception) -> str:
     return re.sub(quoted, "", str(error), flags=re.DOTALL)
 
 
-def open(  # noqa: A001 - volumes.open reads well
+def open(
     uri: str,
     voxel_size_nm_zyx: Sequence[float] | None = None,
     cache_bytes: int = 1 << 30,

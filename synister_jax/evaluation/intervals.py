@@ -17,7 +17,7 @@ _DRAWS_AT_ONCE = 50
 def by_group(
     groups: np.ndarray, truth: np.ndarray, called: np.ndarray, classes: int
 ) -> dict[str, list[float] | None]:
-    """Percentile intervals of `metrics.summary`'s accuracies, by whole groups.
+    """Percentile intervals of `accuracy.summary`'s accuracies, by whole groups.
 
     Args:
       groups: [n] number of each entry's group, what is drawn with replacement; below 0

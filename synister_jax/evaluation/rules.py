@@ -66,6 +66,7 @@ def cleft_weighted(tally: Tally, confusion: Confusion | None = None) -> Verdict:
     fafbseg-py (`collapse_nt_predictions`). Without a call where the weights of a group
     sum to zero.
     """
+    assert tally.weighted is not None  # `require` has refused it
     return _largest(tally.weighted)
 
 
@@ -78,6 +79,7 @@ def flyem(tally: Tally, confusion: Confusion | None = None) -> Verdict:
     groups, by their synapses alone, below `FLYEM_TYPE_SYNAPSES`, or `FLYEM_SYNAPSES`
     where they are one neuron (flyem-snapshot; optic lobe and male CNS in neuPrint).
     """
+    assert confusion is not None  # `require` has refused it
     confusion.require_rows()
     rows = confusion.by_row()
     distribution = _shares(tally.counts)
@@ -101,6 +103,7 @@ def conf_nt(tally: Tally, confusion: Confusion | None = None) -> Verdict:
     was made with this very formula is not published in code. A class that was never
     called in the confusion is worth nothing: a group of its calls alone has no call.
     """
+    assert confusion is not None  # `require` has refused it
     worth = _shares(tally.counts) @ np.nan_to_num(confusion.by_column()).T
     return _largest(np.where(worth.any(axis=1, keepdims=True), worth, np.nan))
 

@@ -88,7 +88,7 @@ class Agreement:
             np.where(own, x, -1).argmax(axis=1)  # the first of equals
             for x, own in zip((p, q), self._own, strict=True)
         ]
-        self.confusion += accuracy.confusion(*called, len(self.classes))
+        self.confusion += accuracy.confusion(called[0], called[1], len(self.classes))
         self._difference += np.abs(p - q).sum(axis=0)
         self._moments.add(p, q)
         mask = pa.array(both)
@@ -189,7 +189,8 @@ class Agreement:
 
 
 def in_one_direction(
-    shift_nm_zyx: Sequence[float], distance_nm_zyx: Sequence[float]
+    shift_nm_zyx: Sequence[float] | np.ndarray,
+    distance_nm_zyx: Sequence[float] | np.ndarray,
 ) -> bool:
     """Whether signed differences add up, of their sums or means [3] and absolute ones.
 
@@ -260,7 +261,7 @@ class _Moments:
 
     def correlation(self) -> list[float | None]:
         """Pearson's; None where a column does not vary (by more than 1e-9)."""
-        varies = (self._squares > self._count * 1e-18).all(axis=0)
+        varies = np.all(self._squares > self._count * 1e-18, axis=0)
         scale = np.sqrt(self._squares.prod(axis=0))
         return [
             float(np.clip(product / size, -1, 1)) if there else None
@@ -301,7 +302,7 @@ class Neurons:
             called.append(votes.argmax(axis=1))  # the first of equals
             columns[f"called_{side}"] = pa.array(names[called[-1]], pa.string())
             columns[f"fraction_{side}"] = votes.max(axis=1) / count
-        self._confusion += accuracy.confusion(*called, len(names))
+        self._confusion += accuracy.confusion(called[0], called[1], len(names))
         table = pa.table(columns)
         self._different.append(table.filter(pa.array(called[0] != called[1])))
 

@@ -17,8 +17,16 @@ from synister_jax.exchange.writing import Consumer, Options
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 
-_CLASSES = ("acetylcholine", "dopamine", "gaba", "glutamate")
-_CLASSES += ("histamine", "octopamine", "serotonin", "tyramine")
+_CLASSES = (
+    "acetylcholine",
+    "dopamine",
+    "gaba",
+    "glutamate",
+    "histamine",
+    "octopamine",
+    "serotonin",
+    "tyramine",
+)
 NAMES = {name: name for name in _CLASSES}
 
 

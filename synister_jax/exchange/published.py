@@ -160,7 +160,7 @@ class Published:
         return pa.array(values)
 
 
-def open(  # noqa: A001
+def open(
     path: str | os.PathLike[str],
     voxel_size_nm_zyx: tuple[float, float, float] | None = None,
 ) -> Published:

@@ -11,6 +11,7 @@ because of a null pandas makes the whole column floats, which lose digits of lar
 import contextlib
 import dataclasses
 import gzip
+import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ def _sink(path: pathlib.Path, schema: pa.Schema) -> Iterator[Any]:
     options = csv.WriteOptions(include_header=False, quoting_style="needed")
     with contextlib.ExitStack() as opened:
         partial = opened.enter_context(files.replacing(path))
-        file = opened.enter_context(partial.open("wb"))
+        file: io.BufferedIOBase = opened.enter_context(partial.open("wb"))
         if path.suffix == ".gz":  # without name and time: the same bytes every time
             zipped = gzip.GzipFile("", "wb", 6, file, mtime=0)
             file = opened.enter_context(zipped)

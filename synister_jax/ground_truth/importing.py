@@ -91,7 +91,7 @@ def read(
         rows["small"].to_numpy(), f"size below {dialect.smallest_size} or missing"
     )
     xyz = {name: rows[name].to_numpy() for name in "xyz"}
-    lacking = np.isnan(list(xyz.values())).any(axis=0)
+    lacking = np.any(np.isnan(list(xyz.values())), axis=0)
     sieve.refuse(lacking, "a coordinate is missing or not a number")
     position = spaces.to_volume(space, xyz, volume.shape_zyx if volume else None)
     synapse_id = _synapse_ids(rows, sieve, dialect, xyz, position)
@@ -156,7 +156,7 @@ def _standard(
             f"{path} is a synapse table, in its volume's frame already; read it with "
             "--source=table and without --space, --scale_nm_zyx or --offset_nm_zyx"
         )
-    absent = []
+    absent: list[str] = []
 
     def column(*names: str) -> list[pa.ChunkedArray]:
         """Those of the columns that are there; one of nulls where none need be."""
@@ -257,8 +257,9 @@ def _transmitters(rows: pa.Table, sieve: RowFilter, keep_unknown: bool) -> pa.Ar
 
 def _class_name(text: str) -> str | None:
     parts = [part.strip() for part in text.lower().split("+")]
-    parts = {_SYNONYMS.get(part, part) for part in parts}
-    return None if None in parts else "+".join(sorted(parts))
+    names = {_SYNONYMS.get(part, part) for part in parts}
+    known = sorted(name for name in names if name is not None)
+    return "+".join(known) if len(known) == len(names) else None
 
 
 def _over_neuron(

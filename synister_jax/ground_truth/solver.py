@@ -102,7 +102,10 @@ def independent(groups: Groups, classes: Sequence[int]) -> list[list[int]]:
     group, column = np.nonzero(groups.counts[:, classes])
     has = sparse.csr_array((np.ones(len(group)), (unit[group], column)))
     number, of_class = csgraph.connected_components(has.T @ has)
-    return [[classes[i] for i in np.flatnonzero(of_class == n)] for n in range(number)]
+    return [
+        [classes[i] for i in np.flatnonzero(of_class == n).tolist()]
+        for n in range(number)
+    ]
 
 
 def solve(groups: Groups, classes: Sequence[int], *, spread: bool = True) -> Solution:
@@ -195,10 +198,10 @@ class _Kinds:
 
 def _merge(groups: Groups, classes: Sequence[int]) -> _Kinds:
     """In an order that the seed decides."""
-    members = (groups.counts[:, classes] > 0).any(axis=1)
+    is_member = np.any(groups.counts[:, classes] > 0, axis=1)
     typed = groups.cell_types >= 0
-    members |= typed & np.isin(groups.cell_types, groups.cell_types[members])
-    members = np.flatnonzero(members)
+    is_member |= typed & np.isin(groups.cell_types, groups.cell_types[is_member])
+    members = np.flatnonzero(is_member)
     columns = [groups.counts[:, classes], groups.cell_types, groups.anchored]
     keys = np.column_stack(columns)[members]
     _, first, kind, many = np.unique(

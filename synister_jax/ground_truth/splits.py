@@ -201,8 +201,7 @@ def make(table: pa.Table, scheme: Scheme) -> Split:
 
     part = part_of_group[group_of_row]
     achieved = np.stack([counts[part_of_group == p].sum(axis=0) for p in range(3)], 1)
-    targets = [solver.targets(n, fractions) for n in counts.sum(0)]
-    targets = np.stack(targets)
+    targets = np.stack([solver.targets(n, fractions) for n in counts.sum(0)])
     for k in per_synapse:
         of_class = labels == k
         targets[k] = solver.targets(of_class.sum(), fractions)
@@ -290,7 +289,9 @@ def _solve_all(
     groups: solver.Groups, classes: Sequence[str], by: str, fallback: bool
 ) -> tuple[list[solver.Solution], list[int], set[str]]:
     """Solutions, the classes that none is for, and why the solver stopped early."""
-    solutions, left_out, failures = [], [], []
+    solutions: list[solver.Solution] = []
+    left_out: list[int] = []
+    failures: list[solver.Infeasible] = []
     waiting = solver.independent(groups, range(len(classes)))
     while waiting:
         together = waiting.pop(0)
@@ -305,7 +306,7 @@ def _solve_all(
                 waiting += solver.independent(groups, rest)
     if failures and not fallback:
         raise ImpossibleSplit(_explain(groups, classes, by, failures))
-    reasons = {x.stopped for x in [*solutions, *failures]}
+    reasons = {x.stopped for x in solutions} | {x.stopped for x in failures}
     return solutions, sorted(left_out), reasons
 
 

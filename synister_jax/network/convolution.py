@@ -269,4 +269,5 @@ def _kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
     # [dy, voxel of the window, in, dz, voxel of the row, out]
     pairs = jnp.stack(sums).reshape(3, r + 2, channels, 3, r, features)
     gradient = sum(pairs[:, i : i + 3, :, :, i] for i in range(r))
+    assert isinstance(gradient, jax.Array)  # r is not 0
     return gradient.transpose(3, 0, 1, 2, 4)

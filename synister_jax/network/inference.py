@@ -57,7 +57,7 @@ def make_classify(
         )
 
     def probabilities(variables: Variables, crops: jax.Array) -> jax.Array:
-        logits = network.apply(variables, crops, train=False)
+        logits: Any = network.apply(variables, crops, train=False)
         return jax.nn.softmax(logits if temperature is None else logits / temperature)
 
     def classify(variables: Variables, records: jax.Array) -> jax.Array:
@@ -186,7 +186,7 @@ class Classifier:
             parts.append(np.asarray(self.start(batch)))
         return np.concatenate(parts)[: len(records)]
 
-    def put(self, records: Sequence[np.ndarray]) -> jax.Array:
+    def put(self, records: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
         """n ≤ batch_size uint8 records → [batch_size, *record] on the devices.
 
         Filled up with zeros. Returns when the transfer is complete.

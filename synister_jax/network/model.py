@@ -6,7 +6,8 @@ of stay float32, and so do the logits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,7 +28,7 @@ _RESNET_DENSE_INIT = initializers.normal(0.01)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def _bias_init(fan_in: int) -> initializers.Initializer:
+def _bias_init(fan_in: int) -> Callable[..., jax.Array]:
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
@@ -270,7 +271,7 @@ def from_config(
     """
     settings = config.model
     network = settings.get("network", "vgg3d")
-    common = {
+    common: dict[str, Any] = {
         "classes": len(config.classes),
         "dtype": compute_dtype(config),
         "head_sharding": head_sharding,

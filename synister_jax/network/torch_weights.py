@@ -68,7 +68,7 @@ def read_setup(
         ("feature_multipliers", "fmap_inc"),
         ("convolutions", "n_convolutions"),
     ):
-        values = setup.read(theirs, _counts, (2, 2, 2, 2))
+        values: tuple[int, ...] = setup.read(theirs, _counts, (2, 2, 2, 2))
         if len(values) != len(factors):
             raise setup.error(
                 theirs,

@@ -5,7 +5,7 @@ The command `request` and the web service make the same folder, byte for byte:
 
 `request.json`, what it is of · `sites/` as the source gave them and in the volume's
 frame · `synapses.feather`, of these one row for each row of the answer ·
-`predictions.feather` and `.json` (predict.py) · `predictions.csv` · `report.html` ·
+`predictions.feather` and `.json` (merging.py) · `predictions.csv` · `report.html` ·
 `answer.json`, written last.
 
 What is finished stays, so a request that was stopped goes on where it was.

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -66,11 +66,14 @@ _UNNAMED = {3: _AXES, 4: ("id", *_AXES), 5: ("id", "skid", *_AXES)}
 _LINES_A_ROW = 10  # at most, over all: else blank lines could go on for ever
 
 
+Kind = Literal["neurons", "positions"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What is asked for: `table` has the columns `NEURONS` or `POSITIONS`."""
 
-    kind: str  # "neurons" (each once, in the order of first mention) or "positions"
+    kind: Kind  # neurons: each once, in the order of first mention
     table: pa.Table
 
 
@@ -78,7 +81,7 @@ class Asked:
 class Checked:
     """What was found; there is `asked` exactly when there is no error."""
 
-    kind: str | None  # None: it could not be told
+    kind: Kind | None  # None: it could not be told
     asked: Asked | None
     rows: int  # read: positions, or mentions of neurons
     errors: list[Problem]  # the first requested_lines.MOST_TOLD
@@ -88,14 +91,14 @@ class Checked:
 
 
 def check(
-    stream: BinaryIO, kind: str | None = None, most_rows: int = 1_000_000
+    stream: BinaryIO, kind: Kind | None = None, most_rows: int = 1_000_000
 ) -> Checked:
     """Reads a request to its end, or to an error after which the rest says nothing.
 
     No bytes make it raise; what `stream.read` raises passes through.
 
     Args:
-      kind: "neurons" or "positions"; something else in the stream is an error.
+      kind: something else in the stream is an error.
       most_rows: beyond which nothing is read.
     """
     told = Told()
@@ -123,7 +126,7 @@ def check(
     )
 
 
-def load(path: str, kind: str | None) -> tuple[Asked, list[Problem]]:
+def load(path: str, kind: Kind | None) -> tuple[Asked, list[Problem]]:
     """What the file asks for, with warnings; as `check`.
 
     Raises:
@@ -144,13 +147,13 @@ def load(path: str, kind: str | None) -> tuple[Asked, list[Problem]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    kind: str
+    kind: Kind
     names: list[str]  # of the columns, as written; empty for ids without a header
     places: dict[str, int]  # of the columns in use, by role
     rows: Iterator[tuple[int, list[str]]]  # to come: first line and cells of each
 
 
-def _layout(lines: Lines, told: Told, kind: str | None) -> _Layout:
+def _layout(lines: Lines, told: Told, kind: Kind | None) -> _Layout:
     """What the columns are, from the first row. Raises `Stop` where it does not say."""
     first = lines.peek()
     if first is not None and _EXCEL.fullmatch(first.strip()):
@@ -186,14 +189,14 @@ def _named(
     names: list[str],
     rows: Iterator[tuple[int, list[str]]],
     told: Told,
-    kind: str | None,
+    kind: Kind | None,
 ) -> _Layout:
     """The layout of a first line that names columns."""
     found: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         if (role := _role(name)) is not None:
             found.setdefault(role, []).append(place)
-    is_there = "neurons" if found.keys().isdisjoint(_AXES) else "positions"
+    is_there: Kind = "neurons" if found.keys().isdisjoint(_AXES) else "positions"
     if is_there == "neurons" and "neuron" not in found:
         raise Stop(
             line,
@@ -232,7 +235,7 @@ def _named(
 
 
 def _unnamed(
-    lines: Lines, first: str, delimiter: str, told: Told, kind: str | None
+    lines: Lines, first: str, delimiter: str, told: Told, kind: Kind | None
 ) -> _Layout:
     """The layout of rows without a header, of which `first` is the first line."""
     line = lines.first

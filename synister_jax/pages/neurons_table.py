@@ -52,7 +52,7 @@ def legend(classes: Sequence[str]) -> list[Class]:
         Class(
             name,
             _SHORT.get(name, name[:4]),
-            free[place % len(free)] if _colour(name) is None else _colour(name),
+            free[place % len(free)] if (known := _colour(name)) is None else known,
         )
         for place, name in enumerate(classes)
     ]
@@ -83,7 +83,10 @@ def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, An
     predicted = groups["predicted"].to_numpy()
     chosen = np.lexsort((ids, -predicted))[:MOST]
     shown = groups.take(pa.array(chosen))
-    words, columns = {}, {"id": [str(i) for i in shown["neuron_id"].to_pylist()]}
+    words = {}
+    columns: dict[str, list[Any]] = {
+        "id": [str(i) for i in shown["neuron_id"].to_pylist()]
+    }
     headings = {"id": "neuron"}
     for name, source, heading in _WORDS:
         encoded = shown[source].combine_chunks().dictionary_encode()

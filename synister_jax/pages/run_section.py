@@ -37,8 +37,18 @@ _OF_CHECKPOINTS = ("step", "loss") + tuple(
     for what in ("synapse", "neuron")
     for name in ("accuracy", "mean_class_accuracy")
 )
-_CALIBRATED = ("part", "rows", "temperature", "before", "after", "curve", "coverage")
-_CALIBRATED += ("precision", "precision_target", "abstain_below")
+_CALIBRATED = (
+    "part",
+    "rows",
+    "temperature",
+    "before",
+    "after",
+    "curve",
+    "coverage",
+    "precision",
+    "precision_target",
+    "abstain_below",
+)
 
 
 def content(

@@ -61,16 +61,20 @@ def make(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         # Requests, with what is in them, are nobody else's business.
-        telemetry=dict.fromkeys(
-            ("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False
-        ),
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
     )
     app.state.service = service
     options = service.options
     app.add_middleware(Guard, host=options.host, public_url=options.public_url)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(jobs_api.Unfit, _unfit)
-    app.add_exception_handler(405, _other_method)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(jobs_api.Unfit)(_unfit)
+    app.exception_handler(405)(_other_method)
     for module in (sessions_api, jobs_api, answers_api, points, views_api):
         app.include_router(module.router)
     _serve(app, "/", _PAGE)
@@ -81,7 +85,8 @@ def make(service: Service) -> FastAPI:
     def health() -> shapes.Health:
         return shapes.Health(status="ok", workers=service.workers())
 
-    app.openapi = lambda: _openapi(app)
+    # FastAPI's documentation says to put another function in the method's place.
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 

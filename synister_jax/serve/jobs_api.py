@@ -229,17 +229,15 @@ def _shape(job: StoredJob, queue: Sequence[int]) -> shapes.Job:
         rows=job.rows,
         message=job.message,
         created=_iso(job.created),
-        started=_iso(job.started),
-        finished=_iso(job.finished),
+        started=None if job.started is None else _iso(job.started),
+        finished=None if job.finished is None else _iso(job.finished),
         answer=None,
         links=links if job.state == "done" else None,
         bytes=job.bytes,
     )
 
 
-def _iso(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
+def _iso(seconds: float) -> str:
     time = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 

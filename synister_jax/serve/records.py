@@ -3,6 +3,11 @@
 
 import dataclasses
 import time
+from typing import Literal
+
+from synister_jax.ondemand.questions import Kind
+
+State = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,9 +18,9 @@ class StoredJob:
     token_id: int
     model: str
     source: str
-    kind: str
+    kind: Kind
     name: str
-    state: str  # queued, running, done, failed, cancelled
+    state: State
     stage: str
     done: int
     total: int
@@ -50,7 +55,6 @@ class NewJob:
     """A request for predictions that has been checked.
 
     Attributes:
-      kind: neurons or positions.
       name: what the user calls it.
       size: bytes that it takes now; the worker's `Store.finish` says the rest.
       step: of the model's checkpoint; None before a worker opened it.
@@ -61,7 +65,7 @@ class NewJob:
     token_id: int
     model: str
     source: str
-    kind: str
+    kind: Kind
     name: str
     rows: int
     size: int

@@ -89,8 +89,8 @@ def models(served: Served, user: User) -> list[shapes.Model]:
                     shapes.Class(name=c.name, short=c.short, colour=c.colour)
                     for c in neurons_table.legend(network.classes)
                 ],
-                voxel_size_nm_zyx=network.voxel_size_nm_zyx,
-                crop_shape_zyx=network.crop_shape_zyx,
+                voxel_size_nm_zyx=list(network.voxel_size_nm_zyx),
+                crop_shape_zyx=list(network.crop_shape_zyx),
                 sources=[
                     shapes.Source(
                         name=source.name,

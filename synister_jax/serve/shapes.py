@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from fastapi import Path, Query
 from pydantic import BaseModel, Field, StringConstraints
 
-Kind = Literal["neurons", "positions"]
-State = Literal["queued", "running", "done", "failed", "cancelled"]
+from synister_jax.ondemand.questions import Kind
+from synister_jax.serve.records import State
 
 _ID = {"pattern": "^[0-9a-f]{16}$"}
 # Told, not enforced: what is no id is not found, as an id that nobody has.

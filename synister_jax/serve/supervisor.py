@@ -89,6 +89,7 @@ def environments(
     if backend not in ("gpu", "tpu"):
         return [{}] * (workers or 1)
     workers = workers or devices
+    each: list[dict[str, str]]
     if devices == 1:
         each = [{}] * workers
     elif backend == "gpu":
@@ -159,6 +160,7 @@ class Supervisor:
         running = [p.process for p in self._places if p.process is not None]
         for process in running:
             with contextlib.suppress(BrokenPipeError):
+                assert process.stdin is not None  # `_start` gives it a pipe
                 process.stdin.close()
         for process in running:
             try:
@@ -191,13 +193,14 @@ class Supervisor:
             if place.is_alive:
                 continue
             if place.process is not None:
-                self._bury(place, now)
+                self._bury(place, place.process, now)
             if now >= place.next_start:
                 self._start(place, now)
 
-    def _bury(self, place: _Place, now: float) -> None:
-        code = place.process.returncode
-        place.process.stdin.close()
+    def _bury(self, place: _Place, process: subprocess.Popen, now: float) -> None:
+        code = process.returncode
+        assert process.stdin is not None  # `_start` gives it a pipe
+        process.stdin.close()
         place.process = None
         place.deaths = 0 if now - place.started > _HEALTHY_SECONDS else place.deaths
         pause = _PAUSES[min(place.deaths, len(_PAUSES) - 1)]
@@ -231,8 +234,10 @@ def clear(store: Store, folder: pathlib.Path) -> None:
     states, now = store.states(), time.time()
     for path in (folder / "jobs").iterdir():
         state, finished = states.get(path.name, ("deleted", path.stat().st_mtime))
-        is_over = state in ("deleted", "failed", "cancelled")
-        if is_over and now - finished > _KEPT_SECONDS:
+        if state not in ("deleted", "failed", "cancelled"):
+            continue
+        assert finished is not None  # the store writes when it came to nothing
+        if now - finished > _KEPT_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
             store.emptied(path.name)
     store.forget_points()

@@ -105,9 +105,9 @@ def shape(found: Checked, seconds_a_row: float | None) -> shapes.Check:
         kind=found.kind,
         rows=found.rows,
         neurons=neurons,
-        errors=[dataclasses.asdict(p) for p in found.errors],
+        errors=[shapes.Problem(**dataclasses.asdict(p)) for p in found.errors],
         error_count=found.error_count,
-        warnings=[dataclasses.asdict(p) for p in found.warnings],
+        warnings=[shapes.Problem(**dataclasses.asdict(p)) for p in found.warnings],
         warning_count=found.warning_count,
         seconds=seconds,
     )

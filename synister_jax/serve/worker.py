@@ -114,15 +114,16 @@ class Worker:
 
     def _do(self, job: StoredJob) -> None:
         folder = self._state / "jobs" / job.id
-        last = [0.0, ""]
+        told_at, told_stage = 0.0, ""
 
         def tell(stage: str, done: int, total: int) -> None:
+            nonlocal told_at, told_stage
             if self.leaving.is_set():
                 raise _Leaving
             now = time.monotonic()
-            if stage == last[1] and now - last[0] < _TOLD_EVERY and done < total:
+            if stage == told_stage and now - told_at < _TOLD_EVERY and done < total:
                 return
-            last[:] = [now, stage]
+            told_at, told_stage = now, stage
             if not self._store.tell(job.id, self._name, stage, done, total):
                 raise _NotWanted
             self._answer_points()
@@ -212,9 +213,10 @@ class Worker:
         for values, status in zip(probabilities, statuses, strict=True):
             known = bool(np.isfinite(values).all())
             each = dict(zip(classes, map(float, values), strict=True))
+            winner = max(each, key=each.__getitem__) if known else None
             results.append(
                 {
-                    "neurotransmitter_name": max(each, key=each.get) if known else None,
+                    "neurotransmitter_name": winner,
                     "probabilities": each if known else None,
                     "status": status,
                 }

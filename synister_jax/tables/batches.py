@@ -57,7 +57,7 @@ class Checksum:
 
     def update(self, table: pa.Table) -> None:
         for name, digest in zip(self.NAMES, self._digests, strict=True):
-            digest.update(np.ascontiguousarray(table[name].to_numpy()))
+            digest.update(np.ascontiguousarray(table[name].to_numpy()).data)
         self.rows += len(table)
 
     def hexdigest(self) -> str:

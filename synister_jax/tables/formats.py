@@ -26,7 +26,7 @@ Choose = Callable[[Sequence[str]], dict[str, pa.DataType]]
 Opened = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
-def open(  # noqa: A001
+def open(
     path: str | os.PathLike[str], choose: Choose, what: str = "synapse table"
 ) -> Opened:
     """Schema and batches of a Feather, Parquet, CSV or .csv.gz file.

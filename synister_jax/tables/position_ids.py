@@ -39,6 +39,6 @@ def neuprint(index_vx_zyx: np.ndarray) -> np.ndarray:
     -1 where a coordinate does not fit 21 bits.
     """
     index = np.asarray(index_vx_zyx)
-    fits = ((index >= 0) & (index < 1 << _BITS)).all(axis=1)
+    fits = np.all((index >= 0) & (index < 1 << _BITS), axis=1)
     z, y, x = np.where(fits[:, None], index, 0).astype(np.int64).T
     return np.where(fits, (z << 2 * _BITS) | (y << _BITS) | x, -1)

@@ -91,7 +91,7 @@ class Predictions:
             yield self.schema.empty_table().select(columns)
 
 
-def open(path: str | os.PathLike[str]) -> Predictions:  # noqa: A001
+def open(path: str | os.PathLike[str]) -> Predictions:
     """A prediction table on disk: Feather, Parquet, or a folder of Parquet files.
 
     Raises:

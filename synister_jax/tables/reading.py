@@ -46,7 +46,7 @@ def load(uri: str | os.PathLike[str]) -> pa.Table:
 
 def open(
     uri: str | os.PathLike[str], part: tuple[str, str] | None = None
-) -> SynapseStream:  # noqa: A001
+) -> SynapseStream:
     """The table `uri`, which is all that `load` takes.
 
     Feather, Parquet and CSV files and databases are read a part at a time, an export v3

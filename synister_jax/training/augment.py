@@ -10,7 +10,7 @@ own, so a batch does not depend on how many devices or processes share it.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +60,12 @@ class AugmentSettings:
                 )
             return values
 
-        def sizes(name: str, low: float = 0) -> tuple[float, ...]:
+        def sizes(name: str, low: float = 0) -> tuple[Any, ...]:
             axes = unit[1:] if name.endswith("_yx") else unit
             values = numbers(name, len(axes), low, 1e6)
             return tuple(size / voxel for size, voxel in zip(values, axes, strict=True))
 
-        def whole(name: str) -> tuple[int, ...]:
+        def whole(name: str) -> tuple[Any, ...]:
             return tuple(round(size) for size in sizes(name))
 
         warps = given.warp_probability > 0

@@ -195,7 +195,10 @@ def acceptance(
 
 
 def padded_batches(
-    shards: Shards, rows: Sequence[int], batch_size: int, placed: jax.NamedSharding
+    shards: Shards,
+    rows: Sequence[int] | np.ndarray,
+    batch_size: int,
+    placed: jax.NamedSharding,
 ) -> Iterator[Batch]:
     """The records of `rows` once, in order, {crop: uint8 [batch, *record]}.
 

@@ -106,5 +106,5 @@ def average(ema: Any, values: Any, decay: float, step: jax.Array) -> Any:
     It decays faster at first, (1 + step) / (10 + step), or the initial weights would
     stay in it for long.
     """
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, v: decay * e + (1 - decay) * v, ema, values)
+    at_most = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, v: at_most * e + (1 - at_most) * v, ema, values)

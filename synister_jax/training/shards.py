@@ -121,7 +121,7 @@ def decode(record: bytes, shape_zyx: Sequence[int]) -> tuple[int, np.ndarray]:
     return _ID.unpack_from(record)[0], crop
 
 
-def open(folder: str | pathlib.Path) -> Shards:  # noqa: A001 - shards.open reads well
+def open(folder: str | pathlib.Path) -> Shards:
     """Opens a finished folder, or raises `UserError` naming what is missing."""
     folder = pathlib.Path(folder)
     manifest_path = folder / "manifest.json"

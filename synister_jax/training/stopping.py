@@ -69,7 +69,7 @@ class Patience:
     def add(self, step: int, value: float) -> None:
         """Counts one more evaluation; an equal one is no better."""
         self._since = 0 if np.float32(value) > self._best else self._since + 1
-        self._best = max(self._best, np.float32(value))
+        self._best = max(self._best, float(np.float32(value)))
         self.last_step = step
 
     @property

@@ -37,7 +37,7 @@ class SplitPart:
 
     def predict(
         self,
-        classify_batch: Callable[[jax.Array], jax.Array],
+        classify_batch: Callable[[jax.Array], jax.Array | np.ndarray],
         batch_size: int,
         mesh: jax.sharding.Mesh,
         about: dict[str, Any],

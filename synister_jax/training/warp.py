@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +214,8 @@ def resample(
         one, else eight.
     """
     flat = record.ravel()
-    index, weight, steps = 0, [], []
+    index: Any = 0  # an array from the first axis on
+    weight, steps = [], []
     for axis, size in enumerate(record.shape):
         stride = math.prod(record.shape[axis + 1 :])
         interpolated = size > 1 and not (axis == 0 and whole_sections)

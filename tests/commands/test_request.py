@@ -18,15 +18,6 @@ from tests.helpers import service_servers
 ANSWER = ("predictions.feather", "predictions.csv", "report.html", "answer.json")
 
 
-@pytest.fixture(scope="module")
-def table_path(
-    tmp_path_factory: pytest.TempPathFactory, synapse_table: pa.Table
-) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("table") / "synapses.feather"
-    synapses.write(synapses.conform(synapse_table, "table"), path)
-    return path
-
-
 @pytest.fixture
 def command(
     trained_run: pathlib.Path, volume_path: pathlib.Path, tmp_path: pathlib.Path

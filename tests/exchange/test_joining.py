@@ -67,7 +67,7 @@ def test_keys_go_on_from_batch_to_batch(
     ids = [rng.integers(0, 60, 100).tolist() for _ in range(2)]
     whole = joining.queries.run
 
-    def cut(*arguments):  # noqa: ANN002, ANN202
+    def cut(*arguments):
         table = pa.Table.from_batches(whole(*arguments))
         return iter(table.combine_chunks().to_batches(max_chunksize=batch))
 

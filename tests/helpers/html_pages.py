@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a browser would see in a page, without one."""
+"""Pages: what a browser would see in one, and one opened in a browser."""
 
 import base64
+import contextlib
 import html.parser
 import json
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright import sync_api
 
 
 class Page(html.parser.HTMLParser):
@@ -69,3 +76,20 @@ CONTRAST = """() => {
     }
     return found.slice(0, 5);
 }"""
+
+
+@contextlib.contextmanager
+def opened(
+    browser: "sync_api.Browser", path: pathlib.Path
+) -> Iterator["sync_api.Page"]:
+    """The page, opened from its file; it must not complain or ask for anything."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        page = context.new_page()
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url))
+        page.goto(path.as_uri())
+        yield page
+        own = ("data:", "blob:", path.as_uri())
+        assert [text for text in said if not text.startswith(own)] == []

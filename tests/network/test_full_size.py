@@ -40,12 +40,12 @@ def freed() -> Iterator[None]:
 )
 def test_imported_weights_give_the_same_logits(arguments: tuple) -> None:
     pytest.importorskip("torch")
-    import test_torch_weights as small
-
     from synister_jax.network import torch_weights
+    from tests.helpers import torch_comparison as torch_side
 
-    config = small.vgg_config(*arguments)
-    found = small.deviation(config, small.torch_vgg(config), torch_weights.vgg3d)
+    config = torch_side.vgg_config(*arguments)
+    network = torch_side.torch_vgg(config)
+    found = torch_side.deviation(config, network, torch_weights.vgg3d)
     print(f"largest relative deviation {found:.1e}")
     assert found < 1e-4
 

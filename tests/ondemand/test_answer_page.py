@@ -3,7 +3,6 @@ import base64
 import hashlib
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import pytest
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand import answer_page
 from synister_jax.pages import neurons_table
+from tests.helpers import html_pages
 from tests.helpers.html_pages import Page
 from tests.helpers.prediction_tables import NEURON, SIX, make, write
 
@@ -252,22 +252,6 @@ def test_predictions_that_are_not_there(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with api.sync_playwright() as playwright:
-        # Containers often have no user namespaces; the page is our own.
-        started = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox"]
-        )
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def page_path(tmp_path_factory: pytest.TempPathFactory, page_text: str) -> pathlib.Path:
     path = tmp_path_factory.mktemp("pages") / "report.html"
     path.write_text(page_text)
@@ -278,17 +262,8 @@ def page_path(tmp_path_factory: pytest.TempPathFactory, page_text: str) -> pathl
 def page(
     browser: "sync_api.Browser", page_path: pathlib.Path
 ) -> Iterator["sync_api.Page"]:
-    """The page, opened from its file; it must not complain or ask for anything."""
-    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
-        opened = context.new_page()
-        said: list[str] = []
-        opened.on("console", lambda message: said.append(message.text))
-        opened.on("pageerror", lambda error: said.append(str(error)))
-        opened.on("request", lambda request: said.append(request.url))
-        opened.goto(page_path.as_uri())
-        yield opened
-        own = ("data:", "blob:", page_path.as_uri())
-        assert [text for text in said if not text.startswith(own)] == []
+    with html_pages.opened(browser, page_path) as page:
+        yield page
 
 
 _FITS = "document.documentElement.scrollWidth <= innerWidth"

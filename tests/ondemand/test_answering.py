@@ -26,15 +26,6 @@ def network(
     return answering.OpenNetwork.open(trained_run, step, str(volume_path), 8)
 
 
-@pytest.fixture(scope="module")
-def table_path(
-    tmp_path_factory: pytest.TempPathFactory, synapse_table: pa.Table
-) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("table") / "synapses.feather"
-    synapses.write(synapses.conform(synapse_table, "table"), path)
-    return path
-
-
 def nothing(stage: str, done: int, total: int) -> None:
     pass
 

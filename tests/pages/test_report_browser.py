@@ -14,6 +14,7 @@ import pytest
 from synister_jax import evaluate, report
 from synister_jax.base import files
 from synister_jax.tables import predictions, synapses
+from tests.helpers import html_pages
 from tests.helpers.html_pages import CONTRAST
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
@@ -73,36 +74,12 @@ def evaluated_run(
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with sync_api.sync_playwright() as playwright:
-        # Containers often have no user namespaces; the page is our own.
-        started = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox"]
-        )
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def page(
     browser: "sync_api.Browser", page_path: pathlib.Path
 ) -> Iterator["sync_api.Page"]:
-    """The page, opened from its file; it must not complain or ask for anything."""
-    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
-        opened = context.new_page()
-        said: list[str] = []
-        opened.on("console", lambda message: said.append(message.text))
-        opened.on("pageerror", lambda error: said.append(str(error)))
-        opened.on("request", lambda request: said.append(request.url))
-        opened.goto(page_path.as_uri())
-        yield opened
-        own = ("data:", "blob:", page_path.as_uri())
-        assert [text for text in said if not text.startswith(own)] == []
+    with html_pages.opened(browser, page_path) as page:
+        yield page
 
 
 def _neurons(page: "sync_api.Page") -> "sync_api.Locator":

@@ -5,7 +5,6 @@ import contextlib
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.tables import synapses
-from tests.helpers import serving
+from tests.helpers import html_pages, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
 expect = sync_api.expect
@@ -84,21 +83,6 @@ def site(
     site = Site(folder, trained_run, volume_path, synapse_table)
     yield site
     assert site.server.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with sync_api.sync_playwright() as playwright:
-        # Containers often have no user namespaces; the page is our own.
-        started = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox"]
-        )
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +477,7 @@ def test_every_view_is_for_everyone(anyone: "sync_api.Page", site: Site) -> None
         page.set_viewport_size(WIDE)
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
-            assert page.evaluate(_CONTRAST) == [], (view, scheme)
+            assert page.evaluate(html_pages.CONTRAST) == [], (view, scheme)
 
 
 _UNNAMED = """() => {
@@ -511,27 +495,6 @@ _SMALL = """() => [...document.querySelectorAll("a, button, input, select, summa
     .filter((x) => x.checkVisibility() && x.type !== "checkbox" && !x.closest("p.note"))
     .filter((x) => !x.matches(".skip") && x.getBoundingClientRect().height < 43.5)
     .map((x) => x.outerHTML)"""
-_CONTRAST = """() => {
-    const part = (c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-    const light = (rgb) => [0.2126, 0.7152, 0.0722]
-        .reduce((sum, w, i) => sum + w * part(rgb[i] / 255), 0);
-    const read = (text) => text.match(/[0-9.]+/g).map(Number);
-    const behind = (node) => {
-        if (!node) return [255, 255, 255];
-        const [r, g, b, a = 1] = read(getComputedStyle(node).backgroundColor);
-        return a === 1 ? [r, g, b] : behind(node.parentElement);
-    };
-    const found = [];
-    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    while (walker.nextNode()) {
-        const node = walker.currentNode.parentElement;
-        if (!walker.currentNode.textContent.trim() || !node.checkVisibility()) continue;
-        const [a, b] = [light(read(getComputedStyle(node).color)), light(behind(node))];
-        const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-        if (contrast < 4.5) found.push([node.textContent, contrast]);
-    }
-    return found;
-}"""
 
 
 @pytest.mark.slow

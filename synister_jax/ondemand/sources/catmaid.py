@@ -56,7 +56,8 @@ def _session(settings: SourceSettings) -> http.Session:
     if token:
         session.headers["X-Authorization"] = f"Token {token}"
     if settings["user"]:
-        session.auth = (settings["user"].encode(), password.encode())
+        # requests would write text as Latin-1; its types know of text alone.
+        session.auth = (settings["user"].encode(), password.encode())  # type: ignore[assignment]
     return session
 
 

@@ -55,7 +55,9 @@ class Session(requests.Session):
         # Or an entry of ~/.netrc would take the place of a client's own header.
         self.auth = _as_it_is
 
-    def mount(self, prefix: str, adapter: requests.adapters.BaseAdapter) -> None:
+    def mount(
+        self, prefix: str | bytes, adapter: requests.adapters.BaseAdapter
+    ) -> None:
         """A client's own adapter would not retry as ours does."""
         super().mount(prefix, requests.adapters.HTTPAdapter(max_retries=RETRIES))
 
@@ -67,6 +69,7 @@ class Session(requests.Session):
         options |= {"stream": True, "allow_redirects": False}
         options["timeout"] = (CONNECT_SECONDS, READ_SECONDS)
         retries = RETRIES
+        url = request.url or ""  # one that is prepared has it
         while True:
             try:
                 response = super().send(request, **options)
@@ -74,7 +77,7 @@ class Session(requests.Session):
                     content = self._read(response)
                 break
             except requests.RequestException as error:
-                raise self.problem(request.url, _reason(error)) from None
+                raise self.problem(url, _reason(error)) from None
             except urllib3.exceptions.HTTPError as error:
                 try:
                     retries = retries.increment(
@@ -82,7 +85,7 @@ class Session(requests.Session):
                     )
                 except urllib3.exceptions.HTTPError:
                     why = "breaks off its answer again and again: try later"
-                    raise self.problem(request.url, why) from None
+                    raise self.problem(url, why) from None
                 retries.sleep()
         response.raw = io.BytesIO(content)
         self._check(response, content)

@@ -93,18 +93,24 @@ def _from_ini(path: pathlib.Path, database: str) -> str:
 
 
 def database_name(uri: str) -> str:
-    return urllib.parse.unquote(_URI.fullmatch(uri)["database"] or "")
+    return urllib.parse.unquote(_parts(uri)["database"] or "")
 
 
 def options(uri: str) -> dict[str, str]:
     """Options by name in lower case, as written."""
-    written = re.split("[&;]", _URI.fullmatch(uri)["options"] or "")
+    written = re.split("[&;]", _parts(uri)["options"] or "")
     split = (option.partition("=") for option in written)
     return {name.lower(): value for name, _, value in split}
 
 
 def secrets(uri: str) -> list[str]:
     """Password and values of options, as written and as meant."""
-    _, _, password = (_URI.fullmatch(uri)["user"] or "").partition(":")
+    _, _, password = (_parts(uri)["user"] or "").partition(":")
     written = [password, *options(uri).values()]
     return [*filter(None, [*written, *map(urllib.parse.unquote_plus, written)])]
+
+
+def _parts(uri: str) -> re.Match[str]:
+    parts = _URI.fullmatch(uri)
+    assert parts is not None  # `resolve` refuses a URI that is none
+    return parts

@@ -107,7 +107,8 @@ def _require(collection: databases.Collection, ids: np.ndarray) -> None:
     indexes = collection.index_information().values()
     if not any(index["key"][0][0] == "id" for index in indexes):
         collection.create_index([("id", 1)], name="id", sparse=True)
-    missing, first = 0, []
+    missing = 0
+    first: list[int] = []
     for start in range(0, len(ids), test_sets.BATCH_ROWS):
         wanted = ids[start : start + test_sets.BATCH_ROWS].tolist()
         cursor = collection.find({"id": {"$in": wanted}}, {"_id": False, "id": True})
@@ -202,7 +203,7 @@ def read_brain(
 
 
 def _brain_row(document: Document, field: str, classes: Sequence[str]) -> Document:
-    line = {"synapse_id": documents.integer(document["id"])}
+    line: Document = {"synapse_id": documents.integer(document["id"])}
     for axis, pre in _PRE.items():
         position = documents.number(document[pre])
         line[axis] = math.nan if position is None else position

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import pyarrow as pa
@@ -48,7 +48,7 @@ _TIMEOUT_MS = 5_000
 
 @contextlib.contextmanager
 def connect(target: str, credentials: str | None = None) -> Iterator[Database]:
-    """The database that `mongo_uri.resolve` finds, open and answering; then closed.
+    """The database that `address.resolve` finds, open and answering; then closed.
 
     Raises:
       UserError: what pymongo raises, here or in the body, as one line that names host
@@ -79,7 +79,9 @@ def connect(target: str, credentials: str | None = None) -> Iterator[Database]:
 def _client(uri: str) -> pymongo.MongoClient:
     timeouts = ("serverSelectionTimeoutMS", "connectTimeoutMS")
     given = address.options(uri)
-    ours = {name: _TIMEOUT_MS for name in timeouts if name.lower() not in given}
+    ours: dict[str, Any] = {
+        name: _TIMEOUT_MS for name in timeouts if name.lower() not in given
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # options that it leaves out
@@ -143,7 +145,11 @@ def write(
     contents = {}
     for name in documents.COLLECTIONS:
         found = collections[name]
-        count = len(table) if name == "synapses" else len(found)
+        if name == "synapses":
+            count = len(table)
+        else:
+            assert isinstance(found, Sized)  # as all others are
+            count = len(found)
         contents[name] = Content(
             found, count, documents.ID_FIELDS[name], documents.INDEXES[name]
         )

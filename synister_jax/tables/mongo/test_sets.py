@@ -122,7 +122,7 @@ def check_name(collection: str) -> None:
 def write_test_set(
     database: databases.Database, name: str, feather: Feather, overwrite: bool
 ) -> bool:
-    """The rows as collection `name` of `<db>_predictions`; see `mongo.publish`."""
+    """The rows as collection `name` of `<db>_predictions`; see `databases.publish`."""
     ids, _ = feather.count()
     found = (
         {
@@ -200,7 +200,7 @@ def read_test_set(
     return schema, documents.in_batches(rows(), schema), total
 
 
-def _listed(document: Document, classes: int, where: str) -> list[float]:
+def _listed(document: Document, classes: int, where: str) -> list[float | None]:
     try:
         documents.integer(document["synapse_id"])
         values = document["prediction"]

@@ -35,7 +35,7 @@ def test_every_source_has_a_space_and_a_module() -> None:
 def test_clients_are_imported_only_when_a_service_is_asked() -> None:
     program = """
 import sys
-import synister_jax.sources as sources
+import synister_jax.ondemand.sources as sources
 sources.settings("hemibrain")
 print([m for m in ("requests", "neuprint", "caveclient", "pandas") if m in sys.modules])
 sys.modules["neuprint"] = sys.modules["requests"] = None
