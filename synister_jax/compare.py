@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax.base import command, figures, files, folders, queries
+from synister_jax.base import command, figures, files, output_folders, sql
 from synister_jax.base.errors import UserError
 from synister_jax.exchange import agreement, joining, published
 from synister_jax.exchange.joining import Side
@@ -88,7 +88,7 @@ def compare(
     plan = {"tables": [a.name, b.name]}
     record = output / "comparison.json"
     working = [*FILES, "neurons.tmp", "query.tmp"]
-    folders.claim(record, plan, working, plan["tables"])
+    output_folders.claim(record, plan, working, plan["tables"])
     sizes = [x.voxel_size_nm_zyx for x in (a, b) if x.in_voxels]
     grid = next((size for size in sizes if size), (1.0, 1.0, 1.0))
     if tolerance_nm is not None:
@@ -119,7 +119,7 @@ def compare(
     votes = neurons.numbers(sides, found.neuron_ids_differ)
     result = plan | _describe(sides, found, way, grid) | {"neurons": votes}
     _write(output, result, found, neurons)
-    return folders.finish(record, result, FILES)
+    return output_folders.finish(record, result, FILES)
 
 
 def _ways(a: Published, b: Published, by: str | None) -> list[str]:
@@ -239,7 +239,7 @@ def _count(
         query = agreement.neurons_query(len(classes))
         # Closed at once where an error ends it.
         with contextlib.closing(
-            queries.run(query, agreement.CALLED, called(), work)
+            sql.run(query, agreement.CALLED, called(), work)
         ) as batches:
             for batch in batches:
                 neurons.add(batch)

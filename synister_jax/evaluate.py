@@ -26,19 +26,19 @@ from absl import flags
 from synister_jax.base import command, figures, files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import measurement
+from synister_jax.evaluation import metrics
 from synister_jax.network import checkpoint, inference, sharding
 from synister_jax.tables import predictions, synapses
-from synister_jax.training import data
+from synister_jax.training import input_pipeline
 from synister_jax.training.validation import SplitPart
 
 
 @dataclasses.dataclass(frozen=True)
 class Variants:
-    """Of neurons so large and so sure; see `measurement.measure`."""
+    """Of neurons so large and so sure; see `metrics.measure`."""
 
-    n_mins: tuple[int, ...] = measurement.N_MIN
-    cutoffs: tuple[float, ...] = measurement.CUTOFFS
+    n_mins: tuple[int, ...] = metrics.N_MIN
+    cutoffs: tuple[float, ...] = metrics.CUTOFFS
 
     @classmethod
     def of(cls, n_mins: Sequence[str], cutoffs: Sequence[str]) -> "Variants":
@@ -71,7 +71,7 @@ def evaluate(
     if shards_folder is not None:
         config.shards = shards_folder
     mesh = sharding.make_mesh()
-    shards = data.open_shards(config, training=False)
+    shards = input_pipeline.open_shards(config, training=False)
     part = SplitPart.of(shards, config.split, part_name)
     chosen = [checkpoint.choose_step(workdir, step) for step in steps or (None,)]
     folder = files.make_folder(workdir / "evaluation" / part_name)
@@ -137,7 +137,7 @@ def _write(
     variants: Variants,
 ) -> dict[str, Any]:
     """Pictures, then metrics.json; says the accuracies."""
-    measured = measurement.measure(table, variants.n_mins, variants.cutoffs)
+    measured = metrics.measure(table, variants.n_mins, variants.cutoffs)
     classes = list(predictions.classes(table))
     lines = [f"{what}:"]
     for name in ("synapses", "neurons"):
@@ -221,11 +221,11 @@ def main() -> None:
     shards = flags.DEFINE_string("shards", None, "Shards, if moved since training.")
     batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
     n_min = flags.DEFINE_list(
-        "n_min", list(map(str, measurement.N_MIN)), "Neurons of so many synapses."
+        "n_min", list(map(str, metrics.N_MIN)), "Neurons of so many synapses."
     )
     cutoff = flags.DEFINE_list(
         "cutoff",
-        list(map(str, measurement.CUTOFFS)),
+        list(map(str, metrics.CUTOFFS)),
         "Neurons whose winner has such a share of votes.",
     )
 

@@ -20,11 +20,11 @@ from typing import Any
 from absl import flags
 
 import synister_jax
-from synister_jax.base import command, files, folders
+from synister_jax.base import command, files, output_folders
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions
-from synister_jax.exchange import banc, flyem, flywire, neuprint, synister, writing
-from synister_jax.exchange.writing import Options
+from synister_jax.exchange import banc, export_files, flyem, flywire, neuprint, synister
+from synister_jax.exchange.export_files import Options
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 
@@ -55,7 +55,7 @@ def export(
 
     Raises:
       UserError: an option that is missing or does not count; a folder whose files are
-        not of this table and these options; see `writing.prepare`.
+        not of this table and these options; see `export_files.prepare`.
     """
     consumer = CONSUMERS[to]
     takes = consumer.takes
@@ -69,7 +69,7 @@ def export(
     for name, needed in takes.items():
         if needed and getattr(options, name) is None:
             raise UserError(f"--to={to} needs --{name}{_HELP[name]}")
-    source = writing.prepare(opened, to, consumer, drop_classes)
+    source = export_files.prepare(opened, to, consumer, drop_classes)
     confusion = None
     if options.confusion is not None:
         confusion = confusions.load(options.confusion).for_classes(source.classes)
@@ -80,14 +80,14 @@ def export(
     }
     record = output / "export.json"
     read = [path] if options.confusion is None else [path, options.confusion]
-    folders.claim(record, plan, [*consumer.files, "query.tmp"], read)
+    output_folders.claim(record, plan, [*consumer.files, "query.tmp"], read)
     done = plan | {
         "synapses": source.rows,
         "notes": consumer.write(source, output, options, confusion),
         "about": opened.about,
         "written_by": f"synister_jax {synister_jax.__version__}",
     }
-    return folders.finish(record, done, consumer.files)
+    return output_folders.finish(record, done, consumer.files)
 
 
 def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None:

@@ -18,12 +18,12 @@ import pyarrow as pa
 from absl import flags
 from scipy import stats
 
-from synister_jax.base import command, files, metadata
+from synister_jax.base import command, files, table_metadata
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import confusions, mixtures, tallies
+from synister_jax.evaluation import confusions, mixtures, vote_tallies
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.evaluation.mixtures import CallModel
-from synister_jax.evaluation.tallies import COLUMNS
+from synister_jax.evaluation.vote_tallies import COLUMNS
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -49,7 +49,7 @@ def units(
     """The groups, ascending, and how many of their units are called what, [n, k].
 
     Of a neuron its predicted synapses; of a hemilineage or cell type its neurons, each
-    by majority vote (`tallies.calls_of_neurons`).
+    by majority vote (`vote_tallies.calls_of_neurons`).
 
     Args:
       n_min: neurons of fewer predicted synapses are no units.
@@ -57,10 +57,10 @@ def units(
     Raises:
       UserError: no row names a group.
     """
-    neurons = tallies.of(source, "neuron", folder)
+    neurons = vote_tallies.of(source, "neuron", folder)
     if by == "neuron":
         return neurons.groups[COLUMNS[by]].combine_chunks(), neurons.counts
-    names, counts = tallies.calls_of_neurons(neurons, by, n_min)
+    names, counts = vote_tallies.calls_of_neurons(neurons, by, n_min)
     if not len(names):
         raise UserError(
             f"{source.path} names no {by.replace('_', ' ')}: its column {COLUMNS[by]} "
@@ -274,7 +274,7 @@ def main() -> None:
             "predictions": {"path": str(source.path)} | source.about,
         }
         synapses.write(
-            metadata.described(table, about),
+            table_metadata.described(table, about),
             output.value,
         )
         print(f"{output.value}: {len(table):,} groups; units are {level}")

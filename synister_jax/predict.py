@@ -33,17 +33,17 @@ from synister_jax.bulk import (
     estimate,
     execution,
     grids,
-    inputs,
     merging,
     planning,
+    prediction_inputs,
     unit_results,
 )
-from synister_jax.bulk.inputs import Inputs
 from synister_jax.bulk.planning import Plan
+from synister_jax.bulk.prediction_inputs import Inputs
 from synister_jax.em import volumes
 from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.tables import reading
-from synister_jax.tables.batches import SynapseStream
+from synister_jax.tables.synapse_stream import SynapseStream
 
 
 def units_of(text: str | None, count: int) -> range:
@@ -228,7 +228,9 @@ def _execute(prediction: _Prediction, mine: range, options: Options) -> None:
             options.retry_missing,
         )
     else:
-        do = functools.partial(inputs.execute_unit, prediction.inputs.elsewhere(plan))
+        do = functools.partial(
+            prediction_inputs.execute_unit, prediction.inputs.elsewhere(plan)
+        )
         times = dask_cluster.execute(
             do, list(left), options.cluster, options.workers, progress
         )

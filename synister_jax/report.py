@@ -15,16 +15,16 @@ from absl import flags
 
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import confusions, measurement, rules
+from synister_jax.evaluation import calling_rules, confusions, metrics
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.pages import page, predictions_section, run_section
+from synister_jax.pages import predictions_section, rendering, run_section
 from synister_jax.tables import predictions
 
 
 def render(
     workdir: pathlib.Path | None,
     predictions_path: pathlib.Path | None,
-    rule: str = measurement.RULE,
+    rule: str = metrics.RULE,
     confusion: Confusion | None = None,
     folder: pathlib.Path | None = None,
     shards: pathlib.Path | None = None,
@@ -34,7 +34,7 @@ def render(
     Args:
       workdir: a run; what was trained on, curves, and what `evaluate` left there.
       predictions_path: predictions of any size whose neurons are listed.
-      rule: by which they are called (`rules.RULES`).
+      rule: by which they are called (`calling_rules.RULES`).
       confusion: of the network, for the rules that need it.
       folder: on a disk with room for what does not fit into memory.
       shards: of the run, where they have moved since training.
@@ -54,7 +54,7 @@ def render(
         content["predictions"] = predictions_section.content(
             source, rule, confusion, folder
         )
-    return page.render("report.html.j2", content)
+    return rendering.render("report.html.j2", content)
 
 
 def main() -> None:
@@ -64,8 +64,8 @@ def main() -> None:
     )
     rule = flags.DEFINE_enum(
         "rule",
-        measurement.RULE,
-        list(rules.RULES),
+        metrics.RULE,
+        list(calling_rules.RULES),
         "How --predictions' neurons are called.",
     )
     confusion = flags.DEFINE_string(

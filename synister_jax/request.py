@@ -24,7 +24,7 @@ from absl import flags
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import calls
+from synister_jax.evaluation import group_calls
 from synister_jax.ondemand import answering, questions, sources
 from synister_jax.tables import predictions
 
@@ -148,7 +148,7 @@ def _print_neurons(folder: pathlib.Path) -> None:
     order = pa.chunked_array(owners, pa.int64()).unique().to_pylist()
     if not order:
         return
-    called = calls.of_groups(source, "neuron", folder=folder).to_pylist()
+    called = group_calls.of(source, "neuron", folder=folder).to_pylist()
     by_id = {row["neuron_id"]: row for row in called}
     for neuron in order[:_SHOWN]:
         row = by_id[neuron]

@@ -31,10 +31,10 @@ from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint, convolution, inference, model, sharding
 from synister_jax.training import (
     augment,
-    data,
-    event_log,
+    input_pipeline,
+    loss_and_optimizer,
+    metrics_log,
     monitor,
-    optimisation,
     stopping,
 )
 from synister_jax.training.validation import SplitPart
@@ -82,7 +82,7 @@ def train_step(
     network: nn.Module,
     tx: optax.GradientTransformation,
     state: TrainState,
-    batch: data.Batch,
+    batch: input_pipeline.Batch,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update; all randomness is a function of (seed, step, example).
 
@@ -100,7 +100,7 @@ def train_step(
     )
 
     def of_part(
-        number: jax.Array | int, examples: data.Batch, batch_stats: dict
+        number: jax.Array | int, examples: input_pipeline.Batch, batch_stats: dict
     ) -> tuple[dict, dict, jax.Array, jax.Array]:
         """Gradients, batch statistics, mean loss, examples called right."""
         crops = augment.augment(examples["crop"], examples["key"], settings)
@@ -114,7 +114,7 @@ def train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout},
             )
-            value = optimisation.losses(logits, examples["label"], config).mean()
+            value = loss_and_optimizer.losses(logits, examples["label"], config).mean()
             return value, (logits, updated["batch_stats"])
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -122,7 +122,7 @@ def train_step(
         right = (logits.argmax(axis=-1) == examples["label"]).sum(dtype=jnp.int32)
         return grads, updated, loss, right
 
-    def add_part(sums: tuple, part: tuple[jax.Array, data.Batch]) -> tuple:
+    def add_part(sums: tuple, part: tuple[jax.Array, input_pipeline.Batch]) -> tuple:
         grads, batch_stats, loss, correct = sums
         more, batch_stats, value, right = of_part(*part, batch_stats)
         grads = jax.tree.map(lambda a, b: a + b / parts, grads, more)
@@ -140,7 +140,7 @@ def train_step(
     ema = state.ema
     if ema:
         variables = {"params": params, "batch_stats": batch_stats}
-        ema = optimisation.average(ema, variables, config.ema_decay, state.step)
+        ema = loss_and_optimizer.average(ema, variables, config.ema_decay, state.step)
     # The loss is of the parameters before the update: those after it can be ruined
     # while it is still a number.
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm([params, batch_stats]))
@@ -167,7 +167,9 @@ def jit_step(
     network: nn.Module,
     tx: optax.GradientTransformation,
     placed: Any,
-) -> Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[
+    [TrainState, input_pipeline.Batch], tuple[TrainState, dict[str, jax.Array]]
+]:
     """`train_step`, compiled; it donates the state.
 
     Args:
@@ -195,7 +197,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in ("seed", "early_stop_evals"):
         if config[name] < 0:
             raise UserError(f"config.{name} is {config[name]}; it must not be negative")
-    optimisation.check(config)
+    loss_and_optimizer.check(config)
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -206,13 +208,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     sharding.require_divisible(config.batch_size, mesh, config.accumulate_steps)
 
     # ---------------------------------------------------------------- data
-    shards = data.open_shards(config)
-    examples = data.TrainBatches.of(shards, config)
+    shards = input_pipeline.open_shards(config)
+    examples = input_pipeline.TrainBatches.of(shards, config)
     validation = SplitPart.of(shards, config.split, "validation")
 
     # ---------------------------------------------------------------- model and state
     network = model.from_config(config, sharding.head_input(mesh))
-    tx = optimisation.make_optimizer(config)
+    tx = loss_and_optimizer.make_optimizer(config)
     init_key = jax.random.key(config.seed)
     abstract = sharding.abstract_state(
         jax.eval_shape(lambda key: create_state(key, config, tx), init_key), mesh
@@ -329,12 +331,12 @@ def _validated(workdir: pathlib.Path, first_step: int) -> list[tuple[int, float]
     """Step and number that decides the best checkpoint, of every evaluation so far."""
     return [
         (int(line["step"]), line[checkpoint.BEST_BY])
-        for line in event_log.read(workdir)
+        for line in metrics_log.read(workdir)
         if line["step"] <= first_step and checkpoint.BEST_BY in line
     ]
 
 
-def _next(batches: grain.DatasetIterator, folder: pathlib.Path) -> data.Batch:
+def _next(batches: grain.DatasetIterator, folder: pathlib.Path) -> input_pipeline.Batch:
     try:
         return next(batches)
     except (UserError, OSError, RuntimeError, ValueError, IndexError) as error:

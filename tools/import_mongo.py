@@ -29,11 +29,11 @@ from synister_jax.base.errors import UserError
 from synister_jax.tables import reading, synapses
 from synister_jax.tables.mongo import (
     address,
-    brains,
+    brain_predictions,
     databases,
     documents,
     json_export,
-    test_sets,
+    testset_predictions,
 )
 
 TEST_SET, BRAIN = "testset", "brain"
@@ -174,14 +174,18 @@ def load_predictions() -> None:
     name = _collection()
     if given.layout == BRAIN and given.part != "all":
         raise UserError("--part is of a split; --layout=brain takes all rows")
-    feather = test_sets.open_feather(given.predictions, given.split, given.part)
+    feather = testset_predictions.open_feather(
+        given.predictions, given.split, given.part
+    )
     with databases.connect(given.mongo, given.credentials) as database:
         if given.layout == BRAIN:
-            written = brains.write_brain(
+            written = brain_predictions.write_brain(
                 database, name, given.predict, feather, given.overwrite
             )
         else:
-            written = test_sets.write_test_set(database, name, feather, given.overwrite)
+            written = testset_predictions.write_test_set(
+                database, name, feather, given.overwrite
+            )
     done = "written" if written else "there already"
     print(f"{_where()}, {given.layout} {name}: {given.predictions} {done}")
 
@@ -191,10 +195,10 @@ def _collection() -> str:
     if given.layout == BRAIN:
         name = given.collection
     else:
-        name = test_sets.test_set_name(
+        name = testset_predictions.test_set_name(
             given.split, given.experiment, given.train, given.predict
         )
-    test_sets.check_name(name)
+    testset_predictions.check_name(name)
     return name
 
 
@@ -212,11 +216,11 @@ def dump_predictions() -> None:
     source = f"{_where()} {name}"
     with databases.connect(given.mongo, given.credentials) as database:
         if given.layout == BRAIN:
-            schema, batches, total = brains.read_brain(
+            schema, batches, total = brain_predictions.read_brain(
                 database, name, given.predict, given.classes, source
             )
         else:
-            schema, batches, total = test_sets.read_test_set(
+            schema, batches, total = testset_predictions.read_test_set(
                 database, name, given.classes, source
             )
         rows = synapses.write_batches(given.output, schema, batches, total)

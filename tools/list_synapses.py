@@ -19,7 +19,7 @@ import pyarrow as pa
 from absl import flags
 from pyarrow import feather
 
-from synister_jax.base import command, files, folders, metadata
+from synister_jax.base import command, files, output_folders, table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.em import spaces, volumes
@@ -53,7 +53,7 @@ def main() -> None:
     with files.locked(folder):
         if not _pages(folder):  # nothing is kept of a plan that did not work
             files.remove(folder / "plan.json")
-        folders.require_same(folder / "plan.json", plan)
+        output_folders.require_same(folder / "plan.json", plan)
         pages = _fetch(folder, settings, volume)
         if not pages:
             raise UserError(f"{settings.source} lists no synapse; check {plan}")
@@ -100,7 +100,7 @@ def _join(
     pages: list[pathlib.Path], output: pathlib.Path, about: dict[str, Any]
 ) -> int:
     def conformed(page: pathlib.Path) -> pa.Table:
-        table = metadata.described(feather.read_table(page), about)
+        table = table_metadata.described(feather.read_table(page), about)
         return synapses.conform(table, str(page))
 
     def batches() -> Iterator[pa.RecordBatch]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax.base import command, figures, files, metadata
+from synister_jax.base import command, figures, files, table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.ground_truth import leakage, splits
 from synister_jax.tables import columns, formats, reading, synapses
@@ -98,14 +98,14 @@ def _split(table: pa.Table, by: str) -> pa.Table:
         time_limit_s=_TIME_LIMIT.value,
     )
     split = splits.make(table, scheme)
-    about = metadata.of(table)
+    about = table_metadata.of(table)
     made: dict[str, Any] = {"by": by, "fractions": fractions, "seed": _SEED.value}
     made |= {"balance": _BALANCE.value, "per_synapse": list(split.per_synapse)}
     made |= {"shared_cell_types": _SHARED_CELL_TYPES.value, "hold_out": _HOLD_OUT.value}
     made |= {"objective": split.objective, "bound": split.bound}
     about.setdefault("splits", {})[_NAME.value] = made
     table = table.append_column(column, pa.array(split.parts, pa.string()))
-    table = metadata.described(table, about)
+    table = table_metadata.described(table, about)
     synapses.write(table, _OUTPUT.value)
     _print(split)
     return table
@@ -166,7 +166,7 @@ def _report(table: pa.Table, folder: pathlib.Path) -> None:
     voxel = command.three_numbers("voxel_size_nm_zyx", _VOXEL_SIZE.value)
     measured = leakage.measure(table, _NAME.value, shape, voxel, _CLASSES.value)
     files.make_folder(folder)
-    known = metadata.of(table).get("splits", {})
+    known = table_metadata.of(table).get("splits", {})
     made = known.get(_NAME.value, {})
     files.write_json(folder / "report.json", {"made": made, **measured})
     fractions = made.get("fractions") or command.three_numbers(

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from synister_jax.base import command, figures, files
-from synister_jax.training import augment, data
+from synister_jax.training import augment, input_pipeline
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)
@@ -36,8 +36,8 @@ def main() -> None:
     config = _CONFIG.value
     config.shards, config.seed = _SHARDS.value, _SEED.value
     config.batch_size = _EXAMPLES.value
-    shards = data.open_shards(config)
-    examples = data.TrainBatches.of(shards, config)
+    shards = input_pipeline.open_shards(config)
+    examples = input_pipeline.TrainBatches.of(shards, config)
     rows = examples.rows(0)
     batch = examples.read(rows)
     settings = augment.AugmentSettings.of(config)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 import synister_jax
-from synister_jax.base import files, queries
+from synister_jax.base import files, sql
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.bulk import grids, planning, unit_results
@@ -29,8 +29,8 @@ from synister_jax.bulk.planning import Plan, PlanRecord
 from synister_jax.em import crops
 from synister_jax.em.volumes import Volume
 from synister_jax.network.inference import Classifier
-from synister_jax.tables import batches, predictions, synapses
-from synister_jax.tables.batches import SynapseStream
+from synister_jax.tables import predictions, synapse_stream, synapses
+from synister_jax.tables.synapse_stream import SynapseStream
 
 # A Parquet file of a folder has about this many rows.
 _FILE_ROWS = 1 << 22
@@ -76,7 +76,7 @@ def tables(
     total = plan.about["rows"]
     progress = Progress("merge", total, "rows")
     predicted = _Sorted(plan, merged.unreadable)
-    checksum = batches.Checksum()
+    checksum = synapse_stream.Checksum()
     for table in source.tables():
         first = checksum.rows
         checksum.update(table)
@@ -111,7 +111,7 @@ class _Sorted:
         self._schema = pa.schema([("row", pa.int64()), ("whole", pa.bool_()), *floats])
         self._names = names
         query = 'SELECT * FROM rows ORDER BY "row"'
-        self._batches = queries.run(query, self._schema, self._parts(), plan.folder)
+        self._batches = sql.run(query, self._schema, self._parts(), plan.folder)
         self._waiting = pa.Table.from_batches([], self._schema)
 
     def _parts(self) -> Iterator[pa.RecordBatch]:

@@ -21,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from synister_jax.base import files, folders, queries
+from synister_jax.base import files, output_folders, sql
 from synister_jax.base.progress import Progress
 from synister_jax.em import crops, spaces
 from synister_jax.em.volumes import Volume
 from synister_jax.network.inference import Classifier
-from synister_jax.tables import batches, predictions, synapses
-from synister_jax.tables.batches import SynapseStream
+from synister_jax.tables import predictions, synapse_stream, synapses
+from synister_jax.tables.synapse_stream import SynapseStream
 
 # A unit is written, and lost by a kill, as a whole: seconds on an accelerator, an hour
 # of the published network on two CPU cores. A brain has some ten thousand.
@@ -135,7 +135,7 @@ def make(
     files.make_folder(folder / "parts")
     with files.locked(folder, wait=True):
         if path.exists():
-            folders.require_same(path, identity)
+            output_folders.require_same(path, identity)
         if not path.exists() or not open(folder).is_whole:
             counted = _Counted(source, volume, crop_shape_zyx)
             _write_units(counted, folder, unit_rows)
@@ -143,9 +143,9 @@ def make(
             return open(folder)
     # Not while others wait: each compares for itself.
     print(f"{source.name}: comparing with the plan in {folder}", flush=True)
-    found = batches.checksum(source)
-    folders.require_same(path, {"rows": found.rows})
-    folders.require_same(path, {"synapses_sha256": found.hexdigest()})
+    found = synapse_stream.checksum(source)
+    output_folders.require_same(path, {"rows": found.rows})
+    output_folders.require_same(path, {"synapses_sha256": found.hexdigest()})
     return open(folder)
 
 
@@ -204,7 +204,7 @@ class _Counted:
         self, source: SynapseStream, volume: Volume, shape: Sequence[int]
     ) -> None:
         self._source, self._volume, self._shape = source, volume, shape
-        self._checksum = batches.Checksum()
+        self._checksum = synapse_stream.Checksum()
         self._status = collections.Counter[str]()
         self._sample: list[np.ndarray] = []
         self._stride = 1
@@ -264,7 +264,7 @@ def _write_units(counted: _Counted, folder: pathlib.Path, unit_rows: int) -> Non
         ) as sink,
     ):
         waiting = pa.Table.from_batches([], _UNIT)
-        for batch in queries.run(query, _CODED, iter(counted), folder):
+        for batch in sql.run(query, _CODED, iter(counted), folder):
             waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
             while len(waiting) >= unit_rows:
                 sink.write_table(waiting.slice(0, unit_rows), row_group_size=unit_rows)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import feather
 
-from synister_jax.base import files, metadata
+from synister_jax.base import files, table_metadata
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import crops
 
@@ -44,7 +44,7 @@ def write(plan: Plan, unit: int, part: UnitResult) -> None:
         "unreadable": sorted(part.unreadable),
         "sha256": _sha256(plan, unit, part),
     }
-    table = metadata.described(table, about)
+    table = table_metadata.described(table, about)
     files.write_feather(path_of(plan, unit), table, several_writers=True)
 
 
@@ -54,7 +54,7 @@ def read(plan: Plan, unit: int) -> UnitResult | None:
     try:
         # Not mapped into memory: a folder's worth of it would count as this process's.
         table = feather.read_table(path, memory_map=False)
-        about = metadata.of(table)
+        about = table_metadata.of(table)
         part = UnitResult(
             table["row"].to_numpy(),
             table["whole"].to_numpy(),

@@ -18,7 +18,7 @@ import tensorstore as ts
 
 from synister_jax.base import files
 from synister_jax.base.errors import UserError, redact
-from synister_jax.em import container
+from synister_jax.em import layouts
 
 # Which file names a container by its presence, and TensorStore's driver for it.
 _METADATA = {
@@ -158,7 +158,7 @@ def open(
     if driver == "neuroglancer_precomputed":
         stated = tuple(unit.multiplier for unit in store.dimension_units if unit)
     else:
-        stated, offset_nm = container.physical_nm(driver, metadata, axes, uri)
+        stated, offset_nm = layouts.physical_nm(driver, metadata, axes, uri)
     voxel_size = _agreed_voxel_size(stated, voxel_size_nm_zyx, uri)
     offset = tuple(
         o + v * s for o, v, s in zip(offset_nm, offset_vx_zyx, voxel_size, strict=True)

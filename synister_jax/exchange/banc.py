@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax.evaluation import calls
+from synister_jax.evaluation import group_calls
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.exchange import writing
-from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.exchange import export_files
+from synister_jax.exchange.export_files import Consumer, Options
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 
@@ -46,7 +46,7 @@ def _write_synapses(source: Predictions, folder: pathlib.Path) -> None:
     classes = np.array([*source.classes, None], object)  # [-1]: not predicted
 
     def convert(table: pa.Table) -> pa.Table:
-        columns = writing.fixed(table, NAMES)
+        columns = export_files.fixed(table, NAMES)
         called = pa.array(classes[predictions.called(table)], pa.string())
         largest = np.max([*columns.values()], axis=0)
         columns |= {"probability": largest}
@@ -60,21 +60,23 @@ def _write_synapses(source: Predictions, folder: pathlib.Path) -> None:
         return pa.table(
             {
                 "tag": converted["predicted_nt"],
-                "value": writing.blank(value),
+                "value": export_files.blank(value),
                 "id_ref": converted["id"],
                 "valid": pc.is_valid(converted["predicted_nt"]),
                 "valid_ref": pa.repeat(True, len(table)),
             }
         )
 
-    writing.write(folder / "banc_nt_prediction.parquet", source, convert)
-    writing.write(folder / "synapses_nt_prediction.csv", source, refer)
+    export_files.write(folder / "banc_nt_prediction.parquet", source, convert)
+    export_files.write(folder / "synapses_nt_prediction.csv", source, refer)
 
 
 def _write_neurons(source: Predictions, folder: pathlib.Path) -> None:
     """BANC's banc_neurotransmitter_prediction.csv, by its rule."""
-    neurons = calls.of_groups(source, "neuron", "banc", folder=folder)
-    types = writing.calls_of_types(source, folder, neurons["cell_type"], "banc", None)
+    neurons = group_calls.of(source, "neuron", "banc", folder=folder)
+    types = export_files.calls_of_types(
+        source, folder, neurons["cell_type"], "banc", None
+    )
     nothing = pa.nulls(len(neurons), pa.string())
     columns = {"root_id": neurons["neuron_id"].cast(pa.string())}
     for name in NAMES:
@@ -91,7 +93,7 @@ def _write_neurons(source: Predictions, folder: pathlib.Path) -> None:
         "cell_type_neurotransmitter_predicted": types["predicted_neurotransmitter"],
         "cell_type_neurotransmitter_score": types["score"],
     }
-    writing.write_table(
+    export_files.write_table(
         folder / "banc_neurotransmitter_prediction.csv", pa.table(columns), source
     )
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calls, rules
+from synister_jax.evaluation import calling_rules, group_calls
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.exchange import points, writing
-from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.exchange import export_files, flyem_points
+from synister_jax.exchange.export_files import Consumer, Options
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -66,24 +66,24 @@ def _write_synapses(
     regions = _regions(source)
 
     def convert(table: pa.Table) -> pa.Table:
-        point, voxel, table = points.having(table, voxel_size_nm_zyx)
+        point, voxel, table = flyem_points.having(table, voxel_size_nm_zyx)
         nothing = pa.nulls(len(table), pa.string())
         columns = {
             "point_id": pa.array(point.astype(np.uint64)),
-            **points.xyz(voxel),
-            "conf": points.confidence(table),
+            **flyem_points.xyz(voxel),
+            "conf": flyem_points.confidence(table),
             "sv": nothing.cast(pa.int64()),
-            "body": writing.ids(table, "neuron_id"),
+            "body": export_files.ids(table, "neuron_id"),
             "roi": _categories(table["brain_region"].fill_null(_NO_REGION), regions),
         }
         for name in predictions.classes(table):
             column_of_class = f"nt_{NAMES[name]}_prob"
-            columns[column_of_class] = writing.probability(table, name)
+            columns[column_of_class] = export_files.probability(table, name)
         part = nothing if column is None else table[column]
         return pa.table(columns | {"split": _categories(part, synapses.PARTS)})
 
     path = folder / "tbar-neurotransmitters.feather"
-    return points.write(path, source, voxel_size_nm_zyx, convert)
+    return flyem_points.write(path, source, voxel_size_nm_zyx, convert)
 
 
 def _write_neurons(
@@ -98,13 +98,13 @@ def _write_neurons(
     neurons = found.pop("neurons")
     body = {"body": neurons["neuron_id"], "cell_type": neurons["cell_type"]}
     table = pa.table(body | found)
-    writing.write_table(folder / "body-neurotransmitters.feather", table, source)
+    export_files.write_table(folder / "body-neurotransmitters.feather", table, source)
     names = [NAMES[name] for name in source.classes]
     columns = {"ground_truth": pa.array(names)}
     # A class that was not seen has no row; FlyEM's table has zeros there.
     rates = np.nan_to_num(confusion.for_classes(source.classes).by_row())
     columns |= dict(zip(names, rates.T, strict=True))
-    writing.write_table(
+    export_files.write_table(
         folder / "neurotransmitter-confusion.csv", pa.table(columns), source
     )
 
@@ -118,30 +118,31 @@ def bodies(
     of its own; it overrides the type's call in the consensus. Several transmitters of
     one neuron are none that the column could hold.
     """
-    neurons = calls.of_groups(source, "neuron", "flyem", confusion, folder)
-    types = writing.calls_of_types(
+    neurons = group_calls.of(source, "neuron", "flyem", confusion, folder)
+    types = export_files.calls_of_types(
         source, folder, neurons["cell_type"], "flyem", confusion
     )
     truth = pc.coalesce(_single(types), _single(neurons))
     called, of_type = types["predicted_neurotransmitter"], types["predicted"]
     needs = pc.is_in(called, value_set=pa.array(NEEDS_EXPERIMENT))
-    trusted = pc.if_else(needs, rules.UNCLEAR, called)
+    trusted = pc.if_else(needs, calling_rules.UNCLEAR, called)
     return {
         "neurons": neurons,
         "total_nt_predictions": neurons["predicted"].cast(pa.int32()),
         # Where nothing is predicted, or the confusion has no row of the call, FlyEM
         # says 0 and "unclear".
         "predicted_nt_confidence": neurons["score"].fill_null(0.0),
-        "predicted_nt": writing.translated(
-            neurons["predicted_neurotransmitter"].fill_null(rules.UNCLEAR), NAMES
+        "predicted_nt": export_files.translated(
+            neurons["predicted_neurotransmitter"].fill_null(calling_rules.UNCLEAR),
+            NAMES,
         ),
-        "ground_truth": writing.translated(truth, NAMES),
+        "ground_truth": export_files.translated(truth, NAMES),
         "celltype_total_nt_predictions": of_type.fill_null(0).cast(pa.int32()),
-        "celltype_predicted_nt": writing.translated(called, NAMES),
+        "celltype_predicted_nt": export_files.translated(called, NAMES),
         "celltype_predicted_nt_confidence": pc.if_else(
             pc.is_valid(of_type), types["score"].fill_null(0.0), None
         ),
-        "consensus_nt": writing.translated(pc.coalesce(truth, trusted), NAMES),
+        "consensus_nt": export_files.translated(pc.coalesce(truth, trusted), NAMES),
     }
 
 
@@ -175,7 +176,7 @@ FLYEM = Consumer(
         "tbar-neurotransmitters.feather",
         "body-neurotransmitters.feather",
         "neurotransmitter-confusion.csv",
-        points.LEFT_OUT,
+        flyem_points.LEFT_OUT,
     ),
     takes={"voxel_size_nm_zyx": True, "confusion": True, "split": False},
     needs_neurons=True,

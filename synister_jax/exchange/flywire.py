@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax.base import queries
+from synister_jax.base import sql
 from synister_jax.base.errors import listed
-from synister_jax.evaluation import calls, tallies
+from synister_jax.evaluation import group_calls, vote_tallies
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.exchange import writing
-from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.exchange import export_files
+from synister_jax.exchange.export_files import Consumer, Options
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -48,19 +48,19 @@ def _write_fafbseg(
     weightless = _weightless(source, folder)
 
     def convert(table: pa.Table) -> pa.Table:
-        ids, neurons = table["synapse_id"], writing.ids(table, "neuron_id")
+        ids, neurons = table["synapse_id"], export_files.ids(table, "neuron_id")
         z, y, x = (table[name] for name in synapses.POSITION)
         columns = {"id": ids, "offset": ids, "pre": neurons}
         if "post_neuron_id" in table.column_names:
-            columns["post"] = writing.ids(table, "post_neuron_id")
+            columns["post"] = export_files.ids(table, "post_neuron_id")
         columns |= {"pre_x": x, "pre_y": y, "pre_z": z}
         weights = _weights(table)
         weights[_among(neurons.to_numpy(), weightless)] = 1
-        columns["scores"] = writing.score(table, "connection_score")
+        columns["scores"] = export_files.score(table, "connection_score")
         columns |= {"cleft_score": pa.array(weights), "cleft_scores": pa.array(weights)}
-        return pa.table(columns | writing.fixed(table, _FAFBSEG))
+        return pa.table(columns | export_files.fixed(table, _FAFBSEG))
 
-    writing.write(folder / "synapses.feather", source, convert)
+    export_files.write(folder / "synapses.feather", source, convert)
     if "cleft_score" not in source.schema.names:
         return ["there are no cleft scores: every synapse weighs 1"]
     if not len(weightless):
@@ -79,13 +79,13 @@ def _weightless(source: Predictions, folder: pathlib.Path) -> np.ndarray:
     def batches() -> Iterator[pa.RecordBatch]:
         for table in source.tables():
             known = predictions.called(table) >= 0
-            columns = [writing.ids(table, "neuron_id").to_numpy(), _weights(table)]
+            columns = [export_files.ids(table, "neuron_id").to_numpy(), _weights(table)]
             yield pa.record_batch([pa.array(c[known]) for c in columns], schema)
 
     query = """SELECT neuron FROM rows GROUP BY neuron HAVING max(weight) = 0
         ORDER BY neuron"""
     found = pa.Table.from_batches(
-        queries.run(query, schema, batches(), folder), pa.schema([schema.field(0)])
+        sql.run(query, schema, batches(), folder), pa.schema([schema.field(0)])
     )
     return found["neuron"].to_numpy()
 
@@ -102,7 +102,7 @@ def _weights(table: pa.Table) -> np.ndarray:
     """Cleft scores, float32 [n], 0 where unknown; 1 in a table without them."""
     if "cleft_score" not in table.column_names:
         return np.ones(len(table), np.float32)
-    return tallies.weights(table)
+    return vote_tallies.weights(table)
 
 
 def _write_cave(
@@ -120,11 +120,11 @@ def _write_cave(
         return pa.table(
             {
                 "id": table["synapse_id"],
-                "pre_pt_root_id": writing.ids(table, "neuron_id"),
-                "post_pt_root_id": writing.ids(table, "post_neuron_id"),
-                "connection_score": writing.score(table, "connection_score"),
-                "cleft_score": writing.score(table, "cleft_score"),
-                **writing.fixed(table, _CAVE),
+                "pre_pt_root_id": export_files.ids(table, "neuron_id"),
+                "post_pt_root_id": export_files.ids(table, "post_neuron_id"),
+                "connection_score": export_files.score(table, "connection_score"),
+                "cleft_score": export_files.score(table, "cleft_score"),
+                **export_files.fixed(table, _CAVE),
                 "valid_nt": pa.array(predictions.called(table) >= 0),
                 "pre_pt_supervoxel_id": unknown,
                 "post_pt_supervoxel_id": unknown,
@@ -135,7 +135,7 @@ def _write_cave(
             }
         )
 
-    writing.write(folder / "synapses_nt_v1.feather", source, convert)
+    export_files.write(folder / "synapses_nt_v1.feather", source, convert)
     return []
 
 
@@ -146,12 +146,14 @@ def _write_codex(
     confusion: Confusion | None,
 ) -> list[str]:
     """neurons.csv.gz: the largest mean probability, and all of them."""
-    neurons = calls.of_groups(source, "neuron", "mean_probability", folder=folder)
+    neurons = group_calls.of(source, "neuron", "mean_probability", folder=folder)
     names = _CODEX
     columns = {
         "root_id": neurons["neuron_id"],
         "group": pa.nulls(len(neurons), pa.string()),
-        "nt_type": writing.translated(neurons["predicted_neurotransmitter"], names),
+        "nt_type": export_files.translated(
+            neurons["predicted_neurotransmitter"], names
+        ),
         "nt_type_score": neurons["score"],
     }
     zero = pc.if_else(pc.is_valid(neurons["score"]), 0.0, None)
@@ -159,7 +161,7 @@ def _write_codex(
         known = name in source.classes
         mean = neurons[f"mean_{name}_prob"] if known else zero
         columns[f"{code.lower()}_avg"] = mean
-    writing.write_table(folder / "neurons.csv.gz", pa.table(columns), source)
+    export_files.write_table(folder / "neurons.csv.gz", pa.table(columns), source)
     return []
 
 

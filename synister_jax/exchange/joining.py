@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from synister_jax.base import queries
+from synister_jax.base import sql
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.exchange.published import Published
@@ -88,7 +88,7 @@ def pairs(
     query = f'SELECT * FROM rows ORDER BY {", ".join(keys)}, side, "row"'
     result = ["id", *synapses.POSITION, "neuron_id", *numbered]
     names = [*result[:5], *classes]
-    for table in _deduplicated(queries.run(query, schema, both, folder), keys, (a, b)):
+    for table in _deduplicated(sql.run(query, schema, both, folder), keys, (a, b)):
         in_b = table["side"].to_numpy() == 1
         second = ~_starts(table, keys)
         _count_alone(table, second, in_b, (a, b))

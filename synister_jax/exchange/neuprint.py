@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax.evaluation import calls
+from synister_jax.evaluation import group_calls
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.exchange import flyem, points, writing
-from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.exchange import export_files, flyem, flyem_points
+from synister_jax.exchange.export_files import Consumer, Options
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -38,22 +38,24 @@ def _write_synapses(
     """Neuprint_Synapses.csv, properties of neuPrint's Synapse nodes; returns notes."""
 
     def convert(table: pa.Table) -> pa.Table:
-        point, voxel, table = points.having(table, voxel_size_nm_zyx)
-        x, y, z = (values.cast(pa.string()) for values in points.xyz(voxel).values())
+        point, voxel, table = flyem_points.having(table, voxel_size_nm_zyx)
+        x, y, z = (
+            values.cast(pa.string()) for values in flyem_points.xyz(voxel).values()
+        )
         parts = ["{x:", x, ", y:", y, ", z:", z, "}"]
         columns = {
             ":ID(Element-ID)": pa.array(point),
             "type:string": pa.repeat("pre", len(table)),
-            "confidence:float": writing.blank(points.confidence(table)),
+            "confidence:float": export_files.blank(flyem_points.confidence(table)),
             "location:point{srid:9157}": pc.binary_join_element_wise(*parts, ""),
         }
         for name in predictions.classes(table):
-            values = writing.blank(writing.probability(table, name))
+            values = export_files.blank(export_files.probability(table, name))
             columns[f"nt{NAMES[name]}Prob:float"] = values
         return pa.table(columns)
 
     path = folder / "Neuprint_Synapses.csv"
-    return points.write(path, source, voxel_size_nm_zyx, convert)
+    return flyem_points.write(path, source, voxel_size_nm_zyx, convert)
 
 
 def _write_neurons(
@@ -65,10 +67,10 @@ def _write_neurons(
     those of the male VNC (largest mean probability).
     """
     if confusion is None:
-        neurons = calls.of_groups(source, "neuron", "mean_probability", folder=folder)
+        neurons = group_calls.of(source, "neuron", "mean_probability", folder=folder)
         called = neurons["predicted_neurotransmitter"]
         properties = {
-            "predictedNt:string": writing.translated(called, flyem.NAMES),
+            "predictedNt:string": export_files.translated(called, flyem.NAMES),
             "predictedNtProb:float": neurons["score"],
         }
     else:
@@ -81,7 +83,7 @@ def _write_neurons(
     for name in source.classes:
         column = f"nt{NAMES[name]}Prob:float"
         columns[column] = neurons[f"mean_{name}_prob"]
-    writing.write_table(folder / "Neuprint_Neurons.csv", pa.table(columns), source)
+    export_files.write_table(folder / "Neuprint_Neurons.csv", pa.table(columns), source)
 
 
 def _property(name: str, column: pa.ChunkedArray) -> str:
@@ -93,7 +95,7 @@ def _property(name: str, column: pa.ChunkedArray) -> str:
 
 NEUPRINT = Consumer(
     names=NAMES,
-    files=("Neuprint_Synapses.csv", "Neuprint_Neurons.csv", points.LEFT_OUT),
+    files=("Neuprint_Synapses.csv", "Neuprint_Neurons.csv", flyem_points.LEFT_OUT),
     takes={"voxel_size_nm_zyx": True, "confusion": False},
     needs_neurons=True,
     write=_write,

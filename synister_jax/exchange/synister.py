@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.exchange import points, writing
-from synister_jax.exchange.writing import Consumer, Options
+from synister_jax.exchange import export_files, flyem_points
+from synister_jax.exchange.export_files import Consumer, Options
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -44,15 +44,20 @@ def _write_files(
     """
 
     def published(table: pa.Table) -> pa.Table:
-        voxel = points.voxels(table, voxel_size_nm_zyx)
-        columns = {"id": table["synapse_id"], "body": writing.ids(table, "neuron_id")}
-        columns |= points.xyz(np.where(np.abs(voxel) < points.INT32, voxel, np.nan))
+        voxel = flyem_points.voxels(table, voxel_size_nm_zyx)
+        columns = {
+            "id": table["synapse_id"],
+            "body": export_files.ids(table, "neuron_id"),
+        }
+        columns |= flyem_points.xyz(
+            np.where(np.abs(voxel) < flyem_points.INT32, voxel, np.nan)
+        )
         for name in predictions.classes(table):
-            columns[f"nts_{predict}.{name}"] = writing.probability(table, name)
+            columns[f"nts_{predict}.{name}"] = export_files.probability(table, name)
         return pa.table(columns)
 
-    writing.write(folder / "predictions.csv", source, request_columns)
-    writing.write(folder / "synapses.feather", source, published)
+    export_files.write(folder / "predictions.csv", source, request_columns)
+    export_files.write(folder / "synapses.feather", source, published)
 
 
 def request_columns(table: pa.Table) -> pa.Table:
@@ -61,12 +66,12 @@ def request_columns(table: pa.Table) -> pa.Table:
     x, y, z are nm in the volume's frame, blank where there is nothing; `skid` is -1
     for a synapse of no neuron.
     """
-    z, y, x = (writing.blank(table[name].to_numpy()) for name in synapses.POSITION)
+    z, y, x = (export_files.blank(table[name].to_numpy()) for name in synapses.POSITION)
     skids = pc.fill_null(table["neuron_id"], -1)
     columns = {"position_id": table["synapse_id"], "skid": skids}
     columns |= {"x": x, "y": y, "z": z}
     for name in predictions.classes(table):
-        columns[name] = writing.blank(writing.probability(table, name))
+        columns[name] = export_files.blank(export_files.probability(table, name))
     return pa.table(columns)
 
 

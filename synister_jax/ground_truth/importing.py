@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax.base import metadata
+from synister_jax.base import table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.em import spaces
 from synister_jax.ground_truth.dialects import Dialect
 from synister_jax.ground_truth.row_filter import RowFilter
-from synister_jax.tables import columns, formats, position_ids, synapses
+from synister_jax.tables import columns, formats, ids_from_positions, synapses
 
 if TYPE_CHECKING:
     from synister_jax.em.volumes import Volume
@@ -116,7 +116,7 @@ def read(
     done = spaces.describe(space, volume.shape_zyx if volume else None)
     about = {"space": f"{space.frame}, nm", "made_by": done}
     about["inputs"] = [str(path) for path in paths]
-    table = metadata.described(table, about)
+    table = table_metadata.described(table, about)
     nameless = pc.is_null(rows["synapse_id"]).to_numpy() & (synapse_id == 0)
     dropped = sieve.dropped(pa.array(synapse_id, mask=nameless))
     table = synapses.conform(table, " and ".join(map(str, paths)))
@@ -151,7 +151,7 @@ def _standard(
 ) -> tuple[pa.Table, list[str]]:
     """A file with one set of columns for all dialects, and the columns it lacks."""
     table = formats.read(path)
-    if space != spaces.SPACES["volume"] and metadata.of(table):
+    if space != spaces.SPACES["volume"] and table_metadata.of(table):
         raise UserError(
             f"{path} is a synapse table, in its volume's frame already; read it with "
             "--source=table and without --space, --scale_nm_zyx or --offset_nm_zyx"
@@ -293,7 +293,7 @@ def _synapse_ids(
     if dialect.neuprint_ids:
         index = np.stack([xyz["z"], xyz["y"], xyz["x"]], axis=1)
         whole = (index == np.trunc(index)).all(axis=1)
-        made = position_ids.neuprint(np.where(whole[:, None], index, -1))
+        made = ids_from_positions.neuprint(np.where(whole[:, None], index, -1))
         sieve.refuse(made < 0, "coordinates are not voxels of 0 to 2097151")
         differs = ~missing & (made != ids)
         sieve.refuse(differs, "the id is not that of its voxel; digits were lost")
@@ -303,9 +303,9 @@ def _synapse_ids(
         return ids
     # The original truncates to whole nm first (ingest.py).
     index = np.trunc(position_nm_zyx) // dialect.voxel_size_nm_zyx
-    fits = position_ids.cantor_fits(index)
+    fits = ids_from_positions.cantor_fits(index)
     sieve.refuse(missing & ~fits, "no synapse id, and no voxel that one is made of")
-    ids[missing & fits] = position_ids.cantor(index[missing & fits])
+    ids[missing & fits] = ids_from_positions.cantor(index[missing & fits])
     return ids
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synister_jax.base.errors import UserError
-from synister_jax.ground_truth import solver
+from synister_jax.ground_truth import split_solver
 from synister_jax.tables import synapses
 
 GROUP_COLUMNS = {
@@ -185,10 +185,10 @@ def make(table: pa.Table, scheme: Scheme) -> Split:
     )
 
     shuffle = np.random.default_rng(scheme.seed).permutation(shape[0])
-    groups_to_split = solver.Groups(
+    groups_to_split = split_solver.Groups(
         counts[shuffle],
         fractions,
-        *solver.anchor(counts[shuffle], group_types[shuffle]),
+        *split_solver.anchor(counts[shuffle], group_types[shuffle]),
         seed=scheme.seed,
         deadline=start + scheme.time_limit_s,
     )
@@ -201,10 +201,10 @@ def make(table: pa.Table, scheme: Scheme) -> Split:
 
     part = part_of_group[group_of_row]
     achieved = np.stack([counts[part_of_group == p].sum(axis=0) for p in range(3)], 1)
-    targets = np.stack([solver.targets(n, fractions) for n in counts.sum(0)])
+    targets = np.stack([split_solver.targets(n, fractions) for n in counts.sum(0)])
     for k in per_synapse:
         of_class = labels == k
-        targets[k] = solver.targets(of_class.sum(), fractions)
+        targets[k] = split_solver.targets(of_class.sum(), fractions)
         achieved[k] = targets[k]
         ids = table["synapse_id"].to_numpy()[rows[of_class]]
         part[of_class] = _per_synapse(ids, targets[k])
@@ -286,24 +286,24 @@ def _held_out(table: pa.Table, hold_out: np.ndarray | None) -> np.ndarray:
 
 
 def _solve_all(
-    groups: solver.Groups, classes: Sequence[str], by: str, fallback: bool
-) -> tuple[list[solver.Solution], list[int], set[str]]:
+    groups: split_solver.Groups, classes: Sequence[str], by: str, fallback: bool
+) -> tuple[list[split_solver.Solution], list[int], set[str]]:
     """Solutions, the classes that none is for, and why the solver stopped early."""
-    solutions: list[solver.Solution] = []
+    solutions: list[split_solver.Solution] = []
     left_out: list[int] = []
-    failures: list[solver.Infeasible] = []
-    waiting = solver.independent(groups, range(len(classes)))
+    failures: list[split_solver.Infeasible] = []
+    waiting = split_solver.independent(groups, range(len(classes)))
     while waiting:
         together = waiting.pop(0)
         try:
-            solutions.append(solver.solve(groups, together))
-        except solver.Infeasible as error:
+            solutions.append(split_solver.solve(groups, together))
+        except split_solver.Infeasible as error:
             failures.append(error)
             worst = error.classes[0]
             left_out.append(worst)
             rest = [k for k in together if k != worst]
             if fallback and rest:
-                waiting += solver.independent(groups, rest)
+                waiting += split_solver.independent(groups, rest)
     if failures and not fallback:
         raise ImpossibleSplit(_explain(groups, classes, by, failures))
     reasons = {x.stopped for x in solutions} | {x.stopped for x in failures}
@@ -311,10 +311,10 @@ def _solve_all(
 
 
 def _explain(
-    groups: solver.Groups,
+    groups: split_solver.Groups,
     classes: Sequence[str],
     by: str,
-    failures: Sequence[solver.Infeasible],
+    failures: Sequence[split_solver.Infeasible],
 ) -> str:
     """One line for the user."""
     parts = "/".join(synapses.PARTS)
@@ -322,8 +322,8 @@ def _explain(
     described = []
     for k in [k for failure in failures for k in failure.classes]:
         counts = groups.counts[:, k]
-        target = solver.targets(counts.sum(), groups.fractions)
-        best = solver.nearest(groups, k)
+        target = split_solver.targets(counts.sum(), groups.fractions)
+        best = split_solver.nearest(groups, k)
         can = "none" if best is None else "/".join(f"{f:.2f}" for f in best)
         described.append(
             f"{classes[k]} ({np.count_nonzero(counts)} groups; target "
@@ -334,7 +334,7 @@ def _explain(
     found = "was found within the solver's budget" if stopped else "exists"
     return (
         f"no split by {by} {found} with {parts} within "
-        f"{solver.TOLERANCE * 100:g} points of {wanted} for "
+        f"{split_solver.TOLERANCE * 100:g} points of {wanted} for "
         f"{', '.join(described)}; split these synapse by synapse "
         f"(--per_synapse_fallback), try other --fractions, {doubt}or leave them out "
         "by --classes"

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from synister_jax.base.errors import UserError
-from synister_jax.network import checkpoint, convolution, model, scaling, sharding
+from synister_jax.network import checkpoint, convolution, input_scaling, model, sharding
 
 Variables = dict[str, Any]  # {"params", "batch_stats"}
 
@@ -61,7 +61,7 @@ def make_classify(
         return jax.nn.softmax(logits if temperature is None else logits / temperature)
 
     def classify(variables: Variables, records: jax.Array) -> jax.Array:
-        crops = scaling.centre(records, crop_shape_zyx)
+        crops = input_scaling.centre(records, crop_shape_zyx)
         if views == 1:
             return probabilities(variables, crops)
         # One after the other: the network is compiled once, and holds one view's

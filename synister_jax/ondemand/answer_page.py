@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 
 from synister_jax.base import files
 from synister_jax.base.errors import redact
-from synister_jax.evaluation import calls
+from synister_jax.evaluation import group_calls
 from synister_jax.ondemand import sources
 from synister_jax.ondemand.answer_record import AnswerRecord
-from synister_jax.pages import neurons_table, page, predictions_section
+from synister_jax.pages import neurons_table, predictions_section, rendering
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -51,14 +51,14 @@ def render(folder: pathlib.Path, about: AnswerRecord) -> str:
     first = _first_neurons(source)
     if first:
         with files.scratch(folder / "report.html") as scratch:
-            groups = calls.of_groups(source, "neuron", "majority", folder=scratch)
+            groups = group_calls.of(source, "neuron", "majority", folder=scratch)
         content["neurons"] = neurons_table.prepare(groups, source.classes, "majority")
         content["charts"] = _charts(groups, first, source.classes)
         of_neurons = pc.sum(groups["synapses"]).as_py()
         content["of_no_neuron"] = source.rows - of_neurons
     elif source.rows:
         content["positions"] = _positions(source)
-    return page.render("answer.html.j2", content)
+    return rendering.render("answer.html.j2", content)
 
 
 def _first_neurons(source: Predictions) -> list[int]:

@@ -20,18 +20,18 @@ import pyarrow as pa
 from pyarrow import feather
 
 import synister_jax
-from synister_jax.base import files, folders, metadata
+from synister_jax.base import files, output_folders, table_metadata
 from synister_jax.base.errors import UserError, redact
 from synister_jax.base.progress import Progress
 from synister_jax.bulk import (
     execution,
-    inputs,
     merging,
     planning,
+    prediction_inputs,
     unit_results,
 )
 from synister_jax.em import crops, volumes
-from synister_jax.exchange import synister, writing
+from synister_jax.exchange import export_files, synister
 from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.ondemand import answer_page, sources
 from synister_jax.ondemand.answer_record import AnswerRecord
@@ -72,7 +72,7 @@ class OpenNetwork:
         members = ((str(workdir), step),)
         fitted = saved_calibration.load(members, 1) if calibrated else None
         temperature = fitted["temperature"] if fitted else None
-        job = inputs.Inputs(
+        job = prediction_inputs.Inputs(
             members, batch_size, 1, volume, None, "", False, temperature
         )
         classifier, opened = job.open()
@@ -127,13 +127,15 @@ def answer(
         "volume_shape_zyx": list(network.volume.shape_zyx),
         "asked_sha256": files.sha256_of_columns(asked.table, asked.table.column_names),
     }
-    folders.require_same(folder / REQUEST, request)
+    output_folders.require_same(folder / REQUEST, request)
     unknown, without = _find_synapses(
         asked, network, source, settings, folder, tell, most_synapses
     )
     record, doubt = _predict(network, folder, tell)
     table = predictions.open(folder / "predictions.feather")
-    writing.write(folder / "predictions.csv", table, _original_columns, silent=True)
+    export_files.write(
+        folder / "predictions.csv", table, _original_columns, silent=True
+    )
     about: AnswerRecord = {
         "kind": asked.kind,
         "source": source,
@@ -190,7 +192,7 @@ def _find_synapses(
     """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
     path = folder / "synapses.feather"
     try:
-        about = metadata.of(pa.ipc.open_file(str(path)).schema)
+        about = table_metadata.of(pa.ipc.open_file(str(path)).schema)
         return about["unknown"], about["without"]
     except (OSError, pa.ArrowException):
         pass  # not there yet, or damaged
@@ -213,7 +215,7 @@ def _find_synapses(
             shape = network.volume.shape_zyx
             files.write_feather(piece, _placed(found, source, shape, settings))
             table = feather.read_table(piece, memory_map=False)
-        about = metadata.of(table)
+        about = table_metadata.of(table)
         unknown += about["unknown"]
         without += about["without"]
         pieces.append(table.replace_schema_metadata(None))
@@ -224,7 +226,7 @@ def _find_synapses(
                 "one request may have here; ask for fewer neurons at once"
             )
     about = {"unknown": unknown, "without": without}
-    table = metadata.described(pa.concat_tables(pieces), about)
+    table = table_metadata.described(pa.concat_tables(pieces), about)
     synapses.write(synapses.conform(table, "the request", answer_all=True), path)
     return unknown, without
 
@@ -233,7 +235,7 @@ def _read_group(path: pathlib.Path) -> pa.Table | None:
     """None where it is not there, or not what was written."""
     try:
         table = feather.read_table(path, memory_map=False)
-        whole = {"unknown", "without"} <= metadata.of(table).keys()
+        whole = {"unknown", "without"} <= table_metadata.of(table).keys()
     except (OSError, pa.ArrowException, ValueError):
         return None
     return table if whole else None
@@ -266,7 +268,7 @@ def _group(
         # The source's own order may change from one answer to the next.
         order = [("synapse_id", "ascending")]
         sites = pa.concat_tables([f.sites.sort_by(order) for f in found])
-    return metadata.described(sites, about)
+    return table_metadata.described(sites, about)
 
 
 def _placed(

@@ -21,15 +21,15 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax.base.errors import UserError
-from synister_jax.ondemand import csv_cells, csv_lines
-from synister_jax.ondemand.csv_cells import (
+from synister_jax.ondemand import question_cells, question_lines
+from synister_jax.ondemand.question_cells import (
     coordinate,
     integer,
     neuron,
     neutralised,
     shown,
 )
-from synister_jax.ondemand.csv_lines import Lines, Problem, Stop, Told
+from synister_jax.ondemand.question_lines import Lines, Problem, Stop, Told
 
 __all__ = ["Asked", "Checked", "Problem", "check", "load", "neutralised"]
 
@@ -163,15 +163,15 @@ def _layout(lines: Lines, told: Told, kind: Kind | None) -> _Layout:
     if first is None:
         raise Stop(0, "there is nothing in it; write ids of neurons, or positions")
     known = {
-        each: sum(_role(name) is not None for name in csv_lines.cells(first, each))
+        each: sum(_role(name) is not None for name in question_lines.cells(first, each))
         for each in (",", ";", "\t")
     }
     delimiter = max(known, key=known.__getitem__)
     if not known[delimiter]:  # blanks separate only then: "Body ID" is one name
-        names = csv_lines.cells(first, "")
+        names = question_lines.cells(first, "")
         delimiter, known = "", {"": sum(_role(name) is not None for name in names)}
     if known[delimiter]:
-        rows = csv_lines.rows(lines, delimiter, told)
+        rows = question_lines.rows(lines, delimiter, told)
         line, header = next(rows, (lines.first, []))
         if told.error_count:
             raise Stop(line, "this first line cannot be read; mend it, then the rest")
@@ -239,11 +239,11 @@ def _unnamed(
 ) -> _Layout:
     """The layout of rows without a header, of which `first` is the first line."""
     line = lines.first
-    given = [cell.strip() for cell in csv_lines.cells(first, delimiter)]
+    given = [cell.strip() for cell in question_lines.cells(first, delimiter)]
     cells = list(given)
     while cells and not cells[-1]:
         cells.pop()
-    if not any(map(csv_cells.like_data, cells)):
+    if not any(map(question_cells.like_data, cells)):
         raise Stop(
             line,
             f"names no column that is known: call neurons {', '.join(NEURON)}; call "
@@ -255,7 +255,7 @@ def _unnamed(
             why = f"without a header the columns are {', '.join(_UNNAMED[len(cells)])};"
             told.warning(0, "", f"{why} if these are neurons, write one id a line")
     if kind == "neurons":
-        return _Layout(kind, [], {}, csv_lines.rows(lines, ",", told))
+        return _Layout(kind, [], {}, question_lines.rows(lines, ",", told))
     if len(cells) not in _UNNAMED:
         expected = ", or ".join(map(", ".join, _UNNAMED.values()))
         raise Stop(line, f"has {_count(cells)}; a position is {expected}")
@@ -267,7 +267,7 @@ def _unnamed(
         )
     names = list(_UNNAMED[len(cells)])
     places = {_ROLES[name]: place for place, name in enumerate(names)}
-    return _Layout(kind, names, places, csv_lines.rows(lines, delimiter, told))
+    return _Layout(kind, names, places, question_lines.rows(lines, delimiter, told))
 
 
 class _Rows:

@@ -74,7 +74,7 @@ def doubts(counts: Sequence[int]) -> list[str]:
 
 
 def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, Any]:
-    """What the page needs of a table of neurons (`calls.of_groups`).
+    """What the page needs of a table of neurons (`group_calls.of`).
 
     The `MOST` neurons with the most predicted synapses, in that order; `data` goes into
     the page as JSON, ids as text because JavaScript's numbers hold 15 digits only.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import calls, rules
+from synister_jax.evaluation import calling_rules, group_calls
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.pages import neurons_table
 from synister_jax.tables import predictions
@@ -89,7 +89,7 @@ def content(
     }
     neurons = None
     if counter.neurons:
-        neurons = calls.of_groups(source, "neuron", rule, confusion, folder)
+        neurons = group_calls.of(source, "neuron", rule, confusion, folder)
         found["neurons"] = neurons_table.prepare(neurons, source.classes, rule)
     if counter.hemilineages:
         found["hemilineages"] = hemilineages(counter.hemilineages, neurons, source)
@@ -129,7 +129,7 @@ def hemilineages(
                 "name": name,
                 "synapses": of_synapses[name].tolist(),
                 "neurons": of_neurons,
-                "others": called[name, rules.UNCLEAR],
+                "others": called[name, calling_rules.UNCLEAR],
             }
         )
     return {

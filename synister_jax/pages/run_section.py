@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from synister_jax.base import figures, files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import intervals, measurement
+from synister_jax.evaluation import intervals, metrics
 from synister_jax.network import checkpoint, saved_calibration
 from synister_jax.pages import neurons_table, predictions_section
 from synister_jax.tables import predictions, synapses
-from synister_jax.training import data, event_log
+from synister_jax.training import input_pipeline, metrics_log
 from synister_jax.training.shards import Shards
 
 _TILES = 4  # of each class and kind on the contact sheet
@@ -70,7 +70,7 @@ def content(
         config.shards = str(shards_folder)
     shards, why_none = None, None
     try:
-        shards = data.open_shards(config, training=False)
+        shards = input_pipeline.open_shards(config, training=False)
     except UserError as error:
         if shards_folder is not None:
             raise
@@ -86,7 +86,7 @@ def content(
         "parts": [],
         "calibrations": _calibrations(workdir),
     }
-    if lines := event_log.read(workdir):
+    if lines := metrics_log.read(workdir):
         for ends in ("loss", "accuracy"):
             draw = functools.partial(figures.curves, lines, [ends])
             run["curves"].append(
@@ -165,7 +165,7 @@ def _part(
         raise UserError(
             f"{error}; run `python -m synister_jax.{command}` again"
         ) from None
-    shown = predictions_section.content(source, measurement.RULE)
+    shown = predictions_section.content(source, metrics.RULE)
     found = {
         "name": part,
         "summary": summary,

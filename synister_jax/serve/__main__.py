@@ -25,7 +25,7 @@ from absl import flags
 
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
-from synister_jax.serve import annotations, app, models, supervisor, tokens
+from synister_jax.serve import annotations, app, served_models, supervisor, tokens
 from synister_jax.serve.service import Options, Service
 from synister_jax.serve.store import Store
 
@@ -130,8 +130,8 @@ def main() -> None:
     lists = flags.DEFINE_bool("list_tokens", False, "Name the tokens.")
 
     def run() -> None:
-        found = models.load(pathlib.Path(folder.value))
-        networks = {name: models.network(model) for name, model in found.items()}
+        found = served_models.load(pathlib.Path(folder.value))
+        networks = {name: served_models.network(model) for name, model in found.items()}
         for name in ("public_url", "neuroglancer"):
             url = flags.FLAGS[name].value
             if url is not None and not url.startswith(("http://", "https://")):

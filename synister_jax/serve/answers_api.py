@@ -10,14 +10,14 @@ from typing import Annotated, BinaryIO
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import Response, StreamingResponse
 
-from synister_jax.serve import results, shapes, tokens
+from synister_jax.serve import results, schemas, tokens
 from synister_jax.serve.jobs_api import find
 from synister_jax.serve.service import Served, Service, User
 
 router = APIRouter(prefix="/api/jobs/{job_id}")
 
 _PIECE_BYTES = 1 << 20
-_ERRORS = shapes.errors(401, 404, 409, 422, 429)
+_ERRORS = schemas.errors(401, 404, 409, 422, 429)
 # The report has a policy of its own that names its script; this one keeps whatever
 # might be in it away from the cookie and the API.
 _REPORT_POLICY = (
@@ -31,11 +31,11 @@ _REPORT_POLICY = (
 def neurons(
     served: Served,
     user: User,
-    job_id: shapes.JobId,
-    search: shapes.Search | None = None,
-    offset: shapes.Offset = 0,
-    limit: shapes.Limit = 100,
-) -> shapes.Neurons:
+    job_id: schemas.JobId,
+    search: schemas.Search | None = None,
+    offset: schemas.Offset = 0,
+    limit: schemas.Limit = 100,
+) -> schemas.Neurons:
     with _file(served, user, job_id, "predictions.feather") as path:
         return results.neurons_page(path, search, offset, limit)
 
@@ -44,16 +44,16 @@ def neurons(
 def synapses(
     served: Served,
     user: User,
-    job_id: shapes.JobId,
-    search: shapes.Search | None = None,
+    job_id: schemas.JobId,
+    search: schemas.Search | None = None,
     status: Annotated[str | None, Query(max_length=64)] = None,
     called: Annotated[
         str | None, Query(max_length=64, description="a class, or `none`")
     ] = None,
-    neuron: Annotated[shapes.Whole | None, Query()] = None,
-    offset: shapes.Offset = 0,
-    limit: shapes.Limit = 100,
-) -> shapes.Synapses:
+    neuron: Annotated[schemas.Whole | None, Query()] = None,
+    offset: schemas.Offset = 0,
+    limit: schemas.Limit = 100,
+) -> schemas.Synapses:
     neuron_id = None if neuron is None else int(neuron)
     if neuron_id is not None and not -(2**63) <= neuron_id < 2**63:
         raise HTTPException(422, "neuron: an id has 64 bits")
@@ -67,14 +67,14 @@ def _download(kind: str, media_type: str, text: bool = False) -> dict:
     content = {media_type: {"schema": schema}}
     return {
         "response_class": Response,
-        "responses": shapes.errors(401, 404, 409, 429)
+        "responses": schemas.errors(401, 404, 409, 429)
         | {200: {"content": content, "description": f"{kind}, as `request` writes it"}},
         "summary": kind,
     }
 
 
 @router.get("/predictions.csv", **_download("The predictions", "text/csv", True))
-def csv(served: Served, user: User, job_id: shapes.JobId) -> StreamingResponse:
+def csv(served: Served, user: User, job_id: schemas.JobId) -> StreamingResponse:
     return _sent(served, user, job_id, "predictions.csv", "text/csv", "attachment")
 
 
@@ -82,13 +82,13 @@ def csv(served: Served, user: User, job_id: shapes.JobId) -> StreamingResponse:
     "/predictions.feather",
     **_download("The predictions as Feather", "application/vnd.apache.arrow.file"),
 )
-def feather(served: Served, user: User, job_id: shapes.JobId) -> StreamingResponse:
+def feather(served: Served, user: User, job_id: schemas.JobId) -> StreamingResponse:
     kind = "application/vnd.apache.arrow.file"
     return _sent(served, user, job_id, "predictions.feather", kind, "attachment")
 
 
 @router.get("/report.html", **_download("The report", "text/html", True))
-def report(served: Served, user: User, job_id: shapes.JobId) -> StreamingResponse:
+def report(served: Served, user: User, job_id: schemas.JobId) -> StreamingResponse:
     response = _sent(served, user, job_id, "report.html", "text/html", "inline")
     response.headers["Content-Security-Policy"] = _REPORT_POLICY
     # A page in a sandbox may not ask to be alone in its group of windows.

@@ -14,8 +14,8 @@ from synister_jax.serve import (
     answers_api,
     jobs_api,
     points,
+    schemas,
     sessions_api,
-    shapes,
     views_api,
 )
 from synister_jax.serve.guard import Guard
@@ -81,9 +81,9 @@ def make(service: Service) -> FastAPI:
     for name in _STATIC:
         _serve(app, f"/static/{name}", name)
 
-    @app.get("/health", responses=shapes.errors(), summary="Whether it is there.")
-    def health() -> shapes.Health:
-        return shapes.Health(status="ok", workers=service.workers())
+    @app.get("/health", responses=schemas.errors(), summary="Whether it is there.")
+    def health() -> schemas.Health:
+        return schemas.Health(status="ok", workers=service.workers())
 
     # FastAPI's documentation says to put another function in the method's place.
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -92,7 +92,7 @@ def make(service: Service) -> FastAPI:
 
 def _serve(app: FastAPI, path: str, name: str) -> None:
     media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
-    content = importlib.resources.files("synister_jax.serve").joinpath(name)
+    content = importlib.resources.files("synister_jax.serve") / "static" / name
     text = content.read_text(encoding="utf-8")
 
     @app.get(path, include_in_schema=False, name=name)

@@ -13,7 +13,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from synister_jax.base import files
-from synister_jax.serve import annotations, shapes, tokens, uploads
+from synister_jax.serve import annotations, schemas, tokens, uploads
 from synister_jax.serve.records import LimitReached, NewJob, Revoked, StoredJob
 from synister_jax.serve.service import Served, Service, User, revoked
 
@@ -24,7 +24,7 @@ _LONGEST_NAME = 200
 
 @router.post(
     "/checks",
-    responses=shapes.errors(401, 403, 404, 408, 413, 415, 422, 429),
+    responses=schemas.errors(401, 403, 404, 408, 413, 415, 422, 429),
     openapi_extra=uploads.BODY,
     summary="What would be asked, and what is wrong with it.",
 )
@@ -32,10 +32,10 @@ async def check(
     served: Served,
     user: User,
     request: Request,
-    model: shapes.ModelName,
-    source: shapes.SourceName | None = None,
-    kind: shapes.Kind | None = None,
-) -> shapes.Check:
+    model: schemas.ModelName,
+    source: schemas.SourceName | None = None,
+    kind: schemas.Kind | None = None,
+) -> schemas.Check:
     chosen = served.model(model)
     named = served.source(chosen, source)
     found = await uploads.checked(request, served, user, chosen, named, kind)
@@ -46,10 +46,10 @@ async def check(
 @router.post(
     "/jobs",
     status_code=201,
-    responses=shapes.errors(401, 403, 404, 408, 413, 415, 429, 503)
+    responses=schemas.errors(401, 403, 404, 408, 413, 415, 429, 503)
     | {
-        200: {"model": shapes.Job, "description": "your own job of the same request"},
-        422: {"model": shapes.Refused, "description": "a parameter or rows are wrong"},
+        200: {"model": schemas.Job, "description": "your own job of the same request"},
+        422: {"model": schemas.Refused, "description": "a parameter or rows are wrong"},
     },
     openapi_extra=uploads.BODY,
     summary="Asks for predictions.",
@@ -59,12 +59,12 @@ async def submit(
     user: User,
     request: Request,
     response: Response,
-    model: shapes.ModelName,
-    source: shapes.SourceName | None = None,
-    kind: shapes.Kind | None = None,
+    model: schemas.ModelName,
+    source: schemas.SourceName | None = None,
+    kind: schemas.Kind | None = None,
     name: Annotated[str, Query(max_length=_LONGEST_NAME)] = "",
     fresh: Annotated[bool, Query(description="whatever is finished already")] = False,
-) -> shapes.Job:
+) -> schemas.Job:
     chosen = served.model(model)
     named = served.source(chosen, source)
     report = await run_in_threadpool(served.report, chosen)
@@ -117,7 +117,7 @@ async def submit(
 class Unfit(Exception):
     """Rows that cannot be asked: 422 with what is wrong with them."""
 
-    def __init__(self, check: shapes.Check) -> None:
+    def __init__(self, check: schemas.Check) -> None:
         self.check = check
         more = check.error_count - 1
         first = check.errors[0]
@@ -126,29 +126,29 @@ class Unfit(Exception):
         super().__init__(f"{where}{first.message}{others}")
 
 
-@router.get("/jobs", responses=shapes.errors(401, 429), summary="Yours, newest first.")
-def jobs(served: Served, user: User) -> shapes.Jobs:
+@router.get("/jobs", responses=schemas.errors(401, 429), summary="Yours, newest first.")
+def jobs(served: Served, user: User) -> schemas.Jobs:
     """Without `answer` and the link to Neuroglancer: ask for the job to see them."""
     queue = served.store.queue()
     yours = served.store.jobs(user.token_id)
-    return shapes.Jobs(jobs=[_shape(job, queue) for job in yours])
+    return schemas.Jobs(jobs=[_shape(job, queue) for job in yours])
 
 
-@router.get("/jobs/{job_id}", responses=shapes.errors(401, 404, 429), summary="A job.")
+@router.get("/jobs/{job_id}", responses=schemas.errors(401, 404, 429), summary="A job.")
 def job(
-    served: Served, user: User, request: Request, job_id: shapes.JobId
-) -> shapes.Job:
+    served: Served, user: User, request: Request, job_id: schemas.JobId
+) -> schemas.Job:
     return _told(served, find(served, user, job_id), request)
 
 
 @router.post(
     "/jobs/{job_id}/cancel",
-    responses=shapes.errors(401, 403, 404, 429),
+    responses=schemas.errors(401, 403, 404, 429),
     summary="Stops a job; one that is over stays as it is.",
 )
 def cancel(
-    served: Served, user: User, request: Request, job_id: shapes.JobId
-) -> shapes.Job:
+    served: Served, user: User, request: Request, job_id: schemas.JobId
+) -> schemas.Job:
     found = served.store.cancel(job_id, user.token_id)
     if found is None:
         raise _not_found()
@@ -158,10 +158,10 @@ def cancel(
 @router.delete(
     "/jobs/{job_id}",
     status_code=204,
-    responses=shapes.errors(401, 403, 404, 409, 429),
+    responses=schemas.errors(401, 403, 404, 409, 429),
     summary="Deletes a job and its answer; a running one is cancelled first.",
 )
-def delete(served: Served, user: User, job_id: shapes.JobId) -> None:
+def delete(served: Served, user: User, job_id: schemas.JobId) -> None:
     found = find(served, user, job_id)
     if not served.store.delete(found.id, user.token_id):
         find(served, user, job_id)
@@ -181,7 +181,7 @@ def _not_found() -> HTTPException:
     return HTTPException(404, "you have no such job")
 
 
-def _told(served: Service, job: StoredJob, request: Request) -> shapes.Job:
+def _told(served: Service, job: StoredJob, request: Request) -> schemas.Job:
     told = _shape(job, served.store.queue())
     if told.links is None:
         return told
@@ -200,21 +200,21 @@ def _told(served: Service, job: StoredJob, request: Request) -> shapes.Job:
 _neuroglancer = functools.lru_cache(maxsize=1000)(annotations.link)
 
 
-def _shape(job: StoredJob, queue: Sequence[int]) -> shapes.Job:
+def _shape(job: StoredJob, queue: Sequence[int]) -> schemas.Job:
     """As the API tells it, of what the store knows.
 
     Args:
       queue: numbers of all queued jobs, ascending.
     """
     base = f"/api/jobs/{job.id}"
-    links = shapes.Links(
+    links = schemas.Links(
         csv=f"{base}/predictions.csv",
         feather=f"{base}/predictions.feather",
         report=f"{base}/report.html",
         neuroglancer=None,
     )
     eta = job.eta_seconds
-    return shapes.Job(
+    return schemas.Job(
         id=job.id,
         name=job.name,
         model=job.model,

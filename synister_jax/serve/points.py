@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query
 from starlette.concurrency import run_in_threadpool
 
-from synister_jax.serve import shapes
+from synister_jax.serve import schemas
 from synister_jax.serve.records import LimitReached, Revoked
 from synister_jax.serve.service import Served, User, revoked
 
@@ -20,19 +20,19 @@ router = APIRouter()
 
 @router.get(
     "/fetch-neurotransmitter",
-    responses=shapes.errors(401, 404, 422, 429, 503),
+    responses=schemas.errors(401, 404, 422, 429, 503),
     summary="The transmitter at a position, in the source's units.",
 )
 async def fetch(
     served: Served,
     user: User,
-    x: shapes.Coordinate,
-    y: shapes.Coordinate,
-    z: shapes.Coordinate,
+    x: schemas.Coordinate,
+    y: schemas.Coordinate,
+    z: schemas.Coordinate,
     connector_id: Annotated[str | None, Query(pattern="^[0-9]{1,20}$")] = None,
-    model: shapes.ModelName | None = None,
-    source: shapes.SourceName | None = None,
-) -> shapes.Point:
+    model: schemas.ModelName | None = None,
+    source: schemas.SourceName | None = None,
+) -> schemas.Point:
     chosen = served.model(next(iter(served.models)) if model is None else model)
     named = served.source(chosen, source)
     store = served.store
@@ -58,4 +58,4 @@ async def fetch(
         await asyncio.sleep(_PAUSE)
     if "problem" in result:
         raise HTTPException(503, result["problem"], {"Retry-After": "60"})
-    return shapes.Point(connector_id=connector_id, model=chosen.name, **result)
+    return schemas.Point(connector_id=connector_id, model=chosen.name, **result)

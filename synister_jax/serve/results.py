@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synister_jax.pages import neurons_table
-from synister_jax.serve import shapes
+from synister_jax.serve import schemas
 from synister_jax.tables import predictions, synapses
 
 NONE = "none"  # asked for as `called`: the rows without a prediction
@@ -49,21 +49,21 @@ class Filter:
 
 def neurons_page(
     path: pathlib.Path, search: str | None, offset: int, limit: int
-) -> shapes.Neurons:
+) -> schemas.Neurons:
     """Neurons whose id has `search` in it, in the order of the answer."""
     found = _neurons(path, path.stat().st_mtime_ns)
     rows = np.arange(len(found.ids))
     if search:
         rows = np.flatnonzero(pc.match_substring(found.texts, search).to_numpy(False))
     page = rows[offset : offset + limit]
-    return shapes.Neurons(total=len(rows), neurons=[_neuron(found, i) for i in page])
+    return schemas.Neurons(total=len(rows), neurons=[_neuron(found, i) for i in page])
 
 
-def _neuron(found: _Neurons, row: int) -> shapes.Neuron:
+def _neuron(found: _Neurons, row: int) -> schemas.Neuron:
     counts = found.counts[row]
     predicted = int(counts.sum())
     first = int(counts.argmax())  # of equal ones the first, as the rule `majority`
-    return shapes.Neuron(
+    return schemas.Neuron(
         neuron_id=str(found.ids[row]),
         synapses=int(found.synapses[row]),
         predicted=predicted,
@@ -99,12 +99,12 @@ def _neurons(path: pathlib.Path, _changed: int) -> _Neurons:
 
 def synapses_page(
     path: pathlib.Path, wanted: Filter, offset: int, limit: int
-) -> shapes.Synapses:
+) -> schemas.Synapses:
     """Rows that `wanted` lets through, in the order of the answer."""
     source = predictions.open(path)
     classes = source.classes
     total = 0
-    rows: list[shapes.Synapse] = []
+    rows: list[schemas.Synapse] = []
     for table in source.tables(_columns(classes)):
         if not wanted.is_empty:
             table = table.filter(_mask(table, wanted, classes))
@@ -112,7 +112,7 @@ def synapses_page(
         page = table.slice(first, limit - len(rows))
         total += len(table)
         rows += _synapses(page, classes)
-    return shapes.Synapses(total=total, rows=rows)
+    return schemas.Synapses(total=total, rows=rows)
 
 
 def _columns(classes: Sequence[str]) -> list[str]:
@@ -140,11 +140,11 @@ def _mask(table: pa.Table, wanted: Filter, classes: Sequence[str]) -> pa.Chunked
     return functools.reduce(pc.and_, masks)
 
 
-def _synapses(table: pa.Table, classes: Sequence[str]) -> list[shapes.Synapse]:
+def _synapses(table: pa.Table, classes: Sequence[str]) -> list[schemas.Synapse]:
     called = predictions.called(table)
     names = [predictions.probability_column(name) for name in classes]
     return [
-        shapes.Synapse(
+        schemas.Synapse(
             position_id=str(row["synapse_id"]),
             neuron_id=None if row["neuron_id"] is None else str(row["neuron_id"]),
             x=_number(row["x_nm"]),

@@ -17,8 +17,8 @@ from fastapi import Depends, HTTPException, Request
 from synister_jax.base.errors import UserError
 from synister_jax.serve import annotations, tokens
 from synister_jax.serve.limits import Rate
-from synister_jax.serve.models import NetworkFacts, ServedModel
 from synister_jax.serve.records import Report
+from synister_jax.serve.served_models import NetworkFacts, ServedModel
 from synister_jax.serve.store import Store
 
 COOKIE = "synister_session"

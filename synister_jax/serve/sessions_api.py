@@ -5,7 +5,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 
 from synister_jax.ondemand.sources import SOURCES
 from synister_jax.pages import neurons_table
-from synister_jax.serve import shapes, tokens
+from synister_jax.serve import schemas, tokens
 from synister_jax.serve.service import COOKIE, Served, User, require
 
 router = APIRouter(prefix="/api")
@@ -13,12 +13,12 @@ router = APIRouter(prefix="/api")
 
 @router.post(
     "/session",
-    responses=shapes.errors(400, 401, 403, 413, 422, 429),
+    responses=schemas.errors(400, 401, 403, 413, 422, 429),
     summary="Signs a browser in.",
 )
 def sign_in(
-    served: Served, request: Request, response: Response, login: shapes.Login
-) -> shapes.LoggedIn:
+    served: Served, request: Request, response: Response, login: schemas.Login
+) -> schemas.LoggedIn:
     require(served.logins, request.client.host if request.client else "")
     database = served.store.database
     user = tokens.by_token(database, login.token)
@@ -36,34 +36,34 @@ def sign_in(
         httponly=True,
         samesite="strict",
     )
-    return shapes.LoggedIn(name=user.name, csrf=csrf)
+    return schemas.LoggedIn(name=user.name, csrf=csrf)
 
 
 @router.get(
     "/session",
-    responses=shapes.errors(401, 429),
+    responses=schemas.errors(401, 429),
     summary="Who is signed in, and the limits.",
 )
-def session(served: Served, user: User) -> shapes.Session:
+def session(served: Served, user: User) -> schemas.Session:
     options = served.options
     jobs, size = served.store.used(user.token_id)
-    return shapes.Session(
+    return schemas.Session(
         name=user.name,
         csrf=user.csrf,
-        limits=shapes.Limits(
+        limits=schemas.Limits(
             rows=options.most_rows,
             jobs=options.most_jobs,
             bytes=options.most_bytes,
             requests_per_minute=options.requests_per_minute,
         ),
-        used=shapes.Used(jobs=jobs, bytes=size),
+        used=schemas.Used(jobs=jobs, bytes=size),
     )
 
 
 @router.delete(
     "/session",
     status_code=204,
-    responses=shapes.errors(401, 403, 429),
+    responses=schemas.errors(401, 403, 429),
     summary="Signs the browser out.",
 )
 def sign_out(served: Served, user: User, request: Request, response: Response) -> None:
@@ -73,26 +73,26 @@ def sign_out(served: Served, user: User, request: Request, response: Response) -
 
 
 @router.get(
-    "/models", responses=shapes.errors(401, 429), summary="What may be asked for."
+    "/models", responses=schemas.errors(401, 429), summary="What may be asked for."
 )
-def models(served: Served, user: User) -> list[shapes.Model]:
+def models(served: Served, user: User) -> list[schemas.Model]:
     reports = served.store.reports()
     result = []
     for model in served.models.values():
         network, report = served.networks[model.name], reports.get(model.name)
         sources = [SOURCES[name] for name in model.sources]
         result.append(
-            shapes.Model(
+            schemas.Model(
                 name=model.name,
                 title=model.title,
                 classes=[
-                    shapes.Class(name=c.name, short=c.short, colour=c.colour)
+                    schemas.Class(name=c.name, short=c.short, colour=c.colour)
                     for c in neurons_table.legend(network.classes)
                 ],
                 voxel_size_nm_zyx=list(network.voxel_size_nm_zyx),
                 crop_shape_zyx=list(network.crop_shape_zyx),
                 sources=[
-                    shapes.Source(
+                    schemas.Source(
                         name=source.name,
                         title=source.title,
                         units=source.units,

@@ -14,9 +14,9 @@ from starlette.concurrency import run_in_threadpool
 from synister_jax.base import files
 from synister_jax.ondemand import questions
 from synister_jax.ondemand.questions import Asked, Checked, Problem
-from synister_jax.serve import shapes
-from synister_jax.serve.models import ServedModel
+from synister_jax.serve import schemas
 from synister_jax.serve.records import Report
+from synister_jax.serve.served_models import ServedModel
 from synister_jax.serve.service import Service
 from synister_jax.serve.tokens import User
 
@@ -41,7 +41,7 @@ async def checked(
     user: User,
     model: ServedModel,
     source: str,
-    kind: shapes.Kind | None,
+    kind: schemas.Kind | None,
 ) -> Checked:
     """What the body asks for; 408, 413 and 415 as for any body."""
     given = request.headers.get("Content-Type")
@@ -87,7 +87,7 @@ async def _read(request: Request, body: BinaryIO) -> None:
         raise HTTPException(413, why, {"Connection": "close"})
 
 
-def shape(found: Checked, seconds_a_row: float | None) -> shapes.Check:
+def shape(found: Checked, seconds_a_row: float | None) -> schemas.Check:
     """As the API tells it.
 
     Args:
@@ -101,13 +101,13 @@ def shape(found: Checked, seconds_a_row: float | None) -> shapes.Check:
     seconds = None
     if found.kind == "positions" and seconds_a_row is not None:
         seconds = round(found.rows * seconds_a_row, 1)
-    return shapes.Check(
+    return schemas.Check(
         kind=found.kind,
         rows=found.rows,
         neurons=neurons,
-        errors=[shapes.Problem(**dataclasses.asdict(p)) for p in found.errors],
+        errors=[schemas.Problem(**dataclasses.asdict(p)) for p in found.errors],
         error_count=found.error_count,
-        warnings=[shapes.Problem(**dataclasses.asdict(p)) for p in found.warnings],
+        warnings=[schemas.Problem(**dataclasses.asdict(p)) for p in found.warnings],
         warning_count=found.warning_count,
         seconds=seconds,
     )

@@ -16,9 +16,9 @@ from fastapi.responses import JSONResponse, Response
 
 from synister_jax.base.errors import UserError
 from synister_jax.em import volumes
-from synister_jax.serve import annotations, shapes, volume_view
-from synister_jax.serve.models import ServedModel
+from synister_jax.serve import annotations, schemas, volume_view
 from synister_jax.serve.records import StoredJob
+from synister_jax.serve.served_models import ServedModel
 from synister_jax.serve.service import Served, require
 
 router = APIRouter(prefix="/view/{key}")
@@ -49,14 +49,14 @@ def _job(
 
 
 Viewed = Annotated[StoredJob, Depends(_job)]
-_ERRORS = shapes.errors(404, 422, 429)
+_ERRORS = schemas.errors(404, 422, 429)
 
 
 def _binary(summary: str, *codes: int) -> dict[str, Any]:
     content = {"application/octet-stream": {"schema": {"type": "string"}}}
     return {
         "response_class": Response,
-        "responses": shapes.errors(404, 422, 429, *codes)
+        "responses": schemas.errors(404, 422, 429, *codes)
         | {200: {"content": content, "description": "bytes of precomputed"}},
         "summary": summary,
     }
@@ -103,7 +103,7 @@ def related(path: Predictions, relationship: str, number: _Number) -> Response:
 
 @router.get(
     "/volume/info",
-    responses=shapes.errors(404, 422, 429, 503) | {200: {"model": dict[str, Any]}},
+    responses=schemas.errors(404, 422, 429, 503) | {200: {"model": dict[str, Any]}},
     response_class=JSONResponse,
     summary="The volume as a precomputed image.",
 )

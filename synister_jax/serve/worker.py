@@ -21,11 +21,11 @@ import numpy as np
 from absl import flags
 from pyarrow import feather
 
-from synister_jax.base import command, files, folders
+from synister_jax.base import command, files, output_folders
 from synister_jax.base.errors import UserError, redact
 from synister_jax.ondemand import answering, sources
 from synister_jax.ondemand.questions import Asked
-from synister_jax.serve import models
+from synister_jax.serve import served_models
 from synister_jax.serve.store import Store, StoredJob, StoredPoint
 
 _PAUSE = 0.1  # seconds between two looks for work
@@ -48,7 +48,7 @@ class Worker:
     def __init__(
         self,
         store: Store,
-        found: dict[str, models.ServedModel],
+        found: dict[str, served_models.ServedModel],
         state: pathlib.Path,
         name: str,
         batch_size: int,
@@ -142,7 +142,7 @@ class Worker:
             )
             try:
                 about = answer()
-            except folders.OtherContents:
+            except output_folders.OtherContents:
                 # Begun with another batch size, temperature, table or the like.
                 for path in folder.iterdir():
                     if path.name != "asked.feather":
@@ -173,7 +173,7 @@ class Worker:
             raise UserError(f"model {job.model} cannot be used; tell who runs the page")
         return self._steps[job.model] if job.step is None else job.step
 
-    def _settings(self, source: str, model: models.ServedModel) -> Any:
+    def _settings(self, source: str, model: served_models.ServedModel) -> Any:
         return sources.settings(source, self._credentials, synapses=model.synapses)
 
     def _answer_points(self) -> bool:
@@ -259,7 +259,7 @@ def main() -> None:
         root = files.make_folder(state.value)
         worker = Worker(
             Store(root / "service.sqlite"),
-            models.load(pathlib.Path(folder.value)),
+            served_models.load(pathlib.Path(folder.value)),
             root,
             name.value,
             batch_size.value,

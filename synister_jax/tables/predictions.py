@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from synister_jax.base import metadata
+from synister_jax.base import table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.tables import formats, synapses
 
@@ -43,7 +43,7 @@ def build(
     for index, name in enumerate(classes):
         column = pa.array(probabilities[:, index].astype(np.float32))
         result = result.append_column(probability_column(name), column)
-    return metadata.described(result, {"classes": list(classes), **about})
+    return table_metadata.described(result, {"classes": list(classes), **about})
 
 
 def probability_column(class_name: str) -> str:
@@ -157,7 +157,7 @@ def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
 
 def about(table: pa.Table | pa.Schema) -> dict[str, Any]:
     """The metadata given to `build`, with the class order."""
-    return metadata.of(table)
+    return table_metadata.of(table)
 
 
 def classes(table: pa.Table | pa.Schema) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from synister_jax.base.errors import UserError
 from synister_jax.tables import formats, synapses
-from synister_jax.tables.batches import SynapseStream
 from synister_jax.tables.mongo import address, json_export
+from synister_jax.tables.synapse_stream import SynapseStream
 
 
 def load(uri: str | os.PathLike[str]) -> pa.Table:

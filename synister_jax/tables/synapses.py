@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from synister_jax.base import files, metadata
+from synister_jax.base import files, table_metadata
 from synister_jax.base.errors import UserError, listed
 from synister_jax.base.progress import Progress
 from synister_jax.tables import formats
@@ -236,13 +236,13 @@ def conform(
             continue
         arrays.append(_cast(table[field.name], field, source, first_row))
     about = {"space": "volume frame, nm", "source": source, "version": 1}
-    about |= metadata.of(table)
+    about |= table_metadata.of(table)
     if answer_all:
         fields = [
             field.with_nullable(True) if field.name in POSITION else field
             for field in fields
         ]
-    schema = pa.schema(fields, metadata.entry(about))
+    schema = pa.schema(fields, table_metadata.entry(about))
     checked = dict(zip(schema.names, arrays, strict=True))
     _check(checked, source, answer_all, first_row)
     if answer_all:

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from pyarrow import feather
 
 import synister_jax
-from synister_jax.base import files, folders
+from synister_jax.base import files, output_folders
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.em import crops, volumes
@@ -90,11 +90,11 @@ def write(
         "number_of_shards": len(shard_rows),
     }
     if (folder / "manifest.json").exists():
-        folders.require_same(folder / "manifest.json", plan)
+        output_folders.require_same(folder / "manifest.json", plan)
         _remove_working_files(folder)
         _update_index(shards.open(folder), table)
         return shards.open(folder)
-    folders.require_same(folder / "plan.json", plan)
+    output_folders.require_same(folder / "plan.json", plan)
 
     names = [
         f"crops-{i:05d}-of-{len(shard_rows):05d}.array_record"

@@ -13,9 +13,9 @@ import numpy as np
 from synister_jax.base import figures, files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import measurement
-from synister_jax.training import augment, data
-from synister_jax.training.event_log import EventLog
+from synister_jax.evaluation import metrics
+from synister_jax.training import augment, input_pipeline
+from synister_jax.training.metrics_log import MetricsLog
 from synister_jax.training.validation import SplitPart
 
 _SNAPSHOT_EXAMPLES = 8
@@ -34,12 +34,12 @@ class Monitor:
         self,
         config: ml_collections.ConfigDict,
         workdir: pathlib.Path,
-        examples: data.TrainBatches,
+        examples: input_pipeline.TrainBatches,
         first_step: int,
     ) -> None:
         self._config, self._workdir, self._examples = config, workdir, examples
         self._is_first = jax.process_index() == 0
-        self._log = EventLog(workdir, first_step) if self._is_first else None
+        self._log = MetricsLog(workdir, first_step) if self._is_first else None
         settings = augment.AugmentSettings.of(config)
         self._augment = jax.jit(lambda r, k: augment.augment(r, k, settings))
         self._under_way: dict[str, jax.Array] | None = None
@@ -145,8 +145,8 @@ class Monitor:
         table = part.predict(
             functools.partial(classify, variables), self._config.batch_size, mesh, {}
         )
-        measured = measurement.measure(table)
-        scalars = measurement.scalars(part.name, measured)
+        measured = metrics.measure(table)
+        scalars = metrics.scalars(part.name, measured)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scalars.items())
         say(f"step {step}: {shown}")
         if self._log:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from synister_jax.base.errors import UserError
 from synister_jax.network import sharding
 from synister_jax.tables import predictions, synapses
-from synister_jax.training import data
+from synister_jax.training import input_pipeline
 from synister_jax.training.shards import Shards
 
 
@@ -43,7 +43,7 @@ class SplitPart:
         about: dict[str, Any],
     ) -> pa.Table:
         """The prediction table of the part, whatever the batch size."""
-        batches = data.padded_batches(
+        batches = input_pipeline.padded_batches(
             self.shards, self.rows, batch_size, sharding.batch(mesh)
         )
         results = [np.asarray(classify_batch(batch["crop"])) for batch in batches]

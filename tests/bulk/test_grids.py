@@ -14,7 +14,7 @@ import tensorstore as ts
 from synister_jax.base.errors import UserError
 from synister_jax.bulk import grids
 from synister_jax.bulk.grids import Grid
-from synister_jax.em import container
+from synister_jax.em import layouts
 from synister_jax.tables import synapses
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
@@ -256,7 +256,7 @@ def test_array_says_where_it_lies_as_daisy_does(tmp_path: pathlib.Path) -> None:
     attributes = read_json(tmp_path / "p.zarr" / "0" / ".zattrs")
     expected = (GRID.step_nm_zyx, GRID.begin_nm_zyx)
     metadata = {"attributes": attributes}
-    assert container.physical_nm("zarr", metadata, (0, 1, 2), "p") == expected
+    assert layouts.physical_nm("zarr", metadata, (0, 1, 2), "p") == expected
     assert attributes["units"] == ["nm"] * 3
 
 

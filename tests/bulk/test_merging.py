@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from synister_jax.base import queries
+from synister_jax.base import sql
 from synister_jax.base.errors import UserError
 from synister_jax.bulk import merging, planning, unit_results
 from synister_jax.bulk.planning import Plan
 from synister_jax.bulk.unit_results import UnitResult
 from synister_jax.em.volumes import Volume
 from synister_jax.tables import predictions, reading, synapses
-from synister_jax.tables.batches import SynapseStream
+from synister_jax.tables.synapse_stream import SynapseStream
 from tests.helpers.plans import (
     expected_rows,
     make_plan,
@@ -383,7 +383,7 @@ def test_parts_larger_than_the_memory_are_merged_on_the_disk(
     monkeypatch.setattr(
         duckdb, "connect", lambda config: connect(config=config | {"threads": 1})
     )
-    monkeypatch.setattr(queries, "MEMORY", "40MB")
+    monkeypatch.setattr(sql, "MEMORY", "40MB")
     rows, shape = 600_000, (4000, 4000, 4000)
     volume = make_volume(tmp_path / "v", shape, (64, 64, 64), (1, 1, 1), (0, 0, 0))
     positions = np.random.default_rng(0).random((rows, 3)) * 3900 + 50

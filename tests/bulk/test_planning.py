@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, feather
 
-from synister_jax.base import queries
+from synister_jax.base import sql
 from synister_jax.base.errors import UserError
 from synister_jax.bulk import planning
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import crops, volumes
 from synister_jax.em.volumes import Volume
-from synister_jax.tables import batches, formats, reading, synapses
-from synister_jax.tables.batches import SynapseStream
+from synister_jax.tables import formats, reading, synapse_stream, synapses
+from synister_jax.tables.synapse_stream import SynapseStream
 from tests.helpers.plans import (
     CHUNK_ZYX,
     CROP_ZYX,
@@ -94,7 +94,7 @@ def test_the_plan_says_how_many_rows_have_which_status(
     assert plan.about["rows"] == 1000
     said = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert said == plan.about and said["classes"] == MADE_FROM["classes"]
-    found = batches.checksum(source_of(table_of(positions)))
+    found = synapse_stream.checksum(source_of(table_of(positions)))
     assert said["synapses_sha256"] == found.hexdigest()
 
 
@@ -189,7 +189,7 @@ def test_a_sort_that_spills_gives_the_same_units(
     )
     plans = []
     for memory in ("1GB", "40MB"):
-        monkeypatch.setattr(queries, "MEMORY", memory)
+        monkeypatch.setattr(sql, "MEMORY", memory)
         out = tmp_path / memory
         spilled.clear()
         source = SynapseStream("table", lambda out=out: batches(out))

@@ -12,7 +12,7 @@ from pyarrow import feather, parquet
 from synister_jax import aggregate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calls, rules, tallies
+from synister_jax.evaluation import calling_rules, group_calls, vote_tallies
 from synister_jax.tables import predictions
 from tests.helpers.prediction_tables import drawn, table_of
 from tests.helpers.small_data import CLASSES
@@ -29,24 +29,26 @@ def test_command_calls_under_several_rules(tmp_path: pathlib.Path) -> None:
     counts = np.arange(9).reshape(3, 3) + 9 * np.eye(3)
     metrics = {"classes": CLASSES, "synapses": {"confusion": counts.tolist()}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    every = ",".join(rules.RULES)
+    every = ",".join(calling_rules.RULES)
     arguments = [f"--predictions={tmp_path}/p.feather", f"--rule={every}"]
     arguments += [f"--confusion={tmp_path}/metrics.json", "--min_probability=0.6"]
     done = run(*arguments, f"--output={tmp_path}/new/neurons.feather")
     assert done.returncode == 0, done.stderr
     assert "50 groups from 3,000 rows" in done.stdout
-    for rule in rules.RULES:
+    for rule in calling_rules.RULES:
         assert f"  {rule}: " in done.stdout
     answer = feather.read_table(tmp_path / "new" / "neurons.feather")
-    assert answer["rule"].to_pylist() == [*rules.RULES] * 50
+    assert answer["rule"].to_pylist() == [*calling_rules.RULES] * 50
     ids = answer["neuron_id"].to_numpy()
     assert (np.diff(ids) >= 0).all() and len(np.unique(ids)) == 50
     about = json.loads(answer.schema.metadata[b"synister_jax"])
-    assert about["min_probability"] == 0.6 and set(about["rules"]) == {*rules.RULES}
+    assert about["min_probability"] == 0.6 and set(about["rules"]) == {
+        *calling_rules.RULES
+    }
     assert about["confusion"] == f"{tmp_path}/metrics.json"
     # One rule of it is what the functions say.
-    tally = tallies.count([table], CLASSES, "neuron", min_probability=0.6)
-    alone = calls.call(tally, "banc")
+    tally = vote_tallies.count([table], CLASSES, "neuron", min_probability=0.6)
+    alone = group_calls.call(tally, "banc")
     own = answer.filter(pa.compute.equal(answer["rule"], "banc"))
     assert own.replace_schema_metadata(alone.schema.metadata).equals(alone)
     # Not by the whole file's name: nothing is written where something is wrong.
@@ -66,7 +68,7 @@ def test_feather_and_folders_of_parquet_are_the_same(tmp_path: pathlib.Path) -> 
         path = tmp_path / "parts" / f"part-{number:05d}.parquet"
         parquet.write_table(table.slice(first, 300), path)
     answers = [
-        calls.of_groups(
+        group_calls.of(
             predictions.open(tmp_path / name), "hemilineage", "cleft_weighted"
         )
         for name in ("p.feather", "parts")
@@ -79,10 +81,10 @@ def test_groups_that_nobody_names(tmp_path: pathlib.Path) -> None:
     files.write_feather(tmp_path / "p.feather", table_of([[1, 0, 0]], {}))
     source = predictions.open(tmp_path / "p.feather")
     with pytest.raises(UserError, match="names no cell type: its column cell_type is"):
-        calls.of_groups(source, "cell_type")
+        group_calls.of(source, "cell_type")
     files.write_feather(tmp_path / "e.feather", drawn(9).slice(0, 0))
     with pytest.raises(UserError, match="names no neuron"):
-        calls.of_groups(predictions.open(tmp_path / "e.feather"), "neuron")
+        group_calls.of(predictions.open(tmp_path / "e.feather"), "neuron")
 
 
 def test_the_threshold_that_calibration_left(tmp_path: pathlib.Path) -> None:
@@ -153,10 +155,10 @@ def test_a_rule_that_lacks_something_is_told_before_anything_is_read(
     table = drawn(50).drop_columns("cleft_score")
     files.write_feather(tmp_path / "p.feather", table)
     source = predictions.open(tmp_path / "p.feather")
-    monkeypatch.setattr(tallies, "count", None)
+    monkeypatch.setattr(vote_tallies, "count", None)
     for rule in ("flyem", "cleft_weighted"):
         with pytest.raises(UserError, match=f"the rule {rule} needs"):
-            calls.of_groups(source, "neuron", rule)
+            group_calls.of(source, "neuron", rule)
 
 
 @pytest.mark.parametrize(

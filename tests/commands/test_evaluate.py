@@ -10,16 +10,18 @@ import pytest
 
 from synister_jax import evaluate
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import accuracy, measurement
+from synister_jax.evaluation import accuracy, metrics
 from synister_jax.network import checkpoint, inference, sharding
 from synister_jax.tables import predictions
-from synister_jax.training import data, event_log, validation
+from synister_jax.training import input_pipeline, metrics_log, validation
 
 
 def test_independent_of_batch_size_and_devices(
     short_run: pathlib.Path, short_config: ml_collections.ConfigDict
 ) -> None:
-    part = validation.SplitPart.of(data.open_shards(short_config), "skeleton", "test")
+    part = validation.SplitPart.of(
+        input_pipeline.open_shards(short_config), "skeleton", "test"
+    )
     tables = []
     for batch_size, devices in ((3, 1), (7, 1), (4, 4), (64, 1)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
@@ -29,7 +31,7 @@ def test_independent_of_batch_size_and_devices(
     assert len(first) == len(part.rows) and not np.isnan(first).any()
     for table in tables[1:]:
         np.testing.assert_allclose(predictions.probabilities(table), first, atol=1e-5)
-        a, b = measurement.measure(tables[0]), measurement.measure(table)
+        a, b = metrics.measure(tables[0]), metrics.measure(table)
         assert a["synapses"] == b["synapses"] and a["neurons"] == b["neurons"]
 
 
@@ -52,8 +54,8 @@ def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -
         }
     # The loop's own validation, at the same step, says the same.
     measured = json.loads((folder / "step-20" / "metrics.json").read_text())
-    [logged] = [x for x in event_log.read(short_run) if "validation/loss" in x]
-    for name, value in measurement.scalars("validation", measured).items():
+    [logged] = [x for x in metrics_log.read(short_run) if "validation/loss" in x]
+    for name, value in metrics.scalars("validation", measured).items():
         assert logged[name] == pytest.approx(value, rel=1e-4)
 
 
@@ -73,17 +75,17 @@ def test_confusion_against_a_plain_loop() -> None:
 
 
 def test_writer_tells_one_story_after_a_resume(tmp_path: pathlib.Path) -> None:
-    writer = event_log.EventLog(tmp_path, 0)
+    writer = metrics_log.MetricsLog(tmp_path, 0)
     for step in range(1, 6):
         writer.write(step, {"loss": 1 / step})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    writer = event_log.EventLog(tmp_path, 3)
+    writer = metrics_log.MetricsLog(tmp_path, 3)
     writer.write(4, {"loss": 0.0})
     writer.close()
-    assert [line["step"] for line in event_log.read(tmp_path)] == [1, 2, 3, 4]
-    assert event_log.read(tmp_path)[-1]["loss"] == 0
+    assert [line["step"] for line in metrics_log.read(tmp_path)] == [1, 2, 3, 4]
+    assert metrics_log.read(tmp_path)[-1]["loss"] == 0
 
 
 def test_mistakes(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -103,7 +105,7 @@ def test_mistakes(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
 def test_part_predictions_keep_ids(
     short_run: pathlib.Path, short_config: ml_collections.ConfigDict
 ) -> None:
-    shards = data.open_shards(short_config)
+    shards = input_pipeline.open_shards(short_config)
     part = validation.SplitPart.of(shards, "skeleton", "validation")
     mesh = sharding.make_mesh(jax.devices()[:1])
     classifier = inference.Classifier([(short_run, 20)], 5, mesh)

@@ -10,8 +10,8 @@ from pyarrow import feather, parquet
 from synister_jax import export
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.exchange import writing
-from synister_jax.exchange.writing import Options
+from synister_jax.exchange import export_files
+from synister_jax.exchange.export_files import Options
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX
 
@@ -156,7 +156,7 @@ def test_a_killed_folder_is_of_its_predictions(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "write", kill)
+        patch.setattr(export_files, "write", kill)
         with pytest.raises(Killed):
             export.export(path, "synister", output, options)
     assert not files.read_json(output / "export.json")["finished"]
@@ -164,10 +164,10 @@ def test_a_killed_folder_is_of_its_predictions(
     # Nothing was written yet: anyone may have the folder.
     export.export(path, "cave", output, Options())
     output = tmp_path / "killed later"
-    write = writing.write
+    write = export_files.write
     with monkeypatch.context() as patch:
         patch.setattr(
-            writing,
+            export_files,
             "write",
             lambda p, *of: kill() if p.suffix == ".feather" else write(p, *of),
         )
@@ -196,7 +196,7 @@ def test_not_complete_until_all_is_written(
     def fail(*arguments: object) -> None:
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(writing, "write_table", fail)
+    monkeypatch.setattr(export_files, "write_table", fail)
     with pytest.raises(UserError, match="the disk is full"):
         export.export(path, "banc", output, Options())
     assert not files.read_json(output / "export.json")["finished"]

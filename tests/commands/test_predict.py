@@ -22,15 +22,15 @@ from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.bulk import (
     execution,
-    inputs,
     merging,
     planning,
+    prediction_inputs,
     unit_results,
 )
 from synister_jax.em import crops, volumes
 from synister_jax.evaluation import calibration
 from synister_jax.network import inference, sharding
-from synister_jax.tables import batches, predictions, reading, synapses
+from synister_jax.tables import predictions, reading, synapse_stream, synapses
 from tests.helpers.predict_command import output_files, run_command
 from tests.helpers.small_data import CLASSES, shared_data
 
@@ -42,8 +42,8 @@ def classifier(
     return inference.Classifier([(trained_run, None)], batch_size, mesh)
 
 
-def source_of(table: pa.Table) -> batches.SynapseStream:
-    return batches.SynapseStream("table", lambda: iter(table.to_batches()))
+def source_of(table: pa.Table) -> synapse_stream.SynapseStream:
+    return synapse_stream.SynapseStream("table", lambda: iter(table.to_batches()))
 
 
 def predict_all(
@@ -761,7 +761,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
         with pytest.raises(UserError, match=f"temperature was 1.5, now {other}"):
             planned(other, "sharp")
     # A worker elsewhere has it from the job.
-    job = inputs.Inputs(
+    job = prediction_inputs.Inputs(
         ((str(trained_run), 40),),
         8,
         1,
@@ -771,7 +771,9 @@ def test_calibrated_and_plain_parts_do_not_mix(
         False,
         temperature=1.5,
     ).elsewhere(plan)
-    assert [inputs.execute_unit(job, unit).synapses for unit in range(3)] == [30] * 3
+    assert [
+        prediction_inputs.execute_unit(job, unit).synapses for unit in range(3)
+    ] == [30] * 3
     source, model = source_of(synapse_table), at(1.5)
     record = merging.finish(plan, model, source, volume, abstain_below=0.7)
     assert (record["temperature"], record["abstain_below"]) == (1.5, 0.7)

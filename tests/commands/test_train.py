@@ -20,7 +20,12 @@ from synister_jax import evaluate, train
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint, model, sharding
-from synister_jax.training import augment, data, event_log, optimisation
+from synister_jax.training import (
+    augment,
+    input_pipeline,
+    loss_and_optimizer,
+    metrics_log,
+)
 from tests.helpers import runs
 from tests.helpers.small_data import CLASSES, tiny_config, write_shards
 
@@ -64,7 +69,7 @@ def test_resume_is_bitwise(
     whole = runs.saved_state(tmp_path / "whole", 7, config)
     runs.assert_same_state(whole, runs.saved_state(tmp_path / "halves", 7, config))
     assert whole[".step"] == 7
-    lines = {name: event_log.read(tmp_path / name) for name in ("whole", "halves")}
+    lines = {name: metrics_log.read(tmp_path / name) for name in ("whole", "halves")}
     assert lines["whole"] == lines["halves"]
     assert [x["step"] for x in lines["whole"] if "train/loss" in x] == [2, 4, 6]
     assert [x["step"] for x in lines["whole"] if "validation/loss" in x] == [3, 6]
@@ -109,7 +114,7 @@ def test_killed_and_resumed_is_bitwise(
         runs.assert_same_state(
             whole, runs.saved_state(tmp_path / "killed", step, config)
         )
-    assert event_log.read(tmp_path / "whole") == event_log.read(tmp_path / "killed")
+    assert metrics_log.read(tmp_path / "whole") == metrics_log.read(tmp_path / "killed")
 
 
 def run_steps(
@@ -125,7 +130,9 @@ def run_steps(
     """
     tx = optax.sgd(0.05)
     mesh = sharding.make_mesh(jax.devices()[:devices], head_devices)
-    examples = data.TrainBatches.of(data.open_shards(config), config)
+    examples = input_pipeline.TrainBatches.of(
+        input_pipeline.open_shards(config), config
+    )
     stream = examples.stream(0, sharding.batch(mesh))
     key = jax.random.key(0)
     abstract = sharding.abstract_state(
@@ -189,7 +196,9 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
     losses, state = run_steps(config, 1, steps=1)
     network = model.from_config(config)
     first = train.create_state(jax.random.key(0), config, optax.sgd(0.05))
-    examples = data.TrainBatches.of(data.open_shards(config), config)
+    examples = input_pipeline.TrainBatches.of(
+        input_pipeline.open_shards(config), config
+    )
     batch = examples.read(examples.rows(0))
     keys = augment.batch_keys(config.seed, 0, config.batch_size)
     settings = augment.AugmentSettings.of(config)
@@ -204,7 +213,7 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
             train=True,
             mutable=["batch_stats"],
         )
-        value = optimisation.losses(logits, labels, config).mean()
+        value = loss_and_optimizer.losses(logits, labels, config).mean()
         return value, updated["batch_stats"]
 
     grad_fn = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -246,7 +255,7 @@ def test_it_learns(tmp_path: pathlib.Path, config: ml_collections.ConfigDict) ->
     config.eval_every_steps = 60
     config.checkpoint_every_steps = 60
     train.train(config, tmp_path)
-    lines = event_log.read(tmp_path)
+    lines = metrics_log.read(tmp_path)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
     [last] = [line for line in lines if "validation/loss" in line]
@@ -277,7 +286,7 @@ def test_a_run_leaves_what_others_need(
     loaded = checkpoint.load_config(tmp_path)
     assert tuple(loaded.classes) == CLASSES and loaded.seed == 0
     logged = read_events(tmp_path / "events")
-    for line in event_log.read(tmp_path):
+    for line in metrics_log.read(tmp_path):
         for name, value in line.items():
             if name != "step":
                 assert logged[name, line["step"]] == pytest.approx(value, rel=1e-6)
@@ -342,7 +351,7 @@ def test_a_table_without_neurons_trains(
     evaluate.evaluate(tmp_path / "run", "test")
     [last] = [
         x
-        for x in event_log.read(tmp_path / "run")
+        for x in metrics_log.read(tmp_path / "run")
         if x["step"] == 6 and "validation/loss" in x
     ]
     assert "validation/synapse_accuracy" in last

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from synister_jax.network import checkpoint
-from synister_jax.training import event_log
+from synister_jax.training import metrics_log
 from tests.helpers import runs
 from tests.helpers.small_data import tiny_config
 
@@ -81,7 +81,7 @@ def test_two_processes_equal_one(
     outputs = finish(start_all(two, 2, 2))
     assert "4 cpu device(s) in 2 process(es)" in outputs[0]
     assert "step 6" in outputs[0] and "step" not in outputs[1]  # one speaks for all
-    logs = [event_log.read(tmp_path / name) for name in ("one", "two")]
+    logs = [metrics_log.read(tmp_path / name) for name in ("one", "two")]
     assert logs[1][-1]["step"] == 6
     first = [line for line in logs[0] if line["step"] <= 6]
     for a, b in zip(first, logs[1], strict=True):
@@ -102,7 +102,7 @@ def test_sigterm_to_one_of_two_saves_in_both(
     config.checkpoint_every_steps = config.eval_every_steps = 100_000
     command = runs.command(tmp_path, config, tmp_path / "run")
     started = start_all(command, 2, 2)
-    while len(event_log.read(tmp_path / "run")) < 5:
+    while len(metrics_log.read(tmp_path / "run")) < 5:
         assert all(process.poll() is None for process in started)
         time.sleep(0.05)
     started[1].send_signal(signal.SIGTERM)

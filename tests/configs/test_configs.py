@@ -10,7 +10,7 @@ import pytest
 from configs import banc, brain_region, hemilineage, malevnc, skeleton
 from synister_jax import train
 from synister_jax.network import inference
-from synister_jax.training import augment, optimisation
+from synister_jax.training import augment, loss_and_optimizer
 
 CONFIGS = sorted(
     path.stem for path in pathlib.Path(skeleton.__file__).parent.glob("*.py")
@@ -33,7 +33,7 @@ def test_every_config_is_possible(name: str) -> None:
     logits = inference.abstract_variables(config)["params"]["logits"]["kernel"]
     assert logits.shape[-1] == len(config.classes)
     augment.AugmentSettings.of(config)
-    optimisation.check(config)
+    loss_and_optimizer.check(config)
     train.check(config)
     module = importlib.import_module(f"configs.{name}")
     command = f"--config=configs/{name}.py"

@@ -19,8 +19,8 @@ import pytest
 from pyarrow import feather
 
 from synister_jax import export
-from synister_jax.evaluation import tallies
-from synister_jax.exchange.writing import Options
+from synister_jax.evaluation import vote_tallies
+from synister_jax.exchange.export_files import Options
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX
@@ -152,7 +152,7 @@ def fafbseg_file(tmp_path: pathlib.Path) -> tuple[pa.Table, pathlib.Path]:
     """What cleft_weighted says of each neuron, and the file."""
     path, _ = published(tmp_path)
     export.export(path, "fafbseg", tmp_path / "out", Options())
-    tally = tallies.of(predictions.open(path), "neuron")
+    tally = vote_tallies.of(predictions.open(path), "neuron")
     mean = np.where(np.isnan(tally.weighted), tally.mean, tally.weighted)
     assert np.isnan(tally.weighted).any()  # a neuron that fafbseg-py alone fails on
     columns = {name: mean[:, SIX.index(name)] for name in TRANSMITTERS}

@@ -7,9 +7,9 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calls
+from synister_jax.evaluation import group_calls
 from synister_jax.exchange import published
-from synister_jax.exchange.writing import Options
+from synister_jax.exchange.export_files import Options
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 from tests.helpers import prediction_tables
@@ -235,7 +235,7 @@ def test_the_truth_of_the_type_comes_first(
 ) -> None:
     """They differ only where a neuron's synapses name several types, or none."""
     neuron = prediction_tables.make([NEURON] * 60, ["gaba"] * 60)
-    by = calls.of_groups
+    by = group_calls.of
 
     def known(source: Predictions, what: str, *others: object) -> pa.Table:
         found = by(source, what, *others)
@@ -244,7 +244,7 @@ def test_the_truth_of_the_type_comes_first(
         place = found.column_names.index("neurotransmitter")
         return found.set_column(place, "neurotransmitter", column)
 
-    monkeypatch.setattr(calls, "of_groups", known)
+    monkeypatch.setattr(group_calls, "of", known)
     typed = neuron.set_column(
         neuron.column_names.index("cell_type"), "cell_type", pa.array(["T"] * 60)
     )

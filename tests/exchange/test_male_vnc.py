@@ -17,8 +17,8 @@ import pytest
 
 from synister_jax import compare, export, one_transmitter, report
 from synister_jax.base import files
-from synister_jax.evaluation import calls, confusions, measurement, tallies
-from synister_jax.exchange import published, writing
+from synister_jax.evaluation import confusions, group_calls, metrics, vote_tallies
+from synister_jax.exchange import export_files, published
 from synister_jax.tables import predictions
 from tests.helpers.small_data import shared_data
 
@@ -106,50 +106,50 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def metrics(path: pathlib.Path) -> dict:
-    measured = measurement.measure(predictions.load(path))
+def measured(path: pathlib.Path) -> dict:
+    measured = metrics.measure(predictions.load(path))
     content = {"classes": list(CLASSES)} | measured
     files.write_json(path.parent / "metrics.json", content)
     return json.loads((path.parent / "metrics.json").read_text())
 
 
-def test_what_is_measured_is_what_was_drawn(metrics: dict) -> None:
+def test_what_is_measured_is_what_was_drawn(measured: dict) -> None:
     expected = published_confusion()
-    found = np.array(metrics["synapses"]["confusion_by_row"], float)
+    found = np.array(measured["synapses"]["confusion_by_row"], float)
     for label in map(CLASSES.index, KNOWN):
         # 55 neurons of a correlation of 0.05: √(0.25 · 0.05 / 55) is 0.015.
         np.testing.assert_allclose(found[label], expected[label], atol=0.06)
-    assert metrics["correlation"]["synapses_within_neurons"] == pytest.approx(
+    assert measured["correlation"]["synapses_within_neurons"] == pytest.approx(
         CORRELATION, abs=0.02
     )
-    supports = {n: c["support"] for n, c in metrics["neurons"]["per_class"].items()}
+    supports = {n: c["support"] for n, c in measured["neurons"]["per_class"].items()}
     assert [supports[name] for name in KNOWN] == [67, 55, 65]
-    assert metrics["neurons"]["accuracy"] > 0.97 > metrics["synapses"]["accuracy"]
-    low, high = metrics["synapses"]["interval"]["accuracy"]
-    assert low < metrics["synapses"]["accuracy"] < high and high - low < 0.1
+    assert measured["neurons"]["accuracy"] > 0.97 > measured["synapses"]["accuracy"]
+    low, high = measured["synapses"]["interval"]["accuracy"]
+    assert low < measured["synapses"]["accuracy"] < high and high - low < 0.1
 
 
-def test_neurons_under_every_rule(path: pathlib.Path, metrics: dict) -> None:
+def test_neurons_under_every_rule(path: pathlib.Path, measured: dict) -> None:
     confusion = confusions.load(path.parent / "metrics.json")
-    tally = tallies.of(predictions.open(path), "neuron")
+    tally = vote_tallies.of(predictions.open(path), "neuron")
     assert len(tally.groups) == 67 + 55 + 65 + 4
     known = np.array(tally.groups["neurotransmitter"].to_pylist())
     sizes = tally.groups["synapses"].to_numpy()
     for rule in ("majority", "mean_probability", "cleft_weighted", "conf_nt", "banc"):
-        table = calls.call(tally, rule, confusion)
+        table = group_calls.call(tally, rule, confusion)
         called = np.array(table["predicted_neurotransmitter"].to_pylist())
         assert (called[known == None] == None).all()  # noqa: E711 - element by element
         # The sums of probabilities of small neurons follow the draw less closely.
         right = (called == known)[(known != None) & (sizes >= 50)]  # noqa: E711
         assert right.mean() > 0.95, rule
-    flyem = calls.call(tally, "flyem", confusion).to_pylist()
+    flyem = group_calls.call(tally, "flyem", confusion).to_pylist()
     for neuron in flyem:
         if 0 < neuron["predicted"] < 50:
             assert neuron["predicted_neurotransmitter"] == "unclear"
 
 
 def test_single_transmitter_neurons_pass_and_mixed_ones_do_not(
-    path: pathlib.Path, metrics: dict
+    path: pathlib.Path, measured: dict
 ) -> None:
     confusion = confusions.load(path.parent / "metrics.json")
     model = one_transmitter.model(confusion, "synapses", None)
@@ -190,7 +190,7 @@ def test_single_transmitter_neurons_pass_and_mixed_ones_do_not(
 )
 def test_exports_are_read_back_whole(
     path: pathlib.Path,
-    metrics: dict,
+    measured: dict,
     to: str,
     options: dict,
     name: str,
@@ -201,7 +201,7 @@ def test_exports_are_read_back_whole(
     if to in ("flyem", "synister"):
         options = options | {"voxel_size_nm_zyx": (8.0, 8.0, 8.0)}
     folder = path.parent / to
-    export.export(str(path), to, folder, writing.Options(**options), dropped)
+    export.export(str(path), to, folder, export_files.Options(**options), dropped)
     ours, theirs = published.open(path), published.open(folder / name, (8.0, 8.0, 8.0))
     found = compare.compare(ours, theirs, path.parent / f"with-{to}")
     assert found["joined"]["rows"] == 87_403

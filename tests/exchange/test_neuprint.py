@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax.exchange.writing import Options
+from synister_jax.exchange.export_files import Options
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import (
     CALLS,

@@ -4,7 +4,7 @@ import pathlib
 import numpy as np
 from pyarrow import feather
 
-from synister_jax.exchange.writing import Options
+from synister_jax.exchange.export_files import Options
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import (
     CALLS,

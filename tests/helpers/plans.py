@@ -14,7 +14,7 @@ from synister_jax.bulk.planning import Plan
 from synister_jax.em import volumes
 from synister_jax.em.volumes import Volume
 from synister_jax.tables import synapses
-from synister_jax.tables.batches import SynapseStream
+from synister_jax.tables.synapse_stream import SynapseStream
 
 SHAPE_ZYX = (60, 500, 700)
 

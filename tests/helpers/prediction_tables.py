@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax import export
-from synister_jax.exchange.writing import Options
+from synister_jax.exchange.export_files import Options
 from synister_jax.tables import predictions, synapses
 from tests.helpers.small_data import CLASSES
 

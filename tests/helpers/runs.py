@@ -14,7 +14,7 @@ import numpy as np
 
 from synister_jax import train
 from synister_jax.network import checkpoint, sharding
-from synister_jax.training import optimisation
+from synister_jax.training import loss_and_optimizer
 from tests.helpers.small_data import ROOT, tiny_config
 
 
@@ -46,7 +46,7 @@ def saved_state(
 ) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by name."""
     mesh = sharding.make_mesh(jax.devices()[:1])
-    tx = optimisation.make_optimizer(config)
+    tx = loss_and_optimizer.make_optimizer(config)
     abstract = jax.eval_shape(
         lambda key: train.create_state(key, config, tx), jax.random.key(0)
     )

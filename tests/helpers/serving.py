@@ -22,7 +22,7 @@ import uvicorn
 from pyarrow import feather
 
 from synister_jax.base import files
-from synister_jax.serve import app, models, tokens
+from synister_jax.serve import app, served_models, tokens
 from synister_jax.serve.records import StoredJob
 from synister_jax.serve.service import Options, Service
 from synister_jax.serve.store import Store
@@ -173,8 +173,8 @@ def running(folder: pathlib.Path, **options: Any) -> Iterator[Running]:
         (folder / name).mkdir(exist_ok=True)
     store = Store(folder / "service.sqlite")
     worker = Worker(store, folder)
-    found = models.load(folder)
-    networks = {name: models.network(model) for name, model in found.items()}
+    found = served_models.load(folder)
+    networks = {name: served_models.network(model) for name, model in found.items()}
     service = Service(folder, store, found, networks, Options(**options), lambda: 1)
     configuration = uvicorn.Config(
         app.make(service), port=0, log_level="warning", access_log=False, ws="none"

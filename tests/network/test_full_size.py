@@ -16,7 +16,7 @@ import pytest
 from configs import skeleton
 from synister_jax import train
 from synister_jax.network import checkpoint, inference, model, sharding
-from synister_jax.training import augment, optimisation
+from synister_jax.training import augment, loss_and_optimizer
 
 CUBIC = ((2, 2, 2),) * 4
 FLAT = ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2))
@@ -56,7 +56,7 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
     config = skeleton.get_config()
     config.batch_size = 1
     mesh = sharding.make_mesh(jax.devices()[:1])
-    tx = optimisation.make_optimizer(config)
+    tx = loss_and_optimizer.make_optimizer(config)
     init = jax.jit(lambda key: train.create_state(key, config, tx))
     rng = np.random.default_rng(0)
     margin = augment.AugmentSettings.of(config).margin_vx_zyx

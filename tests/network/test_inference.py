@@ -12,7 +12,7 @@ import pytest
 
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import calibration
-from synister_jax.network import checkpoint, inference, model, scaling, sharding
+from synister_jax.network import checkpoint, inference, input_scaling, model, sharding
 from tests.helpers.small_data import CLASSES, VOXEL_SIZE_NM_ZYX
 
 Members = list[tuple[pathlib.Path, int | None]]
@@ -64,7 +64,7 @@ def test_one_checkpoint_is_its_network(
         inference.abstract_variables(short_config), sharding.replicated(mesh)
     )
     variables = checkpoint.load_variables(short_run, 20, abstract, short_config)
-    crops = scaling.centre(records, short_config.crop_shape_zyx)
+    crops = input_scaling.centre(records, short_config.crop_shape_zyx)
     apply = model.from_config(short_config).apply
     network = jax.jit(functools.partial(apply, train=False))
     result = classifier([(short_run, None)], batch_size=11)(records)

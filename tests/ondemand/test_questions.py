@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from synister_jax.base.errors import UserError
-from synister_jax.ondemand import csv_lines, questions
+from synister_jax.ondemand import question_lines, questions
 from synister_jax.ondemand.questions import Checked, Problem
 
 NEURON = 720_575_940_600_000_001  # no double holds it
@@ -281,7 +281,7 @@ def test_blank_lines_are_bounded_too() -> None:
 
 def test_the_first_problems_are_kept_and_all_counted() -> None:
     checked = _check("x,y,z\n" + "a,b,c\n" * 70 + ",1,2\n" * 150)
-    most = csv_lines.MOST_TOLD
+    most = question_lines.MOST_TOLD
     assert (len(checked.errors), checked.error_count) == (most, 210)
     assert (len(checked.warnings), checked.warning_count) == (most, 150)
     assert checked.errors[-1].line == 35

@@ -224,7 +224,7 @@ def test_part_of_a_voxel_that_an_image_cannot_state_is_in_the_link(
 
 def test_palette_is_that_of_reports_in_the_dark() -> None:
     package = pathlib.Path(annotations.__file__).parents[1]
-    for name in ("pages/style.css", "serve/page.css"):
+    for name in ("pages/style.css", "serve/static/page.css"):
         dark = (package / name).read_text().partition("prefers-color-scheme: dark")[2]
         for number, colour in enumerate(annotations.COLOURS):
             assert f"--c{number}: {colour};" in dark

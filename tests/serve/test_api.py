@@ -406,7 +406,7 @@ def test_all_that_the_page_asks_for_is_served(service: Running) -> None:
             imports = re.findall(r'^(?:import|export|}) .*"\./(.+)";$', got.text, re.M)
             new = (f"/static/{name}" for name in sorted(imports))
             paths += [each for each in new if each not in paths]
-    folder = pathlib.Path(app.__file__).parent
+    folder = pathlib.Path(app.__file__).parent / "static"
     there = {
         f"/static/{path.name}" for path in folder.iterdir() if path.suffix in types
     }

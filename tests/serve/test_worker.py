@@ -14,7 +14,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.ondemand import answering, questions, sources
-from synister_jax.serve import models, tokens
+from synister_jax.serve import served_models, tokens
 from synister_jax.serve.records import NewJob
 from synister_jax.serve.store import Store, StoredJob
 from synister_jax.serve.worker import Worker
@@ -188,7 +188,7 @@ def test_leaves_when_the_server_goes_and_the_job_waits(service: Service) -> None
 
 def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -> None:
     service.submit("f" * 16, 5, model="broken")
-    found = models.load(service.models)
+    found = served_models.load(service.models)
     worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
     worker.open_models()
     job = service.store.claim("w1")
@@ -206,7 +206,7 @@ def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -
 
 def test_begun_with_something_else_it_begins_anew(service: Service) -> None:
     """As after a restart with another batch size, or another table of neurons."""
-    found = models.load(service.models)
+    found = served_models.load(service.models)
     worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
     worker.open_models()
     job = service.submit("1" * 16, 5)
@@ -220,7 +220,7 @@ def test_begun_with_something_else_it_begins_anew(service: Service) -> None:
 
 
 def test_step_that_was_asked_for_is_used(service: Service) -> None:
-    found = models.load(service.models)
+    found = served_models.load(service.models)
     worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
     new = NewJob("9" * 16, 1, "tiny", "none", "positions", "name", 1, 0, 20, "key")
     service.store.submit(new, most_jobs=20, most_bytes=1 << 40)

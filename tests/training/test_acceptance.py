@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from synister_jax.training import data
+from synister_jax.training import input_pipeline
 
 
 def brute_force(
@@ -24,7 +24,7 @@ def test_as_brute_force(half_box_nm_zyx: tuple[float, ...]) -> None:
     voxels = rng.integers(0, (8, 80, 80), (1_500, 3))
     positions = voxels * (40.0, 4.0, 4.0) + (1_234_560.0, 600_000.0, 300_000.0)
     labels = rng.integers(-1, 3, len(positions))
-    found = data.acceptance(positions, labels, half_box_nm_zyx)
+    found = input_pipeline.acceptance(positions, labels, half_box_nm_zyx)
     assert found.dtype == np.float64 and (found > 0).all() and (found <= 1).all()
     wanted = brute_force(positions, labels, half_box_nm_zyx)
     assert len(np.unique(wanted)) > 1
@@ -33,7 +33,7 @@ def test_as_brute_force(half_box_nm_zyx: tuple[float, ...]) -> None:
 
 def test_a_border_that_scaling_would_round_away() -> None:
     positions = np.array([[0.1, 0.0, 0.0], [0.4, 0.0, 0.0], [0.71, 0.0, 0.0]])
-    found = data.acceptance(positions, np.zeros(3, int), (0.3, 1, 1))
+    found = input_pipeline.acceptance(positions, np.zeros(3, int), (0.3, 1, 1))
     assert found.tolist() == [0.5, 0.5, 1.0]
 
 
@@ -41,7 +41,7 @@ def test_synapses_at_one_position() -> None:
     positions = np.tile([[40.0, 8.0, 4.0]], (5, 1))
     labels = np.array([0, 0, 0, 1, 2])
     for half_box in [(40, 40, 40), (0, 0, 0)]:
-        found = data.acceptance(positions, labels, half_box)
+        found = input_pipeline.acceptance(positions, labels, half_box)
         assert found.tolist() == [1 / 3, 1 / 3, 1 / 3, 1, 1]
 
 
@@ -51,10 +51,12 @@ def test_kept_synapses_weigh_as_much_as_their_clusters() -> None:
     cluster = np.repeat(np.arange(40), sizes)
     positions = np.zeros((len(cluster), 3))
     positions[:, 2] = cluster * 1_000 + np.arange(len(cluster)) % 30
-    found = data.acceptance(positions, np.zeros(len(cluster), int), (40, 40, 40))
+    found = input_pipeline.acceptance(
+        positions, np.zeros(len(cluster), int), (40, 40, 40)
+    )
     np.testing.assert_allclose(np.bincount(cluster, found), 1)
 
 
 def test_no_synapses() -> None:
-    found = data.acceptance(np.zeros((0, 3)), np.zeros(0, int), (40, 40, 40))
+    found = input_pipeline.acceptance(np.zeros((0, 3)), np.zeros(0, int), (40, 40, 40))
     assert found.shape == (0,)

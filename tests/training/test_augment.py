@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from configs import demo, hemibrain, skeleton
 from synister_jax.base.errors import UserError
-from synister_jax.network import scaling
+from synister_jax.network import input_scaling
 from synister_jax.training import augment, warp
 from tests.helpers.small_data import tiny_config
 
@@ -71,7 +71,7 @@ def test_nothing_switched_on_is_the_centre_scaled() -> None:
     batch = records(3)
     expected = np.stack([centre(record) for record in batch])
     np.testing.assert_allclose(run(batch, settings()), expected, atol=1e-6)
-    middle = scaling.centre(jnp.asarray(batch), SHAPE)
+    middle = input_scaling.centre(jnp.asarray(batch), SHAPE)
     np.testing.assert_allclose(middle, expected, atol=1e-6)
 
 

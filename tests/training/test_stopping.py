@@ -15,7 +15,7 @@ from synister_jax import train
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint
-from synister_jax.training import data, event_log, stopping
+from synister_jax.training import input_pipeline, metrics_log, stopping
 from tests.helpers import runs
 from tests.helpers.small_data import tiny_config
 
@@ -40,7 +40,7 @@ def test_sigterm_saves_and_ends_well(
     config.checkpoint_every_steps = 10_000
     config.eval_every_steps = 10_000
     process = runs.start(runs.command(tmp_path, config, tmp_path / "run"))
-    while len(event_log.read(tmp_path / "run")) < 20:  # lines of the log
+    while len(metrics_log.read(tmp_path / "run")) < 20:  # lines of the log
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -52,7 +52,7 @@ def test_sigterm_saves_and_ends_well(
     config.num_train_steps = step + 1  # and it does
     train.train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [step, step + 1]
-    logged = [line["step"] for line in event_log.read(tmp_path / "run")]
+    logged = [line["step"] for line in metrics_log.read(tmp_path / "run")]
     assert logged == list(range(1, step + 2))
 
 
@@ -78,7 +78,9 @@ def test_divergence_stops_with_its_step_and_batch(
     [path] = (tmp_path / "nonfinite").iterdir()
     step = int(path.stem.removeprefix("after-step-"))
     assert f"after step {step} gave" in messages[0] and str(path) in messages[0]
-    examples = data.TrainBatches.of(data.open_shards(config), config)
+    examples = input_pipeline.TrainBatches.of(
+        input_pipeline.open_shards(config), config
+    )
     batch = examples.read(examples.rows(step))
     with np.load(path) as kept:
         np.testing.assert_array_equal(kept["crop"], batch["crop"])
@@ -97,7 +99,7 @@ def test_early_stop_keeps_the_best(
     config.keep_latest = 1
     config.early_stop_evals = 3
     train.train(config, tmp_path)
-    lines = [x for x in event_log.read(tmp_path) if checkpoint.BEST_BY in x]
+    lines = [x for x in metrics_log.read(tmp_path) if checkpoint.BEST_BY in x]
     history = [line[checkpoint.BEST_BY] for line in lines]
     stopped_at = lines[-1]["step"]
     assert stopped_at < 200  # 200 steps of it would reach 1 and stay there
@@ -107,9 +109,9 @@ def test_early_stop_keeps_the_best(
     best = checkpoint.best_step(tmp_path)
     assert set(kept) == {best, stopped_at}
     assert history[best // 2 - 1] == max(history)
-    before = event_log.read(tmp_path)
+    before = metrics_log.read(tmp_path)
     train.train(config, tmp_path)  # the same command: it stays stopped
-    assert event_log.read(tmp_path) == before
+    assert metrics_log.read(tmp_path) == before
 
 
 def test_patience_is_counted_in_evaluations() -> None:
@@ -133,10 +135,12 @@ def test_sigterm_before_a_validation_leaves_it_to_the_next_start(
     with monkeypatch.context() as patched:
         patched.setattr(stopping.StopRequest, "reached", lambda self, step: step == 3)
         train.train(config, tmp_path / "stopped")
-    lines = event_log.read(tmp_path / "stopped")
+    lines = metrics_log.read(tmp_path / "stopped")
     assert [line["step"] for line in lines] == [1, 2, 3]
     train.train(config, tmp_path / "stopped")
-    assert event_log.read(tmp_path / "stopped") == event_log.read(tmp_path / "whole")
+    assert metrics_log.read(tmp_path / "stopped") == metrics_log.read(
+        tmp_path / "whole"
+    )
     states = [
         runs.saved_state(tmp_path / name, 6, config) for name in ("whole", "stopped")
     ]

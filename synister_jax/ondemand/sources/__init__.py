@@ -80,7 +80,7 @@ _MODULES = {
     "fafb-flywire": "flywire",
     "hemibrain": "neuprint",
     "malevnc": "neuprint",
-    "none": "table",
+    "none": "synapse_table",
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax.base.errors import UserError
-from synister_jax.ondemand.sources import SITES, Found, http
+from synister_jax.ondemand.sources import SITES, Found, http_session
 from synister_jax.ondemand.sources.credentials import SourceSettings
 
 _BATCH = 50  # skeletons a request
@@ -50,9 +50,11 @@ def listing(
     )
 
 
-def _session(settings: SourceSettings) -> http.Session:
+def _session(settings: SourceSettings) -> http_session.Session:
     token, password = settings["token"], settings["password"]
-    session = http.Session("CATMAID", settings.where("token"), [token, password])
+    session = http_session.Session(
+        "CATMAID", settings.where("token"), [token, password]
+    )
     if token:
         session.headers["X-Authorization"] = f"Token {token}"
     if settings["user"]:
@@ -62,7 +64,7 @@ def _session(settings: SourceSettings) -> http.Session:
 
 
 def _ask(
-    session: http.Session,
+    session: http_session.Session,
     settings: SourceSettings,
     path: str,
     ids: list[int],
@@ -75,7 +77,7 @@ def _ask(
     # CATMAID tells of errors in an answer like any other (catmaid/middleware.py).
     if isinstance(answer, dict) and "error" in answer:
         why = " ".join(str(answer["error"]).split())
-        why = session.redacted(why)[: http.DETAIL]
+        why = session.redacted(why)[: http_session.DETAIL]
         more = ""
         if "ermission" in f"{answer.get('type')}{why}":
             more = f": set {settings.where('token')}"
@@ -83,7 +85,9 @@ def _ask(
     return url, answer
 
 
-def _known(session: http.Session, settings: SourceSettings, ids: list[int]) -> set[int]:
+def _known(
+    session: http_session.Session, settings: SourceSettings, ids: list[int]
+) -> set[int]:
     """Those that are skeletons of the project; the answer is a list of their ids."""
     url, answer = _ask(session, settings, "skeletons/validity", ids)
     if not isinstance(answer, list) or not all(type(n) is int for n in answer):
@@ -91,7 +95,9 @@ def _known(session: http.Session, settings: SourceSettings, ids: list[int]) -> s
     return set(answer) & set(ids)
 
 
-def _sites(session: http.Session, settings: SourceSettings, ids: list[int]) -> pa.Table:
+def _sites(
+    session: http_session.Session, settings: SourceSettings, ids: list[int]
+) -> pa.Table:
     """Of `SITES`: the answer's `links` start with skeleton, connector, x, y and z."""
     if not ids:
         return SITES.empty_table()

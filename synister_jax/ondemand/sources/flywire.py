@@ -20,7 +20,7 @@ import requests
 from caveclient import auth, base, chunkedgraph, infoservice, materializationengine
 
 from synister_jax.base.errors import UserError
-from synister_jax.ondemand.sources import SITES, Found, http
+from synister_jax.ondemand.sources import SITES, Found, http_session
 from synister_jax.ondemand.sources.credentials import SourceSettings
 
 _VOXEL_SIZE_NM = {"x": 4.0, "y": 4.0, "z": 40.0}
@@ -32,15 +32,17 @@ _MOST_ROWS = 100_000
 _COLUMNS = ["id", "pre_pt_root_id", "pre_pt_position"]
 
 
-class _Info(http.OwnSession, infoservice.InfoServiceClient):
+class _Info(http_session.OwnSession, infoservice.InfoServiceClient):
     """Of caveclient, with our time-outs and retries; so are the others."""
 
 
-class _Materialization(http.OwnSession, materializationengine.MaterializationClient):
+class _Materialization(
+    http_session.OwnSession, materializationengine.MaterializationClient
+):
     pass
 
 
-class _ChunkedGraph(http.OwnSession, chunkedgraph.ChunkedGraphClient):
+class _ChunkedGraph(http_session.OwnSession, chunkedgraph.ChunkedGraphClient):
     pass
 
 
@@ -95,7 +97,7 @@ def to_fafb(
     asked = np.flatnonzero(np.isfinite(points).all(axis=1))
     url = settings["transform"]
     where = settings.where("transform")
-    with http.Session("FlyWire's transform service", where, []) as session:
+    with http_session.Session("FlyWire's transform service", where, []) as session:
         for first in range(0, len(asked), _POINTS):
             rows = asked[first : first + _POINTS]
             payload = {"locations": points[rows].tolist()}
@@ -217,9 +219,9 @@ class _Cave:
         below, above = ids | {"below": middle + 1}, ids | {"from": middle + 1}
         return self._rows(roots, below) + self._rows(roots, above)
 
-    def _session(self) -> http.Session:
+    def _session(self) -> http_session.Session:
         where = f"{self._settings.where('token')}, or save it as caveclient does"
-        session = http.Session("CAVE", where, [self._auth.token])
+        session = http_session.Session("CAVE", where, [self._auth.token])
         session.hooks["response"].append(self._note)
         return session
 

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax.base.errors import UserError
-from synister_jax.ondemand.sources import SITES, Found, http
+from synister_jax.ondemand.sources import SITES, Found, http_session
 from synister_jax.ondemand.sources.credentials import SourceSettings
-from synister_jax.tables import position_ids
+from synister_jax.tables import ids_from_positions
 
 _BATCH = 10  # bodies a request for neurons, as neuprint-python's own batches
 # A page of a listing has bodies until their T-bars are this many.
@@ -26,7 +26,7 @@ _PAGE_SITES = 50_000
 _PAGE_BODIES = 2_000
 
 
-class _Client(http.OwnSession, neuprint.Client):
+class _Client(http_session.OwnSession, neuprint.Client):
     """neuprint-python with our time-outs and retries."""
 
     def arrow_endpoint(self) -> bool:
@@ -85,7 +85,7 @@ def _client(settings: SourceSettings) -> _Client:
     token, server = settings["token"], settings["server"]
     if not token:
         raise UserError(f"neuPrint needs a token: set {settings.where('token')}")
-    session = http.Session("neuPrint", settings.where("token"), [token])
+    session = http_session.Session("neuPrint", settings.where("token"), [token])
     try:
         return _Client(session, server, settings["dataset"], token, progress=False)
     except RuntimeError as error:  # no such data set, no https
@@ -107,7 +107,7 @@ def _sites(client: _Client, bodies: Sequence[int]) -> pa.Table:
         ["bodyId", "x", "y", "z"],
     )
     body, x, y, z = columns
-    ids = position_ids.neuprint(np.stack([z, y, x], axis=1))
+    ids = ids_from_positions.neuprint(np.stack([z, y, x], axis=1))
     foreign = ~np.isin(body, np.asarray(bodies, np.int64))
     if (ids < 0).any() or foreign.any():
         raise client.session.broken(

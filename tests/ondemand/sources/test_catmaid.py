@@ -10,7 +10,7 @@ import pytest
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand import sources
-from synister_jax.ondemand.sources import catmaid, credentials, http
+from synister_jax.ondemand.sources import catmaid, credentials, http_session
 from tests.helpers.service_servers import PAGE, Answer, Catmaid, Fault, of_json
 
 TOKEN, USER, PASSWORD = "9944b09199c6", "tracer", "pässword"
@@ -26,8 +26,8 @@ LINKS = [
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Catmaid]:
-    quick = http.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
-    monkeypatch.setattr(http, "RETRIES", quick)
+    quick = http_session.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
+    monkeypatch.setattr(http_session, "RETRIES", quick)
     server = Catmaid(LINKS, empty=[30], token=TOKEN, basic=f"{USER}:{PASSWORD}")
     yield server
     server.close()

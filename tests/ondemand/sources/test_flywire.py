@@ -10,7 +10,7 @@ import pytest
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand import sources
-from synister_jax.ondemand.sources import credentials, flywire, http
+from synister_jax.ondemand.sources import credentials, flywire, http_session
 from tests.helpers.service_servers import PAGE, Answer, Cave, Transform, of_json
 
 TOKEN = "cave-token"
@@ -25,8 +25,8 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = http.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
-    monkeypatch.setattr(http, "RETRIES", quick)
+    quick = http_session.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
+    monkeypatch.setattr(http_session, "RETRIES", quick)
 
 
 @pytest.fixture

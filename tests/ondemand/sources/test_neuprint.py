@@ -9,7 +9,7 @@ import pytest
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand import sources
-from synister_jax.ondemand.sources import credentials, http, neuprint
+from synister_jax.ondemand.sources import credentials, http_session, neuprint
 from tests.helpers.service_servers import (
     PAGE,
     Answer,
@@ -40,8 +40,8 @@ def server(
     certificate: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[NeuPrint]:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-    quick = http.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
-    monkeypatch.setattr(http, "RETRIES", quick)
+    quick = http_session.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
+    monkeypatch.setattr(http_session, "RETRIES", quick)
     server = NeuPrint(certificate, dict(BODIES), other_datasets=("manc:v1.2.3",))
     yield server
     server.close()

@@ -24,11 +24,11 @@ from synister_jax.base.errors import UserError
 from synister_jax.tables import predictions, reading, synapses
 from synister_jax.tables.mongo import (
     address,
-    brains,
+    brain_predictions,
     databases,
     documents,
     json_export,
-    test_sets,
+    testset_predictions,
 )
 from tests.helpers import mongo_server
 from tests.helpers.mongo_server import load_table
@@ -275,7 +275,7 @@ def interrupted_anywhere(
 ) -> Iterable[int]:
     """Runs `start`, then `run` stopped at its first, second, … point; yields each."""
     monkeypatch.setattr(databases, "BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr(test_sets, "BATCH_ROWS", 4)
+    monkeypatch.setattr(testset_predictions, "BATCH_ROWS", 4)
     for at in itertools.count():
         start()
         with monkeypatch.context() as patch:
@@ -648,10 +648,10 @@ def write_predictions(path: pathlib.Path, table: pa.Table, seed: int = 0) -> pa.
 
 
 def write_test_set(uri: str, path: pathlib.Path, overwrite: bool = False) -> bool:
-    source = test_sets.open_feather(str(path))
-    name = test_sets.test_set_name("skeleton", "fafb", 3, 1000)
+    source = testset_predictions.open_feather(str(path))
+    name = testset_predictions.test_set_name("skeleton", "fafb", 3, 1000)
     with databases.connect(uri) as database:
-        return test_sets.write_test_set(database, name, source, overwrite)
+        return testset_predictions.write_test_set(database, name, source, overwrite)
 
 
 def read_test_set(
@@ -659,7 +659,7 @@ def read_test_set(
 ) -> pa.Table:
     name = "skeleton_fafb_t3_p1000"
     with databases.connect(uri) as database:
-        found = test_sets.read_test_set(database, name, classes, "there")
+        found = testset_predictions.read_test_set(database, name, classes, "there")
         synapses.write_batches(str(output), *found)
     return predictions.load(output)
 
@@ -707,17 +707,17 @@ def test_predictions_of_one_part(tmp_path: pathlib.Path, mongo_database: str) ->
     given = write_predictions(tmp_path / "p.feather", table)
     load_table(mongo_database, table)
     path = str(tmp_path / "p.feather")
-    source = test_sets.open_feather(path, "b", "test")
+    source = testset_predictions.open_feather(path, "b", "test")
     with databases.connect(mongo_database) as database:
         name = "skeleton_fafb_t3_p1000"
-        assert test_sets.write_test_set(database, name, source, False)
-        whole = test_sets.open_feather(path)
+        assert testset_predictions.write_test_set(database, name, source, False)
+        whole = testset_predictions.open_feather(path)
         with pytest.raises(UserError, match="give --overwrite"):
-            test_sets.write_test_set(database, name, whole, False)
+            testset_predictions.write_test_set(database, name, whole, False)
     found = read_test_set(mongo_database, tmp_path / "back.feather")
     assert_same(found, given.filter(pa.compute.equal(given["split_b"], "test")))
     with pytest.raises(UserError, match="no split 'c'"):
-        test_sets.open_feather(path, "c", "test")
+        testset_predictions.open_feather(path, "c", "test")
 
 
 def test_predictions_that_the_original_wrote(
@@ -780,14 +780,18 @@ def test_predictions_interrupted_anywhere(
 def write_brain(
     uri: str, path: pathlib.Path, number: int, overwrite: bool = False
 ) -> bool:
-    source = test_sets.open_feather(str(path))
+    source = testset_predictions.open_feather(str(path))
     with databases.connect(uri) as database:
-        return brains.write_brain(database, "partners", number, source, overwrite)
+        return brain_predictions.write_brain(
+            database, "partners", number, source, overwrite
+        )
 
 
 def read_brain(uri: str, number: int, output: pathlib.Path) -> pa.Table:
     with databases.connect(uri) as database:
-        found = brains.read_brain(database, "partners", number, None, "there")
+        found = brain_predictions.read_brain(
+            database, "partners", number, None, "there"
+        )
         mongo_brain_rows = synapses.write_batches(str(output), *found)
     result = predictions.load(output)
     assert len(result) == mongo_brain_rows
@@ -975,7 +979,7 @@ def test_a_brain_that_the_original_wrote(
             key = {"_id": document["_id"]}
             database.partners.update_one(key, {"$set": change})
             with pytest.raises(UserError, match=message):
-                source = brains.read_brain(
+                source = brain_predictions.read_brain(
                     database, "partners", 3, ["gaba", "dopamine"], "there"
                 )
                 synapses.write_batches(str(output), *source)
@@ -986,20 +990,20 @@ def test_what_is_no_prediction_table(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "t.feather"
     feather.write_feather(random_table(1), str(path))
     with pytest.raises(UserError, match="is not a prediction table"):
-        test_sets.open_feather(str(path))
+        testset_predictions.open_feather(str(path))
     path.write_text("no")
     with pytest.raises(UserError, match="cannot read predictions"):
-        test_sets.open_feather(str(path))
+        testset_predictions.open_feather(str(path))
     table = random_table(1)
     write_predictions(path, pa.concat_tables([table, table]))
     with pytest.raises(UserError, match=r"has synapse \d+ twice"):
-        test_sets.open_feather(str(path)).count()
+        testset_predictions.open_feather(str(path)).count()
 
 
 @pytest.mark.parametrize("name", ["imports", "", "a b", "$a", "9a"])
 def test_names_that_no_collection_can_have(name: str) -> None:
     with pytest.raises(UserError, match="no collection can be called"):
-        test_sets.check_name(name)
+        testset_predictions.check_name(name)
 
 
 def test_pymongo_is_not_needed_to_load_files() -> None:

@@ -8,8 +8,8 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calls
-from synister_jax.exchange.writing import Options
+from synister_jax.evaluation import group_calls
+from synister_jax.exchange.export_files import Options
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import (
@@ -117,7 +117,7 @@ def test_the_same_calls_as_aggregate(tmp_path: pathlib.Path) -> None:
     table = prediction_tables.make(neurons, drawn)
     output, _ = export_to(tmp_path, "banc", table)
     path = prediction_tables.write(tmp_path, table)
-    expected = calls.of_groups(predictions.open(path), "neuron", "banc")
+    expected = group_calls.of(predictions.open(path), "neuron", "banc")
     rows = read_csv(output / "banc_neurotransmitter_prediction.csv")
     called = expected["predicted_neurotransmitter"].to_pylist()
     assert [row["neurotransmitter_predicted"] for row in rows] == called

@@ -17,9 +17,9 @@ import pyarrow as pa
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.tables import predictions, synapses
-from synister_jax.tables.mongo import databases, documents, test_sets
+from synister_jax.tables.mongo import databases, documents, testset_predictions
 from synister_jax.tables.mongo.documents import Document
-from synister_jax.tables.mongo.test_sets import Feather
+from synister_jax.tables.mongo.testset_predictions import Feather
 
 _PRE = {"z_nm": "pre_z", "y_nm": "pre_y", "x_nm": "pre_x"}
 
@@ -109,8 +109,8 @@ def _require(collection: databases.Collection, ids: np.ndarray) -> None:
         collection.create_index([("id", 1)], name="id", sparse=True)
     missing = 0
     first: list[int] = []
-    for start in range(0, len(ids), test_sets.BATCH_ROWS):
-        wanted = ids[start : start + test_sets.BATCH_ROWS].tolist()
+    for start in range(0, len(ids), testset_predictions.BATCH_ROWS):
+        wanted = ids[start : start + testset_predictions.BATCH_ROWS].tolist()
         cursor = collection.find({"id": {"$in": wanted}}, {"_id": False, "id": True})
         found = [document["id"] for document in cursor]
         synapses.check_unique([np.asarray(found, np.int64)], collection.full_name)
@@ -142,7 +142,7 @@ def _add(
     added = databases.recorded(database, what)["added"]
     progress = Progress(what, plan["rows"][name], "documents", done=added)
     rest = itertools.islice(feather.rows(), added, None)
-    while several := list(itertools.islice(rest, test_sets.BATCH_ROWS)):
+    while several := list(itertools.islice(rest, testset_predictions.BATCH_ROWS)):
         databases.set_fields(
             collection,
             "id",
@@ -176,8 +176,8 @@ def read_brain(
       UserError: names the document that is not usable.
     """
     field, status = f"nts_{number}", f"status_{number}"
-    record = test_sets.finished(database, name, f"{name}.{field}")
-    classes = test_sets.classes_of(record, given_classes)
+    record = testset_predictions.finished(database, name, f"{name}.{field}")
+    classes = testset_predictions.classes_of(record, given_classes)
     if classes is None:
         first = database[name].find_one({field: {"$exists": True}}, {field: True})
         if first is None or not isinstance(first[field], dict):
@@ -197,7 +197,7 @@ def read_brain(
             yield line | {"status": document.get(status)}
 
     facts = pa.schema([column.with_nullable(True) for column in synapses.SCHEMA])
-    schema = test_sets.schema_of(facts, classes, record, source)
+    schema = testset_predictions.schema_of(facts, classes, record, source)
     total = database[name].count_documents({})
     return schema, documents.in_batches(rows(), schema), total
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calls, rules, tallies
+from synister_jax.evaluation import calling_rules, group_calls, vote_tallies
 from synister_jax.evaluation.confusions import Confusion
 from tests.helpers.prediction_tables import table_of
 from tests.helpers.small_data import CLASSES
@@ -17,13 +17,13 @@ CONFUSION = Confusion("test", CLASSES, np.array([[8.0, 2, 0], [1, 9, 0], [0, 5, 
 
 def tally_of(
     probabilities: list[list[float]], by: str = "neuron", **columns: list
-) -> tallies.Tally:
+) -> vote_tallies.Tally:
     columns = {"neuron_id": [1] * len(probabilities)} | columns
-    return tallies.count([table_of(probabilities, columns)], CLASSES, by)
+    return vote_tallies.count([table_of(probabilities, columns)], CLASSES, by)
 
 
-def called(tally: tallies.Tally, rule: str) -> dict:
-    [row] = calls.call(tally, rule, CONFUSION).to_pylist()
+def called(tally: vote_tallies.Tally, rule: str) -> dict:
+    [row] = group_calls.call(tally, rule, CONFUSION).to_pylist()
     assert row["rule"] == rule
     return row
 
@@ -125,7 +125,7 @@ def test_banc_adds_the_highest_probabilities() -> None:
     assert row["score"] == pytest.approx(0.8 / (0.8 + 0.68), rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", calling_rules.RULES)
 def test_nothing_predicted_is_no_class(rule: str) -> None:
     nothing = [[np.nan] * 3] * 60
     row = called(tally_of(nothing, cleft_score=[1] * 60), rule)
@@ -134,23 +134,23 @@ def test_nothing_predicted_is_no_class(rule: str) -> None:
     assert (row["synapses"], row["predicted"]) == (60, 0)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", calling_rules.RULES)
 def test_one_synapse_and_no_group(rule: str) -> None:
     tally = tally_of([ACH], cleft_score=[3])
     call = called(tally, rule)["predicted_neurotransmitter"]
     assert call == ("unclear" if rule == "flyem" else "acetylcholine")
     table = table_of([ACH], {"neuron_id": [None], "cleft_score": [3]})
-    nobody = tallies.count([table], CLASSES, "neuron")
-    assert len(calls.call(nobody, rule, CONFUSION)) == 0
+    nobody = vote_tallies.count([table], CLASSES, "neuron")
+    assert len(group_calls.call(nobody, rule, CONFUSION)) == 0
 
 
 @pytest.mark.parametrize("rule", ["flyem", "conf_nt"])
 def test_rules_that_need_a_confusion_say_so(rule: str) -> None:
     with pytest.raises(UserError, match=f"the rule {rule} needs the network's conf"):
-        calls.call(tally_of([GABA]), rule)
+        group_calls.call(tally_of([GABA]), rule)
     other = Confusion("c.csv", ("gaba", "acetylcholine", "histamine"), np.eye(3))
     with pytest.raises(UserError, match="c.csv is of the classes gaba, .* not of"):
-        calls.call(tally_of([GABA]), rule, other)
+        group_calls.call(tally_of([GABA]), rule, other)
 
 
 @pytest.mark.parametrize("rule", ["flyem", "conf_nt"])
@@ -162,18 +162,18 @@ def test_the_order_of_the_confusions_classes_does_not_matter(rule: str) -> None:
         CONFUSION.counts[np.ix_(order, order)],
     )
     tally = tally_of([ACH] * 30 + [DA] * 25)
-    a, b = (calls.call(tally, rule, c) for c in (CONFUSION, turned))
+    a, b = (group_calls.call(tally, rule, c) for c in (CONFUSION, turned))
     assert a.equals(b)
 
 
 def test_a_class_that_was_never_seen_gives_no_confidence() -> None:
     unseen = Confusion("u", CLASSES, np.array([[8.0, 2, 0], [0, 0, 0], [0, 5, 5]]))
-    [row] = calls.call(tally_of([ACH] * 60), "flyem", unseen).to_pylist()
+    [row] = group_calls.call(tally_of([ACH] * 60), "flyem", unseen).to_pylist()
     assert row["predicted_neurotransmitter"] == "unclear" and row["score"] is None
 
 
 def test_columns_keep_clear_of_readers_of_probabilities() -> None:
-    table = calls.call(tally_of([GABA]), "majority")
+    table = group_calls.call(tally_of([GABA]), "majority")
     assert not [name for name in table.column_names if name.startswith("nt")]
     assert table.schema.field("neuron_id").type == pa.int64()
 
@@ -193,8 +193,8 @@ def test_majority_vote() -> None:
             "neuron_id": [720575940612345678, 720575940612345678, 9, 9, 5, None],
         },
     )
-    tally = tallies.count([table], CLASSES, "neuron")
-    neurons = calls.call(tally, "majority").to_pylist()
+    tally = vote_tallies.count([table], CLASSES, "neuron")
+    neurons = group_calls.call(tally, "majority").to_pylist()
     assert [n["neuron_id"] for n in neurons] == [5, 9, 720575940612345678]
     unpredicted, nine, big = neurons
     assert unpredicted["predicted_neurotransmitter"] is None
@@ -209,9 +209,9 @@ def test_majority_vote() -> None:
 
 def test_a_call_that_was_never_seen_is_worth_nothing() -> None:
     never = Confusion("n", CLASSES, np.array([[9.0, 1, 0], [1, 9, 0], [5, 5, 0]]))
-    [row] = calls.call(tally_of([DA, DA]), "conf_nt", never).to_pylist()
+    [row] = group_calls.call(tally_of([DA, DA]), "conf_nt", never).to_pylist()
     assert row["predicted_neurotransmitter"] is row["score"] is None
-    [row] = calls.call(tally_of([DA, ACH]), "conf_nt", never).to_pylist()
+    [row] = group_calls.call(tally_of([DA, ACH]), "conf_nt", never).to_pylist()
     assert row["predicted_neurotransmitter"] == "acetylcholine"
     assert row["score"] == pytest.approx(9 / 15 / 2)
 
@@ -220,11 +220,11 @@ def test_columns_in_place_of_rows_are_refused() -> None:
     columns = CONFUSION.counts / CONFUSION.counts.sum(axis=0)
     published = Confusion("p.csv", CLASSES, columns)
     with pytest.raises(UserError, match="p.csv: the row of .* rows must be P.called"):
-        calls.call(tally_of([ACH]), "flyem", published)
+        group_calls.call(tally_of([ACH]), "flyem", published)
     rows = Confusion("r.csv", CLASSES, CONFUSION.by_row())
     tally = tally_of([ACH] * 60)
-    assert calls.call(tally, "flyem", rows).equals(
-        calls.call(tally, "flyem", CONFUSION)
+    assert group_calls.call(tally, "flyem", rows).equals(
+        group_calls.call(tally, "flyem", CONFUSION)
     )
 
 
@@ -245,6 +245,6 @@ def test_types_without_neurons_are_not_one_neuron() -> None:
 
 def test_one_class_leads_by_all() -> None:
     table = table_of([[1.0], [1.0]], {"neuron_id": [1, 1]}, classes=("gaba",))
-    tally = tallies.count([table], ("gaba",), "neuron")
-    [row] = calls.call(tally, "majority").to_pylist()
+    tally = vote_tallies.count([table], ("gaba",), "neuron")
+    [row] = group_calls.call(tally, "majority").to_pylist()
     assert (row["score"], row["margin"], row["entropy"]) == (1, 1, 0)

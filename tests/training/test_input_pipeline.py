@@ -12,7 +12,7 @@ import pytest
 from synister_jax.base.errors import UserError
 from synister_jax.network import sharding
 from synister_jax.tables import synapses
-from synister_jax.training import data, shards
+from synister_jax.training import input_pipeline, shards
 from tests.helpers.small_data import CLASSES, tiny_config
 
 
@@ -32,7 +32,7 @@ def stream(
     opened: shards.Shards, seed: int = 0, devices: int = 1, first_step: int = 0
 ) -> grain.DatasetIterator:
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    examples = data.TrainBatches.of(opened, config(seed))
+    examples = input_pipeline.TrainBatches.of(opened, config(seed))
     return examples.stream(first_step, sharding.batch(mesh))
 
 
@@ -64,7 +64,7 @@ def test_every_part_of_a_batch_has_every_class_in_the_long_run(
     opened: shards.Shards,
 ) -> None:
     """Accumulated parts are every n-th example: turns must not put a class in one."""
-    examples = data.TrainBatches.of(opened, config())
+    examples = input_pipeline.TrainBatches.of(opened, config())
     counts = np.zeros((3, 3), int)
     for step in range(60):
         labels = examples.labels[examples.rows(step)]
@@ -85,7 +85,7 @@ def test_clustered_synapses_share_one_chance(opened: shards.Shards) -> None:
         place = index.column_names.index(column)
         index = index.set_column(place, column, pa.array(values))
     clustered = shards.Shards(opened.folder, opened.manifest, index)
-    examples = data.TrainBatches.of(clustered, config(balance_clusters=True))
+    examples = input_pipeline.TrainBatches.of(clustered, config(balance_clusters=True))
     drawn = np.concatenate([examples.rows(step) for step in range(600)])
     counts = np.bincount(drawn, minlength=len(index))
     assert np.bincount(examples.labels[drawn]).tolist() == [2400] * 3
@@ -94,7 +94,7 @@ def test_clustered_synapses_share_one_chance(opened: shards.Shards) -> None:
     for count in (counts[rows[:10]].sum(), *counts[rows[10:]]):
         assert abs(count - 2400 / chances) < 5 * (2400 / chances) ** 0.5
     # Within a class that has no clusters all are alike.
-    again = data.TrainBatches.of(clustered, config(balance_clusters=True))
+    again = input_pipeline.TrainBatches.of(clustered, config(balance_clusters=True))
     np.testing.assert_array_equal(again.rows(7), examples.rows(7))
 
 
@@ -129,7 +129,9 @@ def test_padded_pass_is_exact(opened: shards.Shards, batch_size: int) -> None:
     mesh = sharding.make_mesh(jax.devices()[:1])
     got = [
         np.asarray(batch["crop"])
-        for batch in data.padded_batches(opened, rows, batch_size, sharding.batch(mesh))
+        for batch in input_pipeline.padded_batches(
+            opened, rows, batch_size, sharding.batch(mesh)
+        )
     ]
     assert all(len(crops) == batch_size for crops in got)
     crops = np.concatenate(got)[: len(rows)]
@@ -142,8 +144,8 @@ def test_a_class_without_train_examples_is_named(opened: shards.Shards) -> None:
     keep = [n != "dopamine" for n in opened.index["neurotransmitter"].to_pylist()]
     poorer = shards.Shards(opened.folder, opened.manifest, opened.index.filter(keep))
     with pytest.raises(UserError, match="no train example of dopamine in split"):
-        data.TrainBatches.of(poorer, config())
+        input_pipeline.TrainBatches.of(poorer, config())
     other = config()
     other.split = "hemilineage"
     with pytest.raises(UserError, match="no split 'hemilineage'"):
-        data.TrainBatches.of(opened, other)
+        input_pipeline.TrainBatches.of(opened, other)

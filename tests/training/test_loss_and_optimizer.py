@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from synister_jax.base.errors import UserError
-from synister_jax.training import optimisation
+from synister_jax.training import loss_and_optimizer
 from tests.helpers.small_data import tiny_config
 
 STEPS = 8
@@ -24,7 +24,7 @@ def given(**change: object) -> ml_collections.ConfigDict:
     config = tiny_config()
     config.update(num_train_steps=STEPS, learning_rate=0.05)
     config.update(change)
-    optimisation.check(config)
+    loss_and_optimizer.check(config)
     return config
 
 
@@ -44,7 +44,7 @@ def problem() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
 
 def descend(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     params, all_grads = problem()
-    tx = optimisation.make_optimizer(config)
+    tx = loss_and_optimizer.make_optimizer(config)
     state = tx.init(params)
     for grads in all_grads:
         updates, state = tx.update(grads, state, params)
@@ -96,7 +96,7 @@ def test_the_optimizer_is_torch_s(change: dict[str, object]) -> None:
 
 
 def rates(**change: object) -> np.ndarray:
-    schedule = optimisation.learning_rate(given(**change))
+    schedule = loss_and_optimizer.learning_rate(given(**change))
     return np.array([float(schedule(step)) for step in range(STEPS)])
 
 
@@ -109,7 +109,7 @@ def test_cosine_is_half_way_in_the_middle_and_0_at_the_end() -> None:
     expected = [0.05 * (1 + math.cos(math.pi * i / STEPS)) / 2 for i in range(STEPS)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert found[STEPS // 2] == pytest.approx(0.025)
-    end = optimisation.learning_rate(given(schedule="cosine"))(STEPS)
+    end = loss_and_optimizer.learning_rate(given(schedule="cosine"))(STEPS)
     assert float(end) == pytest.approx(0, abs=1e-9)
 
 
@@ -124,7 +124,9 @@ def test_warm_up_before_a_cosine_leaves_it_the_other_steps() -> None:
     np.testing.assert_allclose(found[:4], 0.05 * np.arange(1, 5) / 5, rtol=1e-5)
     assert found[4] == pytest.approx(0.05)
     assert found[6] == pytest.approx(0.025)
-    schedule = optimisation.learning_rate(given(warmup_steps=4, schedule="cosine"))
+    schedule = loss_and_optimizer.learning_rate(
+        given(warmup_steps=4, schedule="cosine")
+    )
     assert float(schedule(STEPS)) == pytest.approx(0, abs=1e-9)
 
 
@@ -141,14 +143,14 @@ def test_cross_entropy_is_torch_s(smoothing: float) -> None:
     logits, labels = examples()
     theirs = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing)
     expected = theirs(torch.from_numpy(logits), torch.from_numpy(labels).long())
-    ours = optimisation.losses(logits, labels, given(label_smoothing=smoothing))
+    ours = loss_and_optimizer.losses(logits, labels, given(label_smoothing=smoothing))
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_focal_loss_and_class_weights_follow_their_formula() -> None:
     logits, labels = examples()
     alpha = (1.0, 1.1, 0.9)
-    ours = optimisation.losses(
+    ours = loss_and_optimizer.losses(
         logits, labels, given(focal_gamma=2.0, class_weights=alpha)
     )
     for logit, label, value in zip(logits.astype(float), labels, ours, strict=True):
@@ -160,9 +162,9 @@ def test_focal_loss_and_class_weights_follow_their_formula() -> None:
 
 def test_class_weights_alone_multiply() -> None:
     logits, labels = examples()
-    plain = optimisation.losses(logits, labels, given())
+    plain = loss_and_optimizer.losses(logits, labels, given())
     weights = (0.5, 1.0, 3.0)
-    ours = optimisation.losses(logits, labels, given(class_weights=weights))
+    ours = loss_and_optimizer.losses(logits, labels, given(class_weights=weights))
     np.testing.assert_allclose(ours, plain * np.asarray(weights)[labels], rtol=1e-6)
 
 
@@ -174,7 +176,7 @@ def test_loss_and_gradient_are_finite_for_sure_examples(
     """p of the true class from 0 to 1, both in float32."""
     config = given(focal_gamma=gamma, label_smoothing=0.1)
     value, grad = jax.value_and_grad(
-        lambda x: optimisation.losses(x, jnp.zeros(1, jnp.int32), config).sum()
+        lambda x: loss_and_optimizer.losses(x, jnp.zeros(1, jnp.int32), config).sum()
     )(jnp.array([[logit, 0.0, 0.0]]))
     assert jnp.isfinite(value) and jnp.isfinite(grad).all()
 
@@ -185,7 +187,7 @@ def test_average_follows_its_formula() -> None:
     expected = np.array([1.0, 2.0])
     for step, value in ((0, values[0]), (1_000, values[1])):
         params = {"kernel": jnp.asarray(value)}
-        ema = optimisation.average(ema, params, 0.9, jnp.int32(step))
+        ema = loss_and_optimizer.average(ema, params, 0.9, jnp.int32(step))
         decay = 0.1 if step == 0 else 0.9  # the first weights go fast
         expected = decay * expected + (1 - decay) * value
     np.testing.assert_allclose(ema["kernel"], expected, rtol=1e-6)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax.base import queries
+from synister_jax.base import sql
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.tables import predictions
@@ -118,7 +118,7 @@ def count(
 
     query = _query(schema, len(classes), by)
     # One thread: sums of floats are then the same bit for bit every time.
-    found = pa.Table.from_batches(queries.run(query, schema, batches(), folder, 1))
+    found = pa.Table.from_batches(sql.run(query, schema, batches(), folder, 1))
     return _tally(found, tuple(classes), by, weighted)
 
 

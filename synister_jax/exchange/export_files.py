@@ -25,7 +25,7 @@ from pyarrow import csv
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import calls
+from synister_jax.evaluation import group_calls
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
@@ -230,7 +230,7 @@ def calls_of_types(
         ]
         nothing = [pa.nulls(len(cell_type), kind) for _, kind in fields]
         return pa.table(nothing, schema=pa.schema(fields))
-    types = calls.of_groups(source, "cell_type", rule, confusion, folder)
+    types = group_calls.of(source, "cell_type", rule, confusion, folder)
     names = types["cell_type"].combine_chunks()
     return types.take(pc.index_in(cell_type, value_set=names))
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pyarrow import csv, feather, parquet
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import batches, formats, reading, synapses
-from synister_jax.tables.batches import SynapseStream
+from synister_jax.tables import formats, reading, synapse_stream, synapses
 from synister_jax.tables.mongo import address, documents
+from synister_jax.tables.synapse_stream import SynapseStream
 from tests.helpers.export_v3 import write_export
 from tests.helpers.mongo_server import load_table
 from tests.helpers.table_formats import WRITERS, contract_table, widened, write
@@ -289,7 +289,7 @@ def test_what_cannot_be_read_is_told_when_it_is_opened(tmp_path: pathlib.Path) -
 
 
 def checksum_of(*tables: pa.Table) -> str:
-    found = batches.Checksum()
+    found = synapse_stream.Checksum()
     for table in tables:
         found.update(table)
     return found.hexdigest()
@@ -315,7 +315,7 @@ def test_checksum_is_that_of_the_rows_whatever_the_file(
     tmp_path: pathlib.Path, small_batches: None, kind: str
 ) -> None:
     table = contract_table()
-    found = batches.checksum(reading.open(write(kind, tmp_path, widened(table))))
+    found = synapse_stream.checksum(reading.open(write(kind, tmp_path, widened(table))))
     assert found.rows == len(table)
     assert found.hexdigest() == checksum_of(table)
 
@@ -336,7 +336,7 @@ def test_checksum_tells_order_ids_positions_and_nan_apart() -> None:
     see(table.slice(0, 49))
     see(table.slice(0, 0))
     see(pa.concat_tables([table, table.slice(49)]))
-    for name in batches.Checksum.NAMES:
+    for name in synapse_stream.Checksum.NAMES:
         values = table[name].to_numpy().copy()
         place = table.column_names.index(name)
         values[7] = np.nextafter(values[7], 1e9) if name != "synapse_id" else 5
@@ -362,6 +362,6 @@ def test_checksum_of_a_part_is_that_of_its_rows() -> None:
     inside = pc.fill_null(pc.equal(table["split_skeleton"], "test"), False)
     source = source_of(table, 41)
     source = SynapseStream("table", source.raw_batches, ("skeleton", "test"))
-    found = batches.checksum(source)
+    found = synapse_stream.checksum(source)
     assert found.rows == pc.sum(inside).as_py() > 0
     assert found.hexdigest() == checksum_of(table.filter(inside))

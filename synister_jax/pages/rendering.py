@@ -19,7 +19,7 @@ _INVISIBLE = re.compile(r"[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\u
 
 def render(template: str, content: Mapping[str, Any]) -> str:
     """`content` in a template of the package, with the report's style and script."""
-    script = _text("page.js")
+    script = _text("script.js")
     digest = hashlib.sha256(script.encode()).digest()
     common = {
         "version": synister_jax.__version__,

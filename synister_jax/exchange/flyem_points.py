@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from synister_jax.base import queries
-from synister_jax.exchange import writing
-from synister_jax.tables import position_ids, synapses
+from synister_jax.base import sql
+from synister_jax.exchange import export_files
+from synister_jax.tables import ids_from_positions, synapses
 from synister_jax.tables.predictions import Predictions
 
 LEFT_OUT = "left-out.feather"
@@ -20,14 +20,14 @@ def write(
     path: pathlib.Path,
     source: Predictions,
     voxel_size_nm_zyx: Sequence[float],
-    convert: writing.Convert,
+    convert: export_files.Convert,
 ) -> list[str]:
     """Writes rows that have a point id; the others as they are into `LEFT_OUT`."""
-    rows = writing.write(path, source, convert)
+    rows = export_files.write(path, source, convert)
     notes = []
     if rows < source.rows:
         left_out = path.parent / LEFT_OUT
-        writing.write(
+        export_files.write(
             left_out, source, lambda t: having(t, voxel_size_nm_zyx, False)[2]
         )
         notes.append(
@@ -41,7 +41,7 @@ def write(
     )
     query = """SELECT count(*) AS n FROM
         (SELECT point FROM rows GROUP BY point HAVING count(*) > 1)"""
-    [counted] = queries.run(query, schema, points, path.parent)
+    [counted] = sql.run(query, schema, points, path.parent)
     if repeated := counted["n"][0].as_py():
         notes.append(
             f"points with several rows: {repeated:,}; their rows share a point id, and "
@@ -55,7 +55,7 @@ def having(
 ) -> tuple[np.ndarray, np.ndarray, pa.Table]:
     """(point ids, voxels, rows) of the rows that have a point id, or have none."""
     voxel = voxels(table, voxel_size_nm_zyx)
-    point = position_ids.neuprint(voxel)
+    point = ids_from_positions.neuprint(voxel)
     chosen = (point >= 0) == with_id
     return point[chosen], voxel[chosen], table.filter(pa.array(chosen))
 
@@ -67,11 +67,11 @@ def voxels(table: pa.Table, voxel_size_nm_zyx: Sequence[float]) -> np.ndarray:
 
 def xyz(voxel_zyx: np.ndarray) -> dict[str, pa.Array]:
     """Columns x, y, z int32, null for NaN."""
-    z, y, x = (writing.blank(values).cast(pa.int32()) for values in voxel_zyx.T)
+    z, y, x = (export_files.blank(values).cast(pa.int32()) for values in voxel_zyx.T)
     return {"x": x, "y": y, "z": z}
 
 
 def confidence(table: pa.Table) -> np.ndarray:
     """FlyEM's confidence of a T-bar (synapses.OPTIONAL), float32 [n], NaN: unknown."""
     has_cleft = "cleft_score" in table.column_names
-    return writing.score(table, "cleft_score" if has_cleft else "connection_score")
+    return export_files.score(table, "cleft_score" if has_cleft else "connection_score")

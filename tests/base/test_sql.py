@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax.base import queries
+from synister_jax.base import sql
 from synister_jax.base.errors import UserError
 
 SCHEMA = pa.schema([("key", pa.int64()), ("row", pa.int64()), ("value", pa.float32())])
@@ -52,7 +52,7 @@ def spilled_bytes(folder: pathlib.Path) -> int:
 
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_rows_come_in_order(tmp_path: pathlib.Path, count: int) -> None:
-    found = rows_of(queries.run(QUERY, SCHEMA, batches(count, 1000), tmp_path))
+    found = rows_of(sql.run(QUERY, SCHEMA, batches(count, 1000), tmp_path))
     assert count == 0 or (found == expected_rows(count, 1000)).all()
     assert len(found) == count * 1000 and not list(tmp_path.iterdir())
 
@@ -60,9 +60,9 @@ def test_rows_come_in_order(tmp_path: pathlib.Path, count: int) -> None:
 def test_what_does_not_fit_in_memory_goes_to_the_folder_and_is_removed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.setattr(queries, "MEMORY", "40MB")
+    monkeypatch.setattr(sql, "MEMORY", "40MB")
     found, most = [], 0
-    for batch in queries.run(QUERY, SCHEMA, batches(12), tmp_path):
+    for batch in sql.run(QUERY, SCHEMA, batches(12), tmp_path):
         most = max(most, spilled_bytes(tmp_path))
         np.testing.assert_array_equal(batch["value"], batch["row"].cast(pa.float32()))
         found.append(batch["row"].to_numpy())
@@ -79,9 +79,9 @@ def test_too_little_memory_is_told_in_one_way(
     memory: str,
 ) -> None:
     """While rows go in, and while they come out."""
-    monkeypatch.setattr(queries, "MEMORY", memory)
+    monkeypatch.setattr(sql, "MEMORY", memory)
     try:
-        found = rows_of(queries.run(QUERY, SCHEMA, batches(10), tmp_path))
+        found = rows_of(sql.run(QUERY, SCHEMA, batches(10), tmp_path))
     except UserError as error:
         assert f"cannot query in {tmp_path}: Out of Memory" in str(error)
     else:
@@ -92,12 +92,12 @@ def test_too_little_memory_is_told_in_one_way(
 def test_a_disk_that_takes_no_more_is_told(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.setattr(queries, "MEMORY", "40MB")
+    monkeypatch.setattr(sql, "MEMORY", "40MB")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         with pytest.raises(UserError, match=f"cannot query in {tmp_path}: IO Error"):
-            rows_of(queries.run(QUERY, SCHEMA, batches(12), tmp_path))
+            rows_of(sql.run(QUERY, SCHEMA, batches(12), tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -109,7 +109,7 @@ def test_an_error_while_rows_come_out_is_told_the_same_way(
     query = f"""SELECT CASE WHEN "row" = 150_000 THEN error('the disk is full')
         ELSE "row" END AS "row" FROM ({QUERY})"""
     with pytest.raises(UserError, match=f"cannot query in {tmp_path}: .*disk is full"):
-        rows_of(queries.run(query, SCHEMA, batches(10), tmp_path))
+        rows_of(sql.run(query, SCHEMA, batches(10), tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -126,14 +126,14 @@ def test_what_the_rows_raise_is_raised(
     at: int,
     error: BaseException,
 ) -> None:
-    monkeypatch.setattr(queries, "MEMORY", "40MB")  # on the disk when the last comes
+    monkeypatch.setattr(sql, "MEMORY", "40MB")  # on the disk when the last comes
 
     def broken() -> Iterator[pa.RecordBatch]:
         yield from batches(at)
         raise error
 
     with pytest.raises(type(error)) as caught:
-        rows_of(queries.run(QUERY, SCHEMA, broken(), tmp_path))
+        rows_of(sql.run(QUERY, SCHEMA, broken(), tmp_path))
     assert caught.value is error
     assert not list(tmp_path.iterdir())
 
@@ -141,8 +141,8 @@ def test_what_the_rows_raise_is_raised(
 def test_who_stops_early_leaves_nothing(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.setattr(queries, "MEMORY", "40MB")
-    sorted_rows = queries.run(QUERY, SCHEMA, batches(12), tmp_path)
+    monkeypatch.setattr(sql, "MEMORY", "40MB")
+    sorted_rows = sql.run(QUERY, SCHEMA, batches(12), tmp_path)
     next(sorted_rows)
     assert spilled_bytes(tmp_path)
     del sorted_rows
@@ -155,7 +155,7 @@ def test_leftovers_are_removed_and_other_files_stay(tmp_path: pathlib.Path) -> N
     stale.mkdir(parents=True)
     (stale / "duckdb_temp_storage_DEFAULT-0.tmp").write_bytes(os.urandom(1000))
     (tmp_path / "mine").write_text("kept")
-    found = rows_of(queries.run(QUERY, SCHEMA, batches(2), tmp_path))
+    found = rows_of(sql.run(QUERY, SCHEMA, batches(2), tmp_path))
     np.testing.assert_array_equal(found, expected_rows(2))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -163,11 +163,11 @@ def test_leftovers_are_removed_and_other_files_stay(tmp_path: pathlib.Path) -> N
 def test_a_folder_may_have_any_name(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.setattr(queries, "MEMORY", "40MB")
+    monkeypatch.setattr(sql, "MEMORY", "40MB")
     folder = tmp_path / 'it\'s "a" {folder}; ünd'
     folder.mkdir()
     most = 0
-    for _ in queries.run(QUERY, SCHEMA, batches(12), folder):
+    for _ in sql.run(QUERY, SCHEMA, batches(12), folder):
         most = max(most, spilled_bytes(folder))
     assert most and not list(folder.iterdir())
 
@@ -176,7 +176,7 @@ def test_two_sort_at_once(tmp_path: pathlib.Path) -> None:
     runs = []
     for name, count in (("a", 3), ("b", 5)):
         (tmp_path / name).mkdir()
-        runs.append(queries.run(QUERY, SCHEMA, batches(count, 50_000), tmp_path / name))
+        runs.append(sql.run(QUERY, SCHEMA, batches(count, 50_000), tmp_path / name))
     firsts = [next(run) for run in runs]
     for first, run, count in zip(firsts, runs, (3, 5), strict=True):
         rows = np.concatenate([first["row"].to_numpy(), rows_of(run)])

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import sklearn.metrics
 
-from synister_jax.evaluation import measurement
+from synister_jax.evaluation import metrics
 from synister_jax.tables import predictions, synapses
 from tests.helpers.prediction_tables import drawn, table_of
 from tests.helpers.small_data import CLASSES
@@ -78,7 +78,7 @@ def majority(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray, dict
 @pytest.mark.parametrize("seed", range(3))
 def test_numbers_are_those_of_scikit_learn(seed: int) -> None:
     table = drawn(600, neurons=40, seed=seed)
-    measured = measurement.measure(table)
+    measured = metrics.measure(table)
     json.dumps(measured, allow_nan=False)
     truth, called = synapses.labels(table, CLASSES), predictions.called(table)
     known = (truth >= 0) & (called >= 0)
@@ -107,7 +107,7 @@ def test_variants_keep_large_and_sure_neurons_and_their_synapses() -> None:
     neuron_truth, neuron_call, votes = majority(table, "neuron_id")
     size = np.array([sum(v) for v in votes.values()])
     share = np.array([max(v) / sum(v) for v in votes.values()])
-    every = measurement.measure(table, (1, 9, 10**6), (0.0, 0.6))["neuron_variants"]
+    every = metrics.measure(table, (1, 9, 10**6), (0.0, 0.6))["neuron_variants"]
     assert [(v["n_min"], v["cutoff"]) for v in every] == [
         (n, c) for n in (1, 9, 10**6) for c in (0.0, 0.6)
     ]
@@ -136,7 +136,7 @@ def test_accuracy_against_the_number_of_synapses() -> None:
             + ["gaba"],
         },
     )
-    assert measurement.measure(table)["accuracy_by_synapses"] == [
+    assert metrics.measure(table)["accuracy_by_synapses"] == [
         {"synapses": [1, 1], "neurons": 1, "accuracy": 1.0},
         {"synapses": [2, 3], "neurons": 1, "accuracy": 0.0},  # a tie, to gaba
         {"synapses": [4, 7], "neurons": 1, "accuracy": 1.0},
@@ -151,7 +151,7 @@ def test_absent_class_single_neuron_ties_and_nan() -> None:
             "neurotransmitter": ["gaba", "gaba", "gaba", None],
         },
     )
-    measured = measurement.measure(table)
+    measured = metrics.measure(table)
     json.dumps(measured, allow_nan=False)
     assert measured["synapses"]["confusion"] == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
     per_class = measured["synapses"]["per_class"]
@@ -182,7 +182,7 @@ def test_absent_class_single_neuron_ties_and_nan() -> None:
 
 def test_nothing_predicted_is_nothing_right() -> None:
     table = table_of([NAN] * 3, {"neurotransmitter": ["gaba"] * 3})
-    measured = measurement.measure(table)
+    measured = metrics.measure(table)
     json.dumps(measured, allow_nan=False)
     for what in ("synapses", "neurons"):
         assert measured[what]["count"] == 0 and measured[what]["accuracy"] is None
@@ -198,7 +198,7 @@ def test_groups_with_several_known_transmitters_do_not_count() -> None:
             "hemilineage": ["A", "A", "A", "B"],
         },
     )
-    measured = measurement.measure(table)
+    measured = metrics.measure(table)
     assert measured["neurons"]["count"] == 1
     assert measured["hemilineages"]["confusion"][0] == [1, 0, 0]
     assert measured["hemilineages"]["count"] == 1
@@ -221,7 +221,7 @@ def test_numbers_of_a_small_table() -> None:
             "neuron_id": [1, 1, 1, 2, 2, 3, 4],
         },
     )
-    measured = measurement.measure(table)
+    measured = metrics.measure(table)
     # Unpredicted rows are never a class: the last one is nowhere.
     assert measured["synapses"]["confusion"] == [[2, 1, 0], [0, 0, 0], [1, 0, 1]]
     assert measured["synapses"]["accuracy"] == pytest.approx(3 / 5)
@@ -248,7 +248,7 @@ def test_neurons_of_a_hemilineage_err_together_or_not() -> None:
                 "hemilineage": np.repeat(["A", "B", "C", "D"], 15),
             },
         )
-        correlation = measurement.measure(table)["correlation"]
+        correlation = metrics.measure(table)["correlation"]
         assert correlation["synapses_within_neurons"] == 1
         within = correlation["neurons_within_hemilineages"]
         assert within == 1 if alike else within == 0
@@ -263,4 +263,4 @@ def test_a_tenth_of_the_neurons_is_smaller() -> None:
             "neurotransmitter": ["gaba"] * sizes.sum(),
         },
     )
-    assert measurement.measure(table)["neurons"]["tenth_of_synapses"] == 3
+    assert metrics.measure(table)["neurons"]["tenth_of_synapses"] == 3

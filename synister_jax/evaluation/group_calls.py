@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from synister_jax.base import metadata
-from synister_jax.evaluation import rules, tallies
+from synister_jax.base import table_metadata
+from synister_jax.evaluation import calling_rules, vote_tallies
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.evaluation.tallies import Tally
+from synister_jax.evaluation.vote_tallies import Tally
 from synister_jax.tables.predictions import Predictions
 
 
@@ -27,19 +27,19 @@ def call(tally: Tally, rule: str, confusion: Confusion | None = None) -> pa.Tabl
     classes `margin`, by which the winner leads, and `entropy` in bits; `rule`.
 
     Args:
-      rule: of `rules.RULES`.
+      rule: of `calling_rules.RULES`.
       confusion: of the network, for the rules that need it.
 
     Raises:
       UserError: what the rule needs is not there.
     """
-    rules.require(rule, tally.weighted is not None, confusion)
+    calling_rules.require(rule, tally.weighted is not None, confusion)
     if confusion is not None:
         confusion = confusion.for_classes(tally.classes)
-    verdict = rules.RULES[rule](tally, confusion)
+    verdict = calling_rules.RULES[rule](tally, confusion)
     # Nothing predicted, or weights that sum to zero.
     none = np.isnan(verdict.distribution).any(axis=1)
-    names = np.array([*tally.classes, rules.UNCLEAR])
+    names = np.array([*tally.classes, calling_rules.UNCLEAR])
     winner = np.where(verdict.unclear, len(tally.classes), verdict.winner)
     table = tally.groups
     for index, name in enumerate(tally.classes):
@@ -61,10 +61,10 @@ def call(tally: Tally, rule: str, confusion: Confusion | None = None) -> pa.Tabl
         table = table.append_column(name, column)
     table = table.append_column("rule", pa.array([rule] * len(table), pa.string()))
     about = {"classes": list(tally.classes), "by": tally.by}
-    return metadata.described(table, about)
+    return table_metadata.described(table, about)
 
 
-def of_groups(
+def of(
     source: Predictions,
     by: str,
     rule: str = "majority",
@@ -76,8 +76,8 @@ def of_groups(
     Raises:
       UserError: no row names a group; what the rule needs is not there.
     """
-    rules.require(rule, tallies.WEIGHT in source.schema.names, confusion)
-    return call(tallies.of(source, by, folder), rule, confusion)
+    calling_rules.require(rule, vote_tallies.WEIGHT in source.schema.names, confusion)
+    return call(vote_tallies.of(source, by, folder), rule, confusion)
 
 
 def interleaved(tables: Sequence[pa.Table]) -> pa.Table:
@@ -87,7 +87,7 @@ def interleaved(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables).take(pa.array(order))
 
 
-def _margin(verdict: rules.Verdict) -> np.ndarray:
+def _margin(verdict: calling_rules.Verdict) -> np.ndarray:
     others = verdict.distribution.copy()
     place = verdict.winner[:, None]
     first = np.take_along_axis(others, place, axis=1)[:, 0]

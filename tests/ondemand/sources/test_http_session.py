@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from synister_jax.base.errors import UserError
-from synister_jax.ondemand.sources import http
+from synister_jax.ondemand.sources import http_session
 from tests.helpers.service_servers import PAGE, Answer, Fault, Request, Server, of_json
 
 SECRET = "s3cr3t-t0k3n"
@@ -22,15 +22,15 @@ class Number(Server):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Number]:
-    quick = http.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
-    monkeypatch.setattr(http, "RETRIES", quick)
+    quick = http_session.RETRIES.new(backoff_factor=0.01, backoff_jitter=0.01)
+    monkeypatch.setattr(http_session, "RETRIES", quick)
     server = Number()
     yield server
     server.close()
 
 
 def ask(server: Server) -> object:
-    with http.Session("Service", "SERVICE_TOKEN", [SECRET, ""]) as session:
+    with http_session.Session("Service", "SERVICE_TOKEN", [SECRET, ""]) as session:
         session.headers["Authorization"] = f"Bearer {SECRET}"
         return session.json("POST", f"{server.url}/path", json=[1])
 
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_told_without_secrets(
 def test_it_does_not_wait_for_ever(
     server: Number, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(http_session, "READ_SECONDS", 0.2)
     server.faults = ["slow"] * 9
     with pytest.raises(UserError, match="does not answer within 0 s"):
         ask(server)
@@ -105,7 +105,7 @@ def test_it_does_not_wait_for_ever(
 def test_an_answer_that_drips_ends(
     server: Number, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "WHOLE_SECONDS", 0.3)
+    monkeypatch.setattr(http_session, "WHOLE_SECONDS", 0.3)
     server.faults = ["drip"]
     start = time.monotonic()
     with pytest.raises(UserError, match="more than 0 s for an answer"):
@@ -121,7 +121,7 @@ def test_an_answer_that_breaks_off_each_time(server: Number) -> None:
 
 
 def test_an_answer_is_bounded(server: Number, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(http_session, "MOST_BYTES", 1 << 20)
     server.faults = [Answer(200, b" " * (2 << 20))]
     with pytest.raises(UserError, match="more than 1 MiB"):
         ask(server)
@@ -139,7 +139,7 @@ def test_an_answer_is_bounded(server: Number, monkeypatch: pytest.MonkeyPatch) -
 def test_an_address_that_nobody_answers_at(
     url: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "RETRIES", http.RETRIES.new(connect=0))
-    with http.Session("Service", "TOKEN", [SECRET]) as session:
+    monkeypatch.setattr(http_session, "RETRIES", http_session.RETRIES.new(connect=0))
+    with http_session.Session("Service", "TOKEN", [SECRET]) as session:
         with pytest.raises(UserError, match=words):
             session.json("GET", url)

@@ -4,7 +4,8 @@
 The layout is that of funkelab/synister (synister_db.py): database `<db>_predictions`,
 one collection a network and split, {synapse_id, prediction: list of doubles or null}.
 Ours adds the `status` of predictions.py, which the original passes over. Read back, a
-document without one has status null: nobody said. brains.py is the other layout.
+document without one has status null: nobody said. The other layout is that of
+brain_predictions.py.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synister_jax.base import files, metadata
+from synister_jax.base import files, table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.mongo import databases, documents
@@ -251,4 +252,4 @@ def schema_of(
         fields.append(pa.field(predictions.probability_column(name), pa.float32()))
     about = json.loads(record.get("about", "{}"))
     about = {"classes": list(classes), **about, "source": source}
-    return pa.schema(fields, metadata.entry(about))
+    return pa.schema(fields, table_metadata.entry(about))

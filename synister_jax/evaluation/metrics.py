@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from synister_jax.evaluation import (
     accuracy,
     calibration,
-    calls,
+    group_calls,
     intervals,
     mixtures,
-    tallies,
+    vote_tallies,
 )
 from synister_jax.evaluation.accuracy import Accuracies, Summary
 from synister_jax.tables import predictions, synapses
@@ -140,15 +140,15 @@ def measure(
 class _Groups:
     """The groups of one kind with what is known of them and what they are called."""
 
-    tally: tallies.Tally
+    tally: vote_tallies.Tally
     truth: np.ndarray  # int32 [n], -1: not one known class
     called: np.ndarray  # int32 [n], -1: nothing predicted
     share: np.ndarray  # float64 [n], of the votes for the call; NaN without one
 
     @classmethod
     def of(cls, table: pa.Table, by: str) -> "_Groups":
-        tally = tallies.count([table], predictions.classes(table), by)
-        table = calls.call(tally, RULE)
+        tally = vote_tallies.count([table], predictions.classes(table), by)
+        table = group_calls.call(tally, RULE)
         called = synapses.index_in(table["predicted_neurotransmitter"], tally.classes)
         truth = synapses.labels(tally.groups, tally.classes)
         return cls(tally, truth, called, table["score"].to_numpy())
@@ -158,7 +158,7 @@ class _Groups:
 
     def rows_of(self, table: pa.Table) -> np.ndarray:
         """The group of each row of `table`, [rows] int32; -1 for none."""
-        name = tallies.COLUMNS[self.tally.by]
+        name = vote_tallies.COLUMNS[self.tally.by]
         names = self.tally.groups[name].combine_chunks()
         found = pc.index_in(table[name], value_set=names)
         return pc.fill_null(found, -1).to_numpy().astype(np.int32)
@@ -269,7 +269,7 @@ def _neurons_within(
     hemilineages: _Groups, neurons: _Groups
 ) -> tuple[np.ndarray, np.ndarray]:
     """Neurons of each hemilineage by their call, [n, k], and its class, [n]."""
-    names, counts = tallies.calls_of_neurons(neurons.tally, "hemilineage")
+    names, counts = vote_tallies.calls_of_neurons(neurons.tally, "hemilineage")
     every = hemilineages.tally.groups["hemilineage"].combine_chunks()
     return counts, hemilineages.truth[pc.index_in(names, value_set=every).to_numpy()]
 

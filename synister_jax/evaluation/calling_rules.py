@@ -12,7 +12,7 @@ import numpy as np
 
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation.confusions import Confusion
-from synister_jax.evaluation.tallies import WEIGHT, Tally
+from synister_jax.evaluation.vote_tallies import WEIGHT, Tally
 
 UNCLEAR = "unclear"
 _NEED_CONFUSION = ("flyem", "conf_nt")

@@ -6,23 +6,23 @@ import pathlib
 import pytest
 
 from synister_jax.base.errors import UserError
-from synister_jax.serve import models
+from synister_jax.serve import served_models
 from tests.helpers import serving
 
 
 def test_paths_are_relative_to_the_file(tmp_path: pathlib.Path) -> None:
     serving.write_models(tmp_path, synapses="table.feather", step=40)
-    model = models.load(tmp_path)["small"]
+    model = served_models.load(tmp_path)["small"]
     assert model.workdir == tmp_path / "run"
     assert model.volume == str(tmp_path / "raw.n5")
     assert model.synapses == str(tmp_path / "table.feather")
     assert (model.step, model.calibrated, model.sources) == ("40", False, ("none",))
     assert model.finds_neurons("none")
-    network = models.network(model)
+    network = served_models.network(model)
     assert network.classes == serving.CLASSES
     assert network.crop_shape_zyx == (4, 16, 16)
     serving.write_models(tmp_path, volume="precomputed://gs://bucket/em")
-    model = models.load(tmp_path)["small"]
+    model = served_models.load(tmp_path)["small"]
     assert model.volume == "precomputed://gs://bucket/em"
     assert (model.step, model.synapses) == ("best", None)
     assert not model.finds_neurons("none") and model.finds_neurons("hemibrain")
@@ -48,7 +48,7 @@ def test_mistakes_are_named(
 ) -> None:
     serving.write_models(tmp_path, **settings)
     with pytest.raises(UserError, match=r"models.toml: \[small\]") as error:
-        models.load(tmp_path)
+        served_models.load(tmp_path)
     assert says in str(error.value)
 
 
@@ -57,16 +57,16 @@ def test_mistakes_are_named(
 )
 def test_files_that_name_no_model(tmp_path: pathlib.Path, text: str) -> None:
     with pytest.raises(UserError, match="for example"):
-        models.load(tmp_path)
+        served_models.load(tmp_path)
     (tmp_path / "models.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="models.toml"):
-        models.load(tmp_path)
+        served_models.load(tmp_path)
 
 
 def test_a_run_whose_configuration_is_damaged(tmp_path: pathlib.Path) -> None:
     serving.write_models(tmp_path)
-    model = models.load(tmp_path)["small"]
+    model = served_models.load(tmp_path)["small"]
     for text in ("[]", "{}", "{"):
         (tmp_path / "run" / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config\.json"):
-            models.network(model)
+            served_models.network(model)

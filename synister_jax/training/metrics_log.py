@@ -12,7 +12,7 @@ from synister_jax.base import figures, files
 from synister_jax.base.errors import UserError
 
 
-class EventLog:
+class MetricsLog:
     """Scalars and pictures of a run → `metrics.jsonl`, TensorBoard, `snapshots/`.
 
     A resumed run starts at a step that may have been written before: lines of later
