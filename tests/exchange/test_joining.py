@@ -65,13 +65,13 @@ def test_keys_go_on_from_batch_to_batch(
     """Whatever the size of the batches that come sorted."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, 60, 100).tolist() for _ in range(2)]
-    whole = joining.queries.run
+    whole = joining.sql.run
 
     def cut(*arguments):
         table = pa.Table.from_batches(whole(*arguments))
         return iter(table.combine_chunks().to_batches(max_chunksize=batch))
 
-    monkeypatch.setattr(joining.queries, "run", cut)
+    monkeypatch.setattr(joining.sql, "run", cut)
     a, b = side(tmp_path, "a", ids[0]), side(tmp_path, "b", ids[1])
     common = sorted(set(ids[0]) & set(ids[1]))
     expected = [(i, ids[0].index(i), ids[1].index(i)) for i in common]

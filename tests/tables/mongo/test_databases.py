@@ -123,7 +123,7 @@ def is_real(database: Database) -> bool:
 
 
 def test_no_jax_and_pymongo_in_one_module() -> None:
-    modules = "databases, test_sets, brains"
+    modules = "databases, testset_predictions, brain_predictions"
     code = (
         f"from synister_jax.tables.mongo import {modules}; import sys; "
         "print('jax' in sys.modules)"
