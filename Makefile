@@ -95,7 +95,7 @@ bench-env: $(BENCH_STAMP)
 
 # On a GPU: make bench JAX_PLATFORMS=cuda, with .[bench,cuda] in the environment.
 bench: $(BENCH_STAMP)
-	$(BENCH)/bin/python benchmarks/run_all.py --folder='$(BENCH_FOLDER)' $(if $(TEXTURE),--texture='$(TEXTURE)')
+	$(BENCH)/bin/python -m benchmarks.run_all --folder='$(BENCH_FOLDER)' $(if $(TEXTURE),--texture='$(TEXTURE)')
 
 test: $(TORCH)
 	$(BIN)/python -m pytest -n 2

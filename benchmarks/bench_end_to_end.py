@@ -1,179 +1,147 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synapses a second from a volume to predictions: ours, and the original's loop.
+"""Measures synapses a second from a volume to predictions, beside the original's loop.
 
-    python benchmarks/bench_end_to_end.py --folder=FOLDER \
-        [--config=configs/skeleton.py] [--synapses=32] [--batch_size=8] [--rounds=5] \
-        [--allocator=default --allocator=huge]
+    python -m benchmarks.bench_end_to_end --folder=FOLDER \
+        [--config=configs/skeleton.py] [--synapses=32] [--batch_size=8] [--rounds=5]
 
-The volume (N5, gzip, chunks of 16×128×128, smooth noise) has the synapses uniformly
-random in it. `ours` is a whole prediction with the network loaded: plan, execution with
-nothing in the volume's cache, predictions.feather merged. `original` reads the crop of
-one synapse after the other, in the table's order and without a cache, stacks a batch,
-predicts it with PyTorch as written (torch_sides.py: gradients recorded), and appends
-the probabilities to a list. It is spared what the original does besides: a query and an
-update of MongoDB for every synapse; and it reads through TensorStore, where the
-original has daisy and zarr, which are not faster. Both have the same weights and must
-find the same probabilities; each is a process of its own, idle when it is not its turn.
-With the allocator "huge" glibc asks for pages of 2 MB (side_by_side.py).
-The volume lies in the system's cache. Prints one line of JSON.
+The volume (N5, gzip, chunks of 16×128×128, smooth noise, in the system's cache) has the
+synapses uniformly random in it. `ours` is a whole prediction with the network loaded:
+plan, execution with nothing in the volume's cache, predictions.feather merged.
+`network_alone` is the same network in the same process, with a batch that lies on the
+device already: its ratio is what reading, waiting and writing cost. `original` reads
+one crop after the other without a cache, stacks a batch, predicts it with PyTorch as
+written, and appends the probabilities to a list. It is spared what the original does
+besides: a query and an update of MongoDB for every synapse; and it reads through
+TensorStore, where the original has daisy and zarr, which are not faster. Both have the
+same weights and must find the same probabilities; each is a process of its own.
 """
 
-import contextlib
-import json
+import collections
+import math
 import pathlib
 import shutil
-import subprocess
-import time
+import statistics
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
-import peaks
-import random_inputs
-import side_by_side
-from absl import flags
-from ml_collections import config_flags
-from side_by_side import Child
+from pyarrow import feather
 
-from synister_jax.base import command, files
-from synister_jax.base.errors import UserError
+from benchmarks import command_line, made_inputs, our_sides, side_by_side
+from synister_jax.base import command
+from synister_jax.bulk import execution, merging, planning
 from synister_jax.em import crops, volumes
+from synister_jax.network import inference
+from synister_jax.tables import predictions, synapses
+from synister_jax.tables.synapse_stream import SynapseStream
 
-_FOLDER = flags.DEFINE_string(
-    "folder", None, "Where network and volume are, or are made.", required=True
-)
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/skeleton.py", lock_config=True
-)
-_SYNAPSES = flags.DEFINE_integer("synapses", 32, "Of a round.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Crops at once.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds of each.", lower_bound=1)
-_SHAPE = flags.DEFINE_list(
-    "volume_shape_zyx", ["64", "1024", "1024"], "Voxels of the volume."
-)
-_ALLOCATORS = flags.DEFINE_multi_enum(
-    "allocator", list(side_by_side.ALLOCATORS), list(side_by_side.ALLOCATORS), "Whose."
-)
-_SIDE = flags.DEFINE_string("side", None, "What this process is: for the script.")
-
-_SIDES = ("ours", "original")
+_SYNAPSES = command_line.define_count("synapses", 32, "Number of synapses of a round.")
+_BATCH_SIZE = command_line.define_count("batch_size", 8, "Number of crops at once.")
 
 
-def main() -> None:
-    if _SIDE.value is not None:
-        _be(_SIDE.value)
-        return
-    config = _CONFIG.value
-    subprocess.run(side_by_side.own_command("--side=make"), check=True)
+def compare() -> None:
+    config = command_line.CONFIG.value
+    child_of = {"ours": "ours", "network_alone": "ours", "original": "original"}
     allocators, differences = {}, []
-    for allocator in dict.fromkeys(_ALLOCATORS.value):
-        with contextlib.ExitStack() as stack:
-            children = {
-                name: stack.enter_context(
-                    Child(
-                        side_by_side.own_command(f"--side={name}"),
-                        side_by_side.ALLOCATORS[allocator],
-                    )
-                )
-                for name in _SIDES
-            }
-            measured = side_by_side.compare(children, _ROUNDS.value, "ours")
-            ours, theirs = (np.array(child.ask("found")) for child in children.values())
-        differences.append(float(np.abs(ours - theirs).max()))
+    for allocator in side_by_side.ALLOCATORS:
+        measured = side_by_side.compare_children(
+            child_of, command_line.ROUNDS.value, allocator, ("found", "device_busy")
+        )
+        found = (np.array(values) for values in measured.pop("found").values())
+        difference = our_sides.check_agreement(*found, config.compute_dtype)
+        differences.append(difference)
+        measured["device_busy"] = measured["device_busy"]["ours"]
         allocators[allocator] = measured
-    report = side_by_side.about(
-        "synister_jax", "jax", "jaxlib", "tensorstore", "torch", "numpy"
-    )
-    # On tensor cores, and in bfloat16, products are rounded.
-    is_exact = config.compute_dtype == "float32" and report["backend"] == "cpu"
-    if not max(differences) <= (1e-4 if is_exact else 0.05):
-        raise UserError(f"the sides' probabilities differ by {max(differences):.2g}")
-    report = {
-        "benchmark": "end_to_end",
-        "unit": "synapses/s",
-        "allocators": allocators,
-        "largest_difference": max(differences),
-        "synapses": _SYNAPSES.value,
-        "batch_size": _BATCH_SIZE.value,
-        "rounds": _ROUNDS.value,
-        "volume_shape_zyx": list(map(int, _SHAPE.value)),
-        "crop_shape_zyx": list(config.crop_shape_zyx),
-        "parameters": peaks.parameters(config),
-        "compute_dtype": config.compute_dtype,
-    } | report
-    print(json.dumps(report))
+    report = {"allocators": allocators, "largest_difference": max(differences)}
+    report |= {"synapses": _SYNAPSES.value, "batch_size": _BATCH_SIZE.value}
+    command_line.print_report("end_to_end", "synapses/s", report, config)
 
 
-def _be(side: str) -> None:
-    folder = files.make_folder(_FOLDER.value)
-    path = random_inputs.volume_path(
-        folder, list(map(int, _SHAPE.value)), _CONFIG.value
-    )
-    if side == "make":
-        import torch_sides
-
-        torch_sides.workdir(folder, _CONFIG.value)
-        return
-    predict = _ours(folder, path) if side == "ours" else _original(path)
+def be(side: str) -> None:
+    config, folder = command_line.CONFIG.value, command_line.folder()
+    shape, voxel_size = made_inputs.SMALL_ZYX, config.voxel_size_nm_zyx
+    path = made_inputs.tiled_volume(folder, None, shape, voxel_size)
     found = np.zeros(0)
+    busy: list[float] = []
+    functions: dict[str, Callable[[], Any]] = {}
+    if side == "ours":
+        classifier = our_sides.classifier(_BATCH_SIZE.value)
+        predict = _ours(classifier, folder, path, busy)
+        functions["network_alone"] = side_by_side.rate(
+            _network_alone(classifier), _SYNAPSES.value
+        )
+    else:
+        predict = _original(path)
 
-    def one_round() -> float:
+    def run() -> None:
         nonlocal found
-        start = time.perf_counter()
         found = predict()
-        return _SYNAPSES.value / (time.perf_counter() - start)
 
-    side_by_side.serve({"round": one_round, "found": lambda: found.tolist()})
+    functions[side] = side_by_side.rate(run, _SYNAPSES.value)
+    functions["found"] = lambda: found.tolist()
+    functions["device_busy"] = lambda: statistics.median(busy[1:] or [0])
+    side_by_side.serve(functions)
 
 
-def _ours(folder: pathlib.Path, path: pathlib.Path) -> Callable[[], np.ndarray]:
-    from pyarrow import feather
-
-    from synister_jax import predict
-    from synister_jax.bulk import execution
-    from synister_jax.network import inference, sharding
-    from synister_jax.tables import predictions
-    from synister_jax.tables.batches import Source
-
-    config = _CONFIG.value
-    workdir = random_inputs.workdir(folder, config, "torch-run")
-    mesh = sharding.make_mesh()
-    classifier = inference.Classifier([(workdir, None)], _BATCH_SIZE.value, mesh)
+def _ours(
+    classifier: inference.Classifier,
+    folder: pathlib.Path,
+    path: pathlib.Path,
+    busy: list[float],
+) -> Callable[[], np.ndarray]:
+    """Returns what predicts all synapses, and notes how much the devices were busy."""
+    config = command_line.CONFIG.value
     output = folder / "output"
 
     def run() -> np.ndarray:
         volume = volumes.open(str(path), config.voxel_size_nm_zyx)
-        synapses = random_inputs.synapses(volume, config, _SYNAPSES.value)
-        source = Source("random synapses", lambda: iter([synapses]))
+        table = made_inputs.synapses(volume, config, _SYNAPSES.value)
+        source = SynapseStream("random synapses", lambda: iter(table.to_batches()))
         shutil.rmtree(output, ignore_errors=True)
-        plan = predict.make_plan(classifier, source, volume, output)
-        execution.execute(plan, range(len(plan)), classifier, volume)
-        predict.finish(plan, classifier, source, volume)
-        table = feather.read_table(output / "predictions.feather", memory_map=False)
-        return predictions.probabilities(table.combine_chunks())
+        plan = planning.of_classifier(classifier, source, volume, output)
+        times = execution.execute(plan, range(len(plan)), classifier, volume)
+        busy.append(times.compute / times.wall)
+        merging.finish(plan, classifier, source, volume)
+        found = feather.read_table(output / "predictions.feather", memory_map=False)
+        return predictions.probabilities(found.combine_chunks())
+
+    return run
+
+
+def _network_alone(classifier: inference.Classifier) -> Callable[[], None]:
+    crop = np.zeros(command_line.CONFIG.value.crop_shape_zyx, np.uint8)
+    batch = classifier.put([crop] * classifier.batch_size)
+
+    def run() -> None:
+        pending: collections.deque[jax.Array] = collections.deque()
+        for _ in range(math.ceil(_SYNAPSES.value / classifier.batch_size)):
+            pending.append(classifier.start(batch))
+            if len(pending) == 2:
+                np.asarray(pending.popleft())
+        while pending:
+            np.asarray(pending.popleft())
 
     return run
 
 
 def _original(path: pathlib.Path) -> Callable[[], np.ndarray]:
-    import torch_sides
+    from benchmarks import torch_sides
 
-    config = _CONFIG.value
+    config = command_line.CONFIG.value
     shape = tuple(config.crop_shape_zyx)
     warm_up = np.zeros((_BATCH_SIZE.value, *shape), np.uint8)
     classify, _ = torch_sides.predict("as_written", config, warm_up)
 
     def run() -> np.ndarray:
         volume = volumes.open(str(path), config.voxel_size_nm_zyx, cache_bytes=0)
-        synapses = random_inputs.synapses(volume, config, _SYNAPSES.value)
-        nm = np.stack([synapses[f"{axis}_nm"].to_numpy() for axis in "zyx"], axis=1)
-        starts = crops.starts_vx_zyx(nm, shape, volume)
+        table = made_inputs.synapses(volume, config, _SYNAPSES.value)
+        positions = synapses.positions_nm_zyx(table)
+        starts = crops.starts_vx_zyx(positions, shape, volume)
         found: list[Any] = []
         for first in range(0, len(starts), _BATCH_SIZE.value):
-            batch = [
-                volume.read(start, start + shape)
-                for start in starts[first : first + _BATCH_SIZE.value]
-            ]
+            places = starts[first : first + _BATCH_SIZE.value]
+            batch = [volume.read(start, start + shape) for start in places]
             found.extend(classify(np.stack(batch)).tolist())
         return np.array(found)
 
@@ -181,4 +149,4 @@ def _original(path: pathlib.Path) -> Callable[[], np.ndarray]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(lambda: command_line.run_with_torch(compare, be))

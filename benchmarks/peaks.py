@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the networks cost, and what the device could do at most.
+"""Says what the networks cost, and what the device could do at most.
 
 The work is that of the model: multiplications and additions of convolutions and dense
 layers, whatever a program really executes. Norms, ReLU, pooling and softmax are left
@@ -8,10 +8,11 @@ out: below 2 % of the published network.
 
 import concurrent.futures
 import functools
+import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,56 +37,58 @@ _TFLOPS = {
     "NVIDIA A10": (125.0, 62.5),
 }
 _SIDE = 2048  # of the matrices
-_REPEATS = 5
 
 
 def flops_per_crop(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Of one crop forward; training takes three times as much, forward and backward.
+    """Counts the work of one crop forward; training takes three times as much.
 
     Returns:
-      {"layers": [{"name", "flops", "bytes"}, …], "forward", "train"}. The bytes are the
-      least that a layer moves in `config.compute_dtype`: its input, its output, and
-      the share of one crop of a batch in its weights.
+      {"layers": [{"name", "input", "kernel", "flops", "bytes"}, …], "forward",
+      "train"}. The input and the kernel are shapes. The bytes are the least that a
+      layer moves in `config.compute_dtype`: its input, its output, and the share of
+      one crop of a batch in its weights.
 
     Raises:
       UserError: the network is not VGG3D.
     """
     if config.model.get("network", "vgg3d") != "vgg3d":
         raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
-    item = jnp.dtype(config.get("compute_dtype", "float32")).itemsize
+    item = jnp.dtype(config.compute_dtype).itemsize
     layers = []
 
-    def add(name: str, positions: int, inputs: int, outputs: int, kernel: int) -> None:
-        weights = kernel * inputs * outputs
-        moved = positions * (inputs + outputs) + weights / config.batch_size
-        flops = 2 * weights * positions
-        layers.append({"name": name, "flops": flops, "bytes": moved * item})
+    def add(name: str, positions: Sequence[int], *kernel: int) -> None:
+        *_, inputs, outputs = kernel
+        places, weights = math.prod(positions), math.prod(kernel)
+        moved = places * (inputs + outputs) + weights / config.batch_size
+        shapes = {"input": (*positions, inputs), "kernel": kernel}
+        work = {"flops": 2 * weights * places, "bytes": moved * item}
+        layers.append({"name": name} | shapes | work)
 
     settings = config.model
     shape, channels, features = list(config.crop_shape_zyx), 1, settings.features
     for level, factors in enumerate(settings.downsample_factors):
         for i in range(settings.convolutions[level]):
-            name = f"level{level}_conv{i}"
-            add(name, math.prod(shape), channels, features, 27)
+            add(f"level{level}_conv{i}", shape, 3, 3, 3, channels, features)
             channels = features
         shape = [size // factor for size, factor in zip(shape, factors, strict=True)]
         features *= settings.feature_multipliers[level]
-    widths = (channels * math.prod(shape), *(settings.dense_features,) * 2)
-    for i in range(2):
-        add(f"dense{i}", 1, widths[i], widths[i + 1], 1)
-    add("logits", 1, widths[2], len(config.classes), 1)
+    dense = settings.dense_features
+    add("dense0", (), channels * math.prod(shape), dense)
+    add("dense1", (), dense, dense)
+    add("logits", (), dense, len(config.classes))
     forward = sum(layer["flops"] for layer in layers)
     return {"layers": layers, "forward": forward, "train": 3 * forward}
 
 
 def parameters(config: ml_collections.ConfigDict) -> int:
+    """Counts the parameters of the network."""
     leaves = jax.tree.leaves(inference.abstract_variables(config)["params"])
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 @functools.cache
 def peak_flops(dtype: str = "float32") -> tuple[float, str]:
-    """(FLOP/s of one device, where the number is from).
+    """Returns the FLOP/s of one device, and where the number is from.
 
     Known GPUs by their data sheet; else what a product of two 2048 × 2048 matrices
     reaches here, JAX's or, where it is installed and faster, PyTorch's.
@@ -96,15 +99,17 @@ def peak_flops(dtype: str = "float32") -> tuple[float, str]:
             value = bfloat16 if dtype == "bfloat16" else tf32
             unit = "bfloat16" if dtype == "bfloat16" else "TF32"
             return value * 1e12, f"data sheet of {name}, dense {unit}"
-    found = {"jax": _jax_product(dtype)}
-    if jax.default_backend() == "cpu":
-        found |= _torch_product(dtype)
-    best = max(found, key=found.__getitem__)
-    return found[best], f"measured: {dtype} product of {_SIDE}² matrices, {best}"
+    products = {"jax": _jax_product(dtype)}
+    if jax.default_backend() == "cpu" and importlib.util.find_spec("torch"):
+        products["torch"] = _torch_product(dtype)
+    seconds = {name: _seconds(run) for name, run in products.items()}
+    best = min(seconds, key=seconds.__getitem__)
+    source = f"measured: {dtype} product of {_SIDE}² matrices, {best}"
+    return 2 * _SIDE**3 / seconds[best], source
 
 
 def memory_bandwidth() -> float:
-    """Bytes/s, read and written together, of a copy far larger than any cache."""
+    """Measures bytes/s, read and written together, of a copy larger than any cache."""
     if jax.default_backend() != "cpu":
         source = jnp.ones(1 << 28, jnp.float32)
         copy = jax.jit(lambda x: x + 1)
@@ -119,7 +124,7 @@ def memory_bandwidth() -> float:
 
 
 def utilisation(rates: Mapping[str, float], flops: float, dtype: str) -> dict[str, Any]:
-    """Of each side with so many crops a second: GFLOP/s, and the share of the peak."""
+    """Returns GFLOP/s and shares of the peak of sides, from their crops a second."""
     peak, source = peak_flops(dtype)
     peak *= jax.device_count()
     return {
@@ -131,26 +136,23 @@ def utilisation(rates: Mapping[str, float], flops: float, dtype: str) -> dict[st
     }
 
 
-def _jax_product(dtype: str) -> float:
+def _jax_product(dtype: str) -> Callable[[], Any]:
     matrix = jnp.full((_SIDE, _SIDE), 0.5, dtype)
     product = jax.jit(jnp.matmul)
-    seconds = _seconds(lambda: product(matrix, matrix).block_until_ready())
-    return 2 * _SIDE**3 / seconds
+    return lambda: product(matrix, matrix).block_until_ready()
 
 
-def _torch_product(dtype: str) -> dict[str, float]:
-    try:
-        import torch
-    except ImportError:
-        return {}
+def _torch_product(dtype: str) -> Callable[[], Any]:
+    import torch
+
     matrix = torch.full((_SIDE, _SIDE), 0.5, dtype=getattr(torch, dtype))
-    return {"torch": 2 * _SIDE**3 / _seconds(lambda: matrix @ matrix)}
+    return lambda: matrix @ matrix
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """The shortest of some, after one to warm up: what the device can do."""
+    """Times some runs after one to warm up; the shortest is what the device can do."""
     times = []
-    for _ in range(1 + _REPEATS):
+    for _ in range(6):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

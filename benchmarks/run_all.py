@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the benchmarks one after the other; writes results.json, RESULTS.md, pictures.
+"""Runs the benchmarks one after the other; writes results.json, RESULTS.md, a picture.
 
     make bench
-    python benchmarks/run_all.py --folder=FOLDER [--only=train,predict] [--quick]
+    python -m benchmarks.run_all --folder=FOLDER [--only=train,predict] [--quick]
+    python -m benchmarks.run_all --folder=FOLDER --only=none
 
-Which scripts, and with what arguments, is in catalogue.py. Each is a process of its
+Which programs, and with what arguments, is in catalogue.py. Each is a process of its
 own, whose progress is in FOLDER/NAME.log. What it printed is in results.json as soon as
-it is done, under the backend that JAX has here, with the machine and the revision that
-it ran on: kill this at any moment, and run what is missing with `--only`. Those that
-were not run keep what they had.
-`--quick` takes sizes of seconds to see that all scripts work; what it measures says
-nothing, and goes to FOLDER instead of here.
+it is done, with the machine and the revision that it ran on: kill this at any moment,
+and run what is missing with `--only`. Those that were not run keep what they had;
+`--only=none` writes RESULTS.md anew. `--quick` takes sizes of seconds to see that all
+programs work; what it measures says nothing, and goes to FOLDER instead of here.
 """
 
-import contextlib
 import datetime
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -24,178 +22,120 @@ import sys
 import time
 from typing import Any
 
-import results_page
-import roofline
 from absl import flags
-from catalogue import BENCHMARKS, Benchmark
 
+from benchmarks import pictures, results_page
+from benchmarks.catalogue import BENCHMARKS
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
 
-_FOLDER = flags.DEFINE_string("folder", None, "Where it all is made.", required=True)
-_ONLY = flags.DEFINE_list("only", [], "Names; default: all.")
-_QUICK = flags.DEFINE_bool("quick", False, "Small sizes, to see that all works.")
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Folder where the benchmarks keep what they make.", required=True
+)
+_ONLY = flags.DEFINE_list("only", list(BENCHMARKS), "Names of benchmarks, or none.")
+_QUICK = flags.DEFINE_bool("quick", False, "Take small sizes, to see that all works.")
 _TEXTURE = flags.DEFINE_string(
-    "texture", None, "Volume of real EM, for the benchmarks that read; else noise."
+    "texture", None, "Volume of real EM for those that read; without it, noise."
 )
 _TEXTURE_NAME = flags.DEFINE_string(
-    "texture_name", "a volume of the user's", "What the results call it."
+    "texture_name", "a volume of the user's", "Name of that volume in the results."
 )
 
 _HERE = pathlib.Path(__file__).parent
+_ROOT = _HERE.parent
 
 
 def main() -> None:
     folder = files.make_folder(_FOLDER.value).resolve()
     output = folder if _QUICK.value else _HERE
-    names = [benchmark.name for benchmark in BENCHMARKS]
-    if unknown := set(_ONLY.value) - set(names):
-        raise UserError(
-            f"--only={','.join(_ONLY.value)}: there is no {', '.join(sorted(unknown))};"
-            f" there are {', '.join(names)}"
-        )
+    chosen = [] if _ONLY.value == ["none"] else _ONLY.value
+    if unknown := sorted(set(chosen) - set(BENCHMARKS)):
+        known = ", ".join(BENCHMARKS)
+        raise UserError(f"--only: there is no {', '.join(unknown)}; there are {known}")
     path = output / "results.json"
-    machine = _machine()
-    backend = machine["backend"]
     results = files.read_json(path) if path.exists() else {}
-    results.setdefault(backend, {"benchmarks": {}})
     failed = []
-    for benchmark in BENCHMARKS:
-        if _ONLY.value and benchmark.name not in _ONLY.value:
-            continue
-        ran_on = {"machine": machine, "revision": _revision()}
-        entry = _run(benchmark, backend, folder, output) | ran_on
-        results[backend]["benchmarks"][benchmark.name] = entry
+    for name in chosen:
+        machine = json.loads(_output("-m", "benchmarks.side_by_side"))
+        entry = {"machine": machine, "revision": _revision()} | _run(name, folder)
+        entries = results.setdefault(machine["backend"], {"benchmarks": {}})
+        entries["benchmarks"][name] = entry
         files.write_json(path, results)
         if entry["error"].startswith("failed"):
-            failed.append(benchmark.name)
-            print(f"{benchmark.name}: {entry['error']}", flush=True)
+            failed.append(name)
+            print(f"{name}: {entry['error']}", flush=True)
+        _write_page(results, output)
+    if not chosen:
         _write_page(results, output)
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; see {folder}/NAME.log")
 
 
 def _write_page(results: dict[str, Any], output: pathlib.Path) -> None:
+    files.write_text(output / "RESULTS.md", results_page.page(results, BENCHMARKS))
     for backend, entries in results.items():
-        reports = entries["benchmarks"].get("layers", {}).get("reports")
-        if reports:
-            picture = roofline.draw(reports[0], roofline.whole_network(entries))
-            name = results_page.picture_of(roofline.FILE, backend)
-            files.write_bytes(output / name, picture)
-    sections = {
-        benchmark.name: (benchmark.section, _shown(benchmark, results))
-        for benchmark in BENCHMARKS
-    }
-    files.write_text(output / "RESULTS.md", results_page.page(results, sections))
+        measured = entries["benchmarks"].items()
+        reports = {n: entry["reports"][0] for n, entry in measured if entry["reports"]}
+        if "layers" in reports:
+            file = "roofline.png" if backend == "cpu" else f"roofline_{backend}.png"
+            files.write_bytes(output / file, pictures.roofline(reports))
 
 
-def _shown(benchmark: Benchmark, results: dict[str, Any]) -> str:
-    """How to rerun it."""
-    read = {
-        report.get("texture", "noise")
-        for entries in results.values()
-        for report in entries["benchmarks"].get(benchmark.name, {}).get("reports", [])
-    }
-    arguments = ["--folder=FOLDER"] * benchmark.has_folder
-    arguments += ["--texture=URI"] * bool(read - {"noise"})
-    arguments += [a.replace("{picture}", "FILE.png") for a in benchmark.full]
-    return " ".join(["python", f"benchmarks/{benchmark.script}", *arguments])
-
-
-def _run(
-    benchmark: Benchmark, backend: str, folder: pathlib.Path, output: pathlib.Path
-) -> dict[str, Any]:
-    """{reports, error, quick, date, seconds}; an error is "" or a line."""
-    entry = {"reports": [], "error": "", "quick": _QUICK.value}
+def _run(name: str, folder: pathlib.Path) -> dict[str, Any]:
+    """Returns {reports, error, quick, date, seconds}; an error is "" or a line."""
+    benchmark = BENCHMARKS[name]
+    entry = {"reports": [], "error": "", "quick": _QUICK.value, "seconds": 0}
     entry["date"] = datetime.date.today().isoformat()
-    if benchmark.needs and not pathlib.Path(benchmark.needs).exists():
-        return entry | {
-            "error": f"not run: there is no {benchmark.needs}",
-            "seconds": 0,
-        }
-    given = benchmark.quick if _QUICK.value else benchmark.full
-    picture = output / results_page.picture_of(benchmark.section.picture, backend)
-    arguments = [argument.replace("{picture}", str(picture)) for argument in given]
-    if benchmark.has_folder:
-        arguments.append(f"--folder={folder / benchmark.name}")
-    if benchmark.reads_texture and _TEXTURE.value:
-        arguments.append(f"--texture={_TEXTURE.value}")
-    script = str(_HERE / benchmark.script)
-    log = folder / f"{benchmark.name}.log"
-    print(f"{benchmark.name}: {' '.join([script, *arguments])}", flush=True)
+    needed = benchmark.get("needs")
+    if needed and not pathlib.Path(needed).exists():
+        return entry | {"error": f"not run: there is no {needed}"}
+    program = ["-m", f"benchmarks.{benchmark['module']}", f"--folder={folder / name}"]
+    program += benchmark.get("quick" if _QUICK.value else "full", [])
+    if benchmark.get("texture") and _TEXTURE.value:
+        program.append(f"--texture={_TEXTURE.value}")
+    print(f"{name}: {' '.join(program)}", flush=True)
+    log = folder / f"{name}.log"
     start = time.monotonic()
-    with log.open("w") as errors:
-        done = subprocess.run(
-            [sys.executable, script, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+    try:
+        with log.open("w") as errors:
+            said = _without_paths(_output(*program, stderr=errors), folder)
+        entry["reports"] = [json.loads(line) for line in said.splitlines()[-1:]]
+    except (subprocess.CalledProcessError, json.JSONDecodeError) as problem:
+        *_, last = ["", *log.read_text(errors="replace").split("\n")[:-1]]
+        said = f"failed: {type(problem).__name__}: {_without_paths(last, folder)}"
+        entry["error"] = said[:400]
     entry["seconds"] = round(time.monotonic() - start, 1)
-    for line in done.stdout.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            report = json.loads(_without_paths(line, folder))
-            if isinstance(report, dict):
-                entry["reports"].append(report)
-    if done.returncode or not entry["reports"]:
-        lines = log.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        said = _without_paths(last, folder)
-        entry["error"] = f"failed with exit code {done.returncode}: {said}"[:400]
     return entry
 
 
+def _output(*arguments: str, **options: Any) -> str:
+    """Returns what Python prints with these arguments; JAX never starts in here."""
+    command_line = [sys.executable, *arguments]
+    return subprocess.check_output(command_line, text=True, cwd=_ROOT, **options)
+
+
 def _without_paths(text: str, folder: pathlib.Path) -> str:
-    """The text without paths of this machine: results are for others too."""
+    """Returns the text without paths of this machine: results are for others too."""
     if _TEXTURE.value:
         text = text.replace(_TEXTURE.value, _TEXTURE_NAME.value)
-    text = text.replace(str(folder), "FOLDER")
-    text = text.replace(f"{_HERE.parent.resolve()}{os.sep}", "")
+    text = text.replace(str(folder), "FOLDER").replace(f"{_ROOT.resolve()}/", "")
     return re.sub(r"/(tmp|home|root|Users)/[^\s\"']*", "PATH", text)
 
 
 def _revision() -> str | None:
-    """Of what is measured and what measures, + where files differ; None outside git."""
-    # What this script writes itself is no difference.
+    """Returns the revision measured, + where files differ from it; None outside git."""
+    # What this program writes itself is no difference.
     written = [f":!benchmarks/{name}" for name in ("results.json", "*.md", "*.png")]
-    paths = ["synister_jax", "configs", "benchmarks", *written]
+    paths = ["synister_jax", "configs", "benchmarks", "tests/helpers", *written]
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", *arguments], text=True, cwd=_ROOT)
+
     try:
-        revision = _git("rev-parse", "--short", "HEAD").strip()
-        differs = bool(_git("status", "--porcelain", "--", *paths))
+        revision = git("rev-parse", "--short", "HEAD").strip()
+        return revision + "+" * bool(git("status", "--porcelain", "--", *paths))
     except (OSError, subprocess.CalledProcessError):
         return None
-    return revision + "+" * differs
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=_HERE.parent,
-        text=True,
-        check=True,
-    ).stdout
-
-
-def _machine() -> dict[str, Any]:
-    """This machine, its backend and versions; JAX starts in a process of its own."""
-    code = (
-        "import json, side_by_side; print(json.dumps(side_by_side.about("
-        "'synister_jax', 'jax', 'jaxlib', 'flax', 'grain', 'array_record',"
-        "'tensorstore', 'duckdb', 'pyarrow', 'numpy', 'torch', 'gunpowder')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, cwd=_HERE
-    )
-    about = json.loads(done.stdout.splitlines()[-1])
-    model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": model[1] if model else about["machine"],
-        "memory_gb": round(pages * page_bytes / 1e9, 1),
-        **about,
-    }
 
 
 if __name__ == "__main__":

@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ways to do one thing, timed in turns; what the benchmarks share.
+"""Times several ways to do one thing in turns; all benchmarks share this.
 
 A machine's speed drifts, so the sides alternate, in an order that rotates round by
 round, and what is compared are rates of one round. A side that needs an environment of
 its own (an allocator's, another interpreter's) is a `Child`: a process that is idle
-until it is its turn. The module itself needs nothing that is not in Python.
+until it is its turn. Run as a program, it prints what `about` returns.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # By default glibc gives a large block back to the kernel when it is freed, and each new
 # one costs a fault for every 4 KB. "huge": glibc asks the kernel for pages of 2 MB
 # (glibc 2.35 or later; the kernel's transparent_hugepage at "madvise" or "always").
-ALLOCATORS = {
-    "default": {},
-    "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
-}
+ALLOCATORS = {"default": {}, "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+_PACKAGES = (
+    *("synister_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"),
+    *("array_record", "tensorstore", "duckdb", "pyarrow", "numpy", "torch"),
+    *("gunpowder", "zarr", "numcodecs", "augment-nd", "scipy"),
+)
 
 # Processes share a GPU here: none may take its memory in advance.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -34,10 +40,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 def alternate(
     sides: Mapping[str, Callable[[], float]], rounds: int
 ) -> dict[str, list[float]]:
-    """Rates of every side in every round, after a round that does not count.
+    """Returns the rates of all rounds, after a round that does not count.
 
-    Args:
-      sides: by name, what does one round and returns its rate (items a second).
+    A side does one round and returns its rate, in items a second.
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for index, name in in_turns(list(sides), rounds):
@@ -49,8 +54,26 @@ def alternate(
     return rates
 
 
+def rate(
+    run: Callable[[], Any],
+    items: int,
+    times: int = 1,
+    finish: Callable[[Any], Any] = lambda result: None,
+) -> Callable[[], float]:
+    """Makes a side that does `run` so many times; `finish` waits for the last."""
+
+    def one_round() -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            result = run()
+        finish(result)
+        return times * items / (time.perf_counter() - start)
+
+    return one_round
+
+
 def in_turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """(round, name) of all rounds, and before them of one to warm up, -1.
+    """Yields (round, name) of all rounds, and before them of one to warm up, -1.
 
     The side that begins a round ends the next one, so each comes in every place and,
     of three or more, none runs twice in a row. Of two, each begins every other round:
@@ -62,29 +85,35 @@ def in_turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
             yield index, name
 
 
-def summary(rates: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
-    """Medians, all rounds, and `ours` over each other side.
+def medians(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Returns the median of each."""
+    return {name: statistics.median(found) for name, found in values.items()}
 
-    Of the ratios in one round the median, and the smallest and the largest.
-    """
+
+def summary(rates: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
+    """Returns medians and rounds of the rates, and the ratios of `ours` to others."""
     paired = {
         other: [a / b for a, b in zip(rates[ours], values, strict=True)]
         for other, values in rates.items()
         if other != ours
     }
     return {
-        "rates": {name: statistics.median(values) for name, values in rates.items()},
+        "rates": medians(rates),
         "rounds": dict(rates),
-        "ratio": {other: statistics.median(found) for other, found in paired.items()},
+        "ratio": medians(paired),
         "ratio_range": {o: [min(found), max(found)] for o, found in paired.items()},
     }
 
 
-def about(*packages: str) -> dict[str, Any]:
-    """The device, the machine, and versions; None of a package that is not there."""
+def about() -> dict[str, Any]:
+    """Returns the machine, the device, and versions of the packages that are there."""
     import jax  # a child in another environment has none
 
+    model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = {
+        "cpu": model[1] if model else platform.machine(),
+        "memory_gb": round(memory / 1e9, 1),
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -93,48 +122,35 @@ def about(*packages: str) -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
     }
-    for package in packages:
-        found[package] = None
+    for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
 
 
-# ---------------------------------------------------- sides in processes of their own
-
-
 class Child:
     """A process that answers requests, one at a time, and else waits on its stdin.
 
-    Args:
-      command: starts a Python script that calls `serve`, see `own_command`.
-      environment: added to this process's.
-
-    The constructor returns when the child is ready.
+    It is the running program with its own flags and one after them, and must call
+    `serve`. The constructor returns when the child is ready.
     """
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str] | None = None
-    ) -> None:
-        self._command = list(command)
+    def __init__(self, flag: str, environment: Mapping[str, str]) -> None:
+        self._command = own_command(flag)
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | dict(environment or {}),
+            env=os.environ | environment,
         )
         self._answer()
 
     def ask(self, request: str) -> Any:
-        """What the child's function of that name returns."""
+        """Returns what the child's function of that name returns."""
         self._process.stdin.write(request + "\n")
         self._process.stdin.flush()
         return self._answer()
-
-    def round(self) -> float:
-        """A side for `alternate`."""
-        return self.ask("round")
 
     def _answer(self) -> Any:
         line = self._process.stdout.readline()
@@ -154,31 +170,48 @@ class Child:
         self._process.stdout.close()
 
 
-def compare(children: Mapping[str, Child], rounds: int, ours: str) -> dict[str, Any]:
-    """`alternate` and `summary`; peak memory, and page faults in the rounds (all)."""
-    before = {name: child.ask("usage") for name, child in children.items()}
-    sides = {name: child.round for name, child in children.items()}
-    found = summary(alternate(sides, rounds), ours)
-    after = {name: child.ask("usage") for name, child in children.items()}
-    found["peak_gb"] = {name: usage["peak_gb"] for name, usage in after.items()}
-    found["page_faults"] = {
-        name: usage["page_faults"] - before[name]["page_faults"]
-        for name, usage in after.items()
-    }
+def compare_children(
+    child_of: Mapping[str, str],
+    rounds: int,
+    allocator: str,
+    questions: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Alternates sides in children of the running program, which get `--side=CHILD`.
+
+    Args:
+      child_of: By side, its child, which answers the side's name with a rate. The first
+        side is ours.
+      questions: What else each child is asked afterwards; the answers are returned too.
+    """
+    print(f"allocator: {allocator}", file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as stack:
+        children = {
+            name: stack.enter_context(Child(f"--side={name}", ALLOCATORS[allocator]))
+            for name in dict.fromkeys(child_of.values())
+        }
+        before = {name: child.ask("usage") for name, child in children.items()}
+        sides = {
+            side: functools.partial(children[name].ask, side)
+            for side, name in child_of.items()
+        }
+        found = summary(alternate(sides, rounds), next(iter(child_of)))
+        after = {name: child.ask("usage") for name, child in children.items()}
+        for question in questions:
+            answers = {name: child.ask(question) for name, child in children.items()}
+            found[question] = answers
+    found["peak_gb"] = {name: gb for name, (gb, _) in after.items()}
+    found["page_faults"] = {n: after[n][1] - before[n][1] for n in children}
     return found
 
 
 def own_command(*flags: str) -> list[str]:
-    """The running script with its own flags, and these after them."""
-    return [sys.executable, *sys.argv, *flags]
+    """Returns the command of the running program, with these flags after its own."""
+    module = f"benchmarks.{pathlib.Path(sys.argv[0]).stem}"
+    return [sys.executable, "-m", module, *sys.argv[1:], *flags]
 
 
 def serve(functions: Mapping[str, Callable[[], Any]]) -> None:
-    """In a child: says that it is ready, then answers until its stdin is closed.
-
-    Args:
-      functions: by the name of the request; what they return is sent as JSON.
-    """
+    """Answers in a child, by the names of requests, until its stdin is closed."""
     answers = dict(functions) | {"usage": _usage}
     # Whatever a library prints must not get between the answers.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as out:
@@ -188,6 +221,11 @@ def serve(functions: Mapping[str, Callable[[], Any]]) -> None:
             print(json.dumps(answers[line.strip()]()), file=out, flush=True)
 
 
-def _usage() -> dict[str, float]:
+def _usage() -> tuple[float, int]:
+    """Returns the peak memory in GB, and the page faults until now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"peak_gb": used.ru_maxrss * 1024 / 1e9, "page_faults": used.ru_minflt}
+    return used.ru_maxrss * 1024 / 1e9, used.ru_minflt
+
+
+if __name__ == "__main__":
+    print(json.dumps(about()))

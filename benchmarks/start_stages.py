@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""synister_jax.predict, noting when it gets where; for bench_start.py.
+"""Runs synister_jax.predict and notes when it gets where; for bench_start.py.
 
-    python benchmarks/start_stages.py STARTED --workdir=RUN …
+    python -m benchmarks.start_stages STARTED --workdir=RUN …
 
 STARTED is the time when this process was started, in seconds since 1970; all other
 arguments are predict's. The last line of its output is JSON: the seconds from then to
-each moment, and within them those that JAX took to trace, lower and compile.
+each moment, and those that JAX took until the end to trace, lower and compile (or to
+take what was compiled from the cache).
 """
 
 import json
@@ -20,9 +21,9 @@ from synister_jax.bulk import planning, unit_results
 from synister_jax.network import checkpoint, inference
 
 _EVENTS = {
-    "/jax/core/compile/jaxpr_trace_duration": "trace",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
-    "/jax/core/compile/backend_compile_duration": "compile_or_load",
+    "/jax/core/compile/jaxpr_trace_duration": "in_tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "in_lowering",
+    "/jax/core/compile/backend_compile_duration": "in_compiling_or_loading",
 }
 
 
@@ -36,7 +37,7 @@ def main() -> None:
             compiling[_EVENTS[event]] += seconds
 
     def note(where: Any, name: str, before: str, after: str) -> None:
-        """The first call of the function is between these two moments."""
+        """Notes the moments before and after the first call of a function."""
         original = getattr(where, name)
 
         def noting(*arguments: Any, **named: Any) -> Any:
@@ -57,8 +58,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code:
             raise
-    noted["end"] = time.time() - started
-    print(json.dumps(noted | {"within": compiling}))
+    print(json.dumps(noted | compiling))
 
 
 if __name__ == "__main__":

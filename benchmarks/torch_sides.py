@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PyTorch sides: the published network as the original runs it, and tuned.
 
-Facts of the original are those of its train_pipeline.py and predict_pipeline.py. On a
-GPU, if this PyTorch can use it. Where `config.compute_dtype` is bfloat16 every side
-runs under autocast to it, the originals' too, which do not do so themselves: else
-arithmetic would be compared, not programs.
+Facts of the original are those of its train_pipeline.py and predict_pipeline.py. The
+sides run on a GPU if this PyTorch can use it. Where `config.compute_dtype` is bfloat16
+every side runs under autocast to it, the originals' too, which do not do so themselves:
+else arithmetic would be compared, not programs.
 """
 
 import math
 import os
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,32 +17,28 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-import random_inputs
-import side_by_side
 import torch
-import torch._dynamo.utils
 import torch._inductor.config
-import torch_networks
 
+from benchmarks import made_inputs, side_by_side
 from synister_jax.base.errors import UserError
 from synister_jax.network import torch_weights
+from tests.helpers import torch_networks
 
 Predict = Callable[[np.ndarray], np.ndarray]  # uint8 [n, z, y, x] → probabilities
 Step = Callable[[], float]  # one update → its loss
-
-PREDICT = ("as_written", "inference_mode", "tuned")
-TRAIN = ("as_written", "tuned")
+_Program = Callable[[torch.Tensor], torch.Tensor]
 
 
-def set_up() -> torch.device:
-    """As many threads as there are CPUs, as JAX has; TF32 on a GPU, as JAX too."""
+def _device() -> torch.device:
+    """Takes as many threads as there are CPUs, and TF32 on a GPU, as JAX does."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_network(config: ml_collections.ConfigDict) -> torch_networks.Vgg3D:
-    """The network of a config; its weights are the same in every process."""
+def _network(config: ml_collections.ConfigDict) -> torch_networks.Vgg3D:
+    """Makes the network of a config; its weights are the same in every process."""
     if config.model.get("network", "vgg3d") != "vgg3d":
         raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
     torch.manual_seed(0)  # `randomise` leaves the biases as they are
@@ -57,24 +52,28 @@ def make_network(config: ml_collections.ConfigDict) -> torch_networks.Vgg3D:
     return network
 
 
-def workdir(folder: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
-    """A run of ours with the weights of `make_network`."""
+def make_run(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Makes a run of ours with the weights that all sides have."""
 
     def variables() -> Any:
-        state = make_network(config).state_dict()
+        state = _network(config).state_dict()
         arrays = {name: value.numpy() for name, value in state.items()}
         return torch_weights.vgg3d(arrays, config)
 
-    return random_inputs.workdir(folder, config, "torch-run", variables)
+    made_inputs.run(folder, config, "torch-run", variables)
 
 
-# --------------------------------------------------------------------------- prediction
+def _autocast(
+    config: ml_collections.ConfigDict, device: torch.device
+) -> Callable[[], Any]:
+    enabled = config.compute_dtype == "bfloat16"
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def predict(
     name: str, config: ml_collections.ConfigDict, crops: np.ndarray
 ) -> tuple[Predict, dict[str, Any]]:
-    """A side of PREDICT, and what is to be said of it.
+    """Makes a side that predicts, and says what is to be said of it.
 
     as_written: the original scales with NumPy, puts the network into its mode for
     evaluation, but keeps what a gradient would need. inference_mode: without that.
@@ -83,10 +82,10 @@ def predict(
     ours has them there, each where that is faster.
 
     Args:
-      crops: a batch, to compile for and to see what is faster.
+      crops: A batch, to compile for and to see what is faster.
     """
-    device = set_up()
-    network = make_network(config).eval()
+    device = _device()
+    network = _network(config).eval()
     autocast = _autocast(config, device)
     if name == "tuned":
         return _tuned_predict(network, device, autocast, crops)
@@ -125,12 +124,10 @@ def _tuned_predict(
     def forward(crops: torch.Tensor) -> torch.Tensor:
         return head(features(crops))
 
-    def by_crop(
-        features: Callable[[torch.Tensor], torch.Tensor],
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    def by_crop(features: _Program) -> _Program:
         return lambda crops: head(torch.cat([features(c) for c in crops.split(1)]))
 
-    def with_program(program: Callable[[torch.Tensor], torch.Tensor]) -> Predict:
+    def with_program(program: _Program) -> Predict:
         @torch.inference_mode()
         def run(crops: np.ndarray) -> np.ndarray:
             with autocast():
@@ -141,20 +138,17 @@ def _tuned_predict(
     # Weights as constants: they are laid out for the kernels once. Not as an option of
     # compile: what traces the network reads the setting itself.
     torch._inductor.config.freezing = True
-    programs = {
-        "eager": with_program(forward),
-        "compiled": with_program(torch.compile(forward)),
-    }
+    programs = {"eager": forward, "compiled": torch.compile(forward)}
     if device.type == "cpu":
-        programs["crop by crop"] = with_program(by_crop(features))
-        compiled = with_program(by_crop(torch.compile(features)))
-        programs["crop by crop, compiled"] = compiled
-    best, about = _fastest(programs, lambda program: program(crops))
-    return programs[best], {"torch_device": str(device)} | about
+        programs["crop by crop"] = by_crop(features)
+        programs["crop by crop, compiled"] = by_crop(torch.compile(features))
+    runs = {name: with_program(program) for name, program in programs.items()}
+    best, about = _fastest(runs, lambda run: run(crops))
+    return runs[best], {"torch_device": str(device)} | about
 
 
 def _folded(features: torch.nn.Sequential) -> torch.nn.Sequential:
-    """Every convolution with the batch norm that follows it as one."""
+    """Makes one of every convolution and the batch norm that follows it."""
     layers: list[torch.nn.Module] = []
     for layer in features:
         if isinstance(layer, torch.nn.BatchNorm3d):
@@ -164,119 +158,83 @@ def _folded(features: torch.nn.Sequential) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers)
 
 
-# ----------------------------------------------------------------------------- training
-
-
 def train(
-    name: str,
-    config: ml_collections.ConfigDict,
-    crops: np.ndarray,
-    labels: np.ndarray,
-) -> tuple[Step, list[float], dict[str, Any]]:
-    """A side of TRAIN, its first losses, and what is to be said of it.
+    name: str, config: ml_collections.ConfigDict, crops: np.ndarray, labels: np.ndarray
+) -> tuple[Step, dict[str, Any]]:
+    """Makes a side that trains, and says what is to be said of it.
 
     as_written: the crops come from NumPy each step, Adam has its default form, and
     the loss is read each step. tuned: the batch lies on the device, channels last;
     Adam is one fused kernel; torch.compile where that is faster.
 
     Args:
-      crops: float32 [batch, z, y, x], scaled.
+      crops: Scaled crops, float32 [batch, z, y, x].
     """
-    device = set_up()
+    device, is_tuned = _device(), name == "tuned"
     torch.manual_seed(0)  # of dropout
-    network = make_network(config).train().to(device)
+    network = _network(config).train().to(device)
+    if is_tuned:
+        network.to(memory_format=torch.channels_last_3d)
     autocast = _autocast(config, device)
     cross_entropy = torch.nn.CrossEntropyLoss()
-    rate = config.learning_rate
-    if name == "as_written":
-        optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=config.learning_rate, fused=is_tuned or None
+    )
 
-        def as_written() -> float:
-            batch = torch.as_tensor(crops[:, None], device=device)
-            target = torch.as_tensor(labels, device=device)
+    def on_device() -> tuple[torch.Tensor, torch.Tensor]:
+        batch = torch.as_tensor(crops[:, None], device=device)
+        return batch, torch.as_tensor(labels, device=device)
+
+    placed, target = on_device()
+    placed = placed.contiguous(memory_format=torch.channels_last_3d)
+
+    def with_program(program: _Program) -> Step:
+        def step() -> float:
+            batch, labels = (placed, target) if is_tuned else on_device()
             optimizer.zero_grad()
             with autocast():
-                loss = cross_entropy(network(batch), target)
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
-        about = {"torch_device": str(device), "compiled": False}
-        return as_written, [as_written(), as_written()], about
-
-    network.to(memory_format=torch.channels_last_3d)
-    batch = torch.as_tensor(crops[:, None], device=device)
-    batch = batch.contiguous(memory_format=torch.channels_last_3d)
-    target = torch.as_tensor(labels, device=device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
-
-    def with_program(program: Callable[[torch.Tensor], torch.Tensor]) -> Step:
-        def step() -> float:
-            optimizer.zero_grad(set_to_none=True)
-            with autocast():
-                loss = cross_entropy(program(batch), target)
+                loss = cross_entropy(program(batch), labels)
             loss.backward()
             optimizer.step()
             return loss.item()
 
         return step
 
-    steps = {
-        "eager": with_program(network),
-        "compiled": with_program(torch.compile(network)),
-    }
-    losses = [steps["eager"](), steps["eager"]()]
-    best, about = _fastest(steps, lambda step: step())
-    return steps[best], losses, {"torch_device": str(device)} | about
-
-
-# ------------------------------------------------------------------------- what is said
-
-
-def _autocast(
-    config: ml_collections.ConfigDict, device: torch.device
-) -> Callable[[], Any]:
-    enabled = config.get("compute_dtype", "float32") == "bfloat16"
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    steps = {"eager": with_program(network)}
+    about = {"torch_device": str(device), "compiled": False}
+    about["first_losses"] = [steps["eager"](), steps["eager"]()]
+    if not is_tuned:
+        return steps["eager"], about
+    steps["compiled"] = with_program(torch.compile(network))
+    best, found = _fastest(steps, lambda step: step())
+    return steps[best], about | found
 
 
 def _fastest(
     programs: Mapping[str, Callable], run: Callable[[Callable], Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Name of the fastest program, those with "compiled" in it where they work here.
+    """Names the fastest program, of those with "compiled" in it where they work here.
 
     Each runs twice to warm up, then they take turns: the best median of three.
     """
     times: dict[str, list[float]] = {}
-    packed: dict[str, int] = {}
     failed: dict[str, str] = {}
     for name, program in programs.items():
-        before = _packed_convolutions()
         try:
             run(program)
+            times[name] = []
         # No C++ compiler, or one that fails; whatever it is, PyTorch runs without.
         except Exception as error:
             if "compiled" not in name:
                 raise
             failed[name] = type(error).__name__
-            continue
-        times[name] = []
-        if "compiled" in name:
-            packed[name] = _packed_convolutions() - before
     for index, name in side_by_side.in_turns(list(times), 3):
         start = time.perf_counter()
         run(programs[name])
         if index >= 0:
             times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds = side_by_side.medians(times)
     print(f"tuned: {seconds} {failed or ''}", file=sys.stderr, flush=True)
     best = min(seconds, key=seconds.__getitem__)
     about = {"variant": best, "compiled": "compiled" in best}
-    about |= {"seconds_of_a_batch": seconds, "convolutions_packed": packed}
-    return best, about | ({"not_compiled_because": failed} if failed else {})
-
-
-def _packed_convolutions() -> int:
-    """How many had their weights laid out for oneDNN when they were compiled."""
-    counters = torch._dynamo.utils.counters["inductor"]
-    return counters["mkldnn_conv_weight_pack_matcher_count"]
+    return best, about | {"seconds_of_a_batch": seconds, "failed": failed}

@@ -99,9 +99,7 @@ def main() -> None:
             batch_size.value,
             calibrated.value,
         )
-        about = answering.answer(
-            asked, network, source.value, settings, folder, _Told()
-        )
+        about = answering.answer(asked, network, settings, folder, _Told())
         for warning in about["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
         _print_neurons(folder)

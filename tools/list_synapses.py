@@ -44,7 +44,7 @@ def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
     synapses.check_writable(output)
     settings = sources.settings(_SOURCE.value, _CREDENTIALS.value)
-    sources.listing(settings.source, settings)  # refuses at once who has none
+    sources.listing(settings)  # refuses at once who has none
     volume = volumes.open(_VOLUME.value)
     folder = output.with_name(output.name + ".pages")
     files.make_folder(folder)
@@ -80,11 +80,9 @@ def _fetch(
     progress = Progress("listed", None, "synapses", rows)
     if pages:
         print(f"going on behind {rows:,} synapses", flush=True)
-    for sites, last in sources.listing(settings.source, settings, after):
+    for sites, last in sources.listing(settings, after):
         coordinates = {axis: sites[axis].to_numpy() for axis in "xyz"}
-        positions = sources.to_volume_nm_zyx(
-            settings.source, coordinates, volume.shape_zyx, settings
-        )
+        positions = sources.to_volume_nm_zyx(coordinates, volume.shape_zyx, settings)
         if not pages and (doubt := spaces.doubt(positions, volume)):
             raise UserError(f"{doubt}; is --volume that of {settings.source}?")
         columns = {name: sites[name] for name in ("synapse_id", "neuron_id")}

@@ -81,20 +81,20 @@ def read(
     read_files = [_standard(path, dialect, space) for path in paths]
     tables = [table for table, _ in read_files]
     rows = pa.concat_tables(tables, promote_options="default")
-    sieve = RowFilter(rows, drop_bad_rows)
+    row_filter = RowFilter(rows, drop_bad_rows)
     bad = rows["bad_neuron_id"].to_numpy()
     if dialect.neuron_needed:
         bad |= pc.is_null(rows["neuron_id"]).to_numpy()
-    sieve.refuse(bad, "the neuron id is not a whole number (floats lose digits)")
-    neurotransmitter = _transmitters(rows, sieve, keep_unknown)
-    sieve.drop(
+    row_filter.refuse(bad, "the neuron id is not a whole number (floats lose digits)")
+    neurotransmitter = _transmitters(rows, row_filter, keep_unknown)
+    row_filter.drop(
         rows["small"].to_numpy(), f"size below {dialect.smallest_size} or missing"
     )
     xyz = {name: rows[name].to_numpy() for name in "xyz"}
     lacking = np.any(np.isnan(list(xyz.values())), axis=0)
-    sieve.refuse(lacking, "a coordinate is missing or not a number")
+    row_filter.refuse(lacking, "a coordinate is missing or not a number")
     position = spaces.to_volume(space, xyz, volume.shape_zyx if volume else None)
-    synapse_id = _synapse_ids(rows, sieve, dialect, xyz, position)
+    synapse_id = _synapse_ids(rows, row_filter, dialect, xyz, position)
     table = pa.table(
         {
             "synapse_id": synapse_id,
@@ -109,16 +109,16 @@ def read(
         bad = pc.invert(
             pc.is_in(rows[name], value_set=pa.array([*synapses.PARTS, None]))
         )
-        sieve.refuse(bad.to_numpy(), f"{name} is not {', '.join(synapses.PARTS)}")
-    _drop_duplicates(table, sieve)
-    _drop_small_classes(table, sieve, minimum_synapses, minimum_neurons)
-    table, several = _one_to_a_neuron(table.filter(sieve.kept))
+        row_filter.refuse(bad.to_numpy(), f"{name} is not {', '.join(synapses.PARTS)}")
+    _drop_duplicates(table, row_filter)
+    _drop_small_classes(table, row_filter, minimum_synapses, minimum_neurons)
+    table, several = _one_to_a_neuron(table.filter(row_filter.kept))
     done = spaces.describe(space, volume.shape_zyx if volume else None)
     about = {"space": f"{space.frame}, nm", "made_by": done}
     about["inputs"] = [str(path) for path in paths]
     table = table_metadata.described(table, about)
     nameless = pc.is_null(rows["synapse_id"]).to_numpy() & (synapse_id == 0)
-    dropped = sieve.dropped(pa.array(synapse_id, mask=nameless))
+    dropped = row_filter.dropped(pa.array(synapse_id, mask=nameless))
     table = synapses.conform(table, " and ".join(map(str, paths)))
     absent = {str(p): a for p, (_, a) in zip(paths, read_files, strict=True) if a}
     report = about | {"absent_columns": absent, "first_value_taken": several}
@@ -230,7 +230,9 @@ def _labels(path: pathlib.Path, table: pa.Table, dialect: Dialect) -> pa.Chunked
     )
 
 
-def _transmitters(rows: pa.Table, sieve: RowFilter, keep_unknown: bool) -> pa.Array:
+def _transmitters(
+    rows: pa.Table, row_filter: RowFilter, keep_unknown: bool
+) -> pa.Array:
     """Class names (several joined by `+`), null for unknown; one to a neuron."""
     said = pc.dictionary_encode(rows["neurotransmitter"]).combine_chunks()
     names = [_class_name(text) for text in said.dictionary.to_pylist()]
@@ -241,17 +243,19 @@ def _transmitters(rows: pa.Table, sieve: RowFilter, keep_unknown: bool) -> pa.Ar
             if part not in synapses.NEUROTRANSMITTERS:
                 known = ", ".join(synapses.NEUROTRANSMITTERS)
                 why = f"unknown neurotransmitter {text!r} (known: {known})"
-                sieve.refuse(values == name, why)
+                row_filter.refuse(values == name, why)
     kinds, code = np.unique(values.astype(str), return_inverse=True)
     code = np.where(values == None, -1, code)  # noqa: E711 - element by element
-    lowest, highest = _over_neuron(rows, sieve, code)
-    sieve.drop((lowest < 0) & (highest >= 0), "neuron partly without a transmitter")
-    sieve.refuse(
+    lowest, highest = _over_neuron(rows, row_filter, code)
+    row_filter.drop(
+        (lowest < 0) & (highest >= 0), "neuron partly without a transmitter"
+    )
+    row_filter.refuse(
         (lowest != highest) & (lowest >= 0),
         "rows of its neuron name other transmitters",
     )
     if not keep_unknown:
-        sieve.drop(highest < 0, "no known neurotransmitter")
+        row_filter.drop(highest < 0, "no known neurotransmitter")
     return pa.array(values, pa.string())
 
 
@@ -263,11 +267,11 @@ def _class_name(text: str) -> str | None:
 
 
 def _over_neuron(
-    rows: pa.Table, sieve: RowFilter, code: np.ndarray
+    rows: pa.Table, row_filter: RowFilter, code: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest code among the rows that each row shares its neuron with."""
     lowest, highest = code.copy(), code.copy()
-    at = np.flatnonzero(pc.is_valid(rows["neuron_id"]).to_numpy() & sieve.kept)
+    at = np.flatnonzero(pc.is_valid(rows["neuron_id"]).to_numpy() & row_filter.kept)
     neurons, member = np.unique(rows["neuron_id"].take(at), return_inverse=True)
     low, high = np.full(len(neurons), len(code)), np.full(len(neurons), -1)
     np.minimum.at(low, member, code[at])
@@ -278,40 +282,44 @@ def _over_neuron(
 
 def _synapse_ids(
     rows: pa.Table,
-    sieve: RowFilter,
+    row_filter: RowFilter,
     dialect: Dialect,
     xyz: Mapping[str, np.ndarray],
     position_nm_zyx: np.ndarray,
 ) -> np.ndarray:
     """[n] int64; made of the position where the source has none."""
     ids = pc.fill_null(rows["synapse_id"], 0).to_numpy().copy()
-    sieve.refuse(
+    row_filter.refuse(
         rows["bad_synapse_id"].to_numpy(),
         "the synapse id is not a whole number (floats lose digits)",
     )
-    missing = pc.is_null(rows["synapse_id"]).to_numpy() & sieve.kept
+    missing = pc.is_null(rows["synapse_id"]).to_numpy() & row_filter.kept
     if dialect.neuprint_ids:
         index = np.stack([xyz["z"], xyz["y"], xyz["x"]], axis=1)
         whole = (index == np.trunc(index)).all(axis=1)
         made = ids_from_positions.neuprint(np.where(whole[:, None], index, -1))
-        sieve.refuse(made < 0, "coordinates are not voxels of 0 to 2097151")
+        row_filter.refuse(made < 0, "coordinates are not voxels of 0 to 2097151")
         differs = ~missing & (made != ids)
-        sieve.refuse(differs, "the id is not that of its voxel; digits were lost")
+        row_filter.refuse(differs, "the id is not that of its voxel; digits were lost")
         return np.where(missing, made, ids)
     if dialect.voxel_size_nm_zyx is None:
-        sieve.refuse(missing, "no synapse id; --voxel_size_nm_zyx makes ids of voxels")
+        row_filter.refuse(
+            missing, "no synapse id; --voxel_size_nm_zyx makes ids of voxels"
+        )
         return ids
     # The original truncates to whole nm first (ingest.py).
     index = np.trunc(position_nm_zyx) // dialect.voxel_size_nm_zyx
     fits = ids_from_positions.cantor_fits(index)
-    sieve.refuse(missing & ~fits, "no synapse id, and no voxel that one is made of")
+    row_filter.refuse(
+        missing & ~fits, "no synapse id, and no voxel that one is made of"
+    )
     ids[missing & fits] = ids_from_positions.cantor(index[missing & fits])
     return ids
 
 
-def _drop_duplicates(table: pa.Table, sieve: RowFilter) -> None:
+def _drop_duplicates(table: pa.Table, row_filter: RowFilter) -> None:
     """Of identical rows one stays; rows that say different things of an id all go."""
-    at = np.flatnonzero(sieve.kept)
+    at = np.flatnonzero(row_filter.kept)
     _, member, count = np.unique(
         table["synapse_id"].to_numpy()[at], return_inverse=True, return_counts=True
     )
@@ -325,11 +333,11 @@ def _drop_duplicates(table: pa.Table, sieve: RowFilter) -> None:
     ids = distinct["synapse_id"].to_numpy()[count[member] > 1]
     conflicting = np.zeros(len(table), bool)
     conflicting[at] = np.isin(again["synapse_id"], ids)
-    sieve.drop(conflicting, "conflicting rows of one synapse id")
+    row_filter.drop(conflicting, "conflicting rows of one synapse id")
     repeated = np.zeros(len(table), bool)
     repeated[at] = True
     repeated[distinct["at_min"].to_numpy()] = False
-    sieve.drop(repeated, "identical row again")
+    row_filter.drop(repeated, "identical row again")
 
 
 def _one_to_a_neuron(table: pa.Table) -> tuple[pa.Table, dict[str, int]]:
@@ -355,14 +363,14 @@ def _one_to_a_neuron(table: pa.Table) -> tuple[pa.Table, dict[str, int]]:
 
 
 def _drop_small_classes(
-    table: pa.Table, sieve: RowFilter, minimum_synapses: int, minimum_neurons: int
+    table: pa.Table, row_filter: RowFilter, minimum_synapses: int, minimum_neurons: int
 ) -> None:
-    for name, count in summary(table.filter(sieve.kept))["classes"].items():
+    for name, count in summary(table.filter(row_filter.kept))["classes"].items():
         enough = count["synapses"] >= minimum_synapses
         if enough and count["neurons"] >= minimum_neurons:
             continue
         rows = pc.fill_null(pc.equal(table["neurotransmitter"], name), False)
-        sieve.drop(
+        row_filter.drop(
             rows.to_numpy(),
             f"{name}: only {count['synapses']:,} synapses of {count['neurons']:,} "
             f"neurons (needed: {minimum_synapses:,} of {minimum_neurons:,})",

@@ -100,7 +100,6 @@ def choose_step(workdir: pathlib.Path, text: str) -> int:
 def answer(
     asked: Asked,
     network: OpenNetwork,
-    source: str,
     settings: SourceSettings,
     folder: pathlib.Path,
     tell: Tell,
@@ -109,7 +108,7 @@ def answer(
     """Fills `folder`; returns what its answer.json says.
 
     Args:
-      source: of `sources.SOURCES`, with its `settings`.
+      settings: of the source, which they name.
       most_synapses: of all neurons together; None: any number.
 
     Raises:
@@ -120,7 +119,7 @@ def answer(
     asked_of = settings.shown()
     request = {
         "kind": asked.kind,
-        "source": source,
+        "source": settings.source,
         "asked_of": asked_of,
         "step": network.step,
         "volume": network.volume.uri,
@@ -129,7 +128,7 @@ def answer(
     }
     output_folders.require_same(folder / REQUEST, request)
     unknown, without = _find_synapses(
-        asked, network, source, settings, folder, tell, most_synapses
+        asked, network, settings, folder, tell, most_synapses
     )
     record, doubt = _predict(network, folder, tell)
     table = predictions.open(folder / "predictions.feather")
@@ -138,8 +137,8 @@ def answer(
     )
     about: AnswerRecord = {
         "kind": asked.kind,
-        "source": source,
-        "source_title": sources.SOURCES[source].title,
+        "source": settings.source,
+        "source_title": sources.SOURCES[settings.source].title,
         "asked_of": asked_of,
         "asked": len(asked.table),
         "unknown_neurons": [str(neuron) for neuron in unknown],
@@ -183,7 +182,6 @@ def at_once(
 def _find_synapses(
     asked: Asked,
     network: OpenNetwork,
-    source: str,
     settings: SourceSettings,
     folder: pathlib.Path,
     tell: Tell,
@@ -196,7 +194,9 @@ def _find_synapses(
         return about["unknown"], about["without"]
     except (OSError, pa.ArrowException):
         pass  # not there yet, or damaged
-    whole = asked.kind == "neurons" and source == "none"  # a table is read once
+    whole = (
+        asked.kind == "neurons" and settings.source == "none"
+    )  # a table is read once
     size = len(asked.table) if whole else _GROUP[asked.kind]
     files.make_folder(folder / "sites")
     pieces: list[pa.Table] = []
@@ -211,9 +211,9 @@ def _find_synapses(
                 stage = "placing in the volume"
             tell(stage, first, len(asked.table))
             group = asked.table.slice(first, size)
-            found = _group(group, first, asked, source, settings, tell)
+            found = _group(group, first, asked, settings, tell)
             shape = network.volume.shape_zyx
-            files.write_feather(piece, _placed(found, source, shape, settings))
+            files.write_feather(piece, _placed(found, shape, settings))
             table = feather.read_table(piece, memory_map=False)
         about = table_metadata.of(table)
         unknown += about["unknown"]
@@ -245,7 +245,6 @@ def _group(
     rows: pa.Table,
     first: int,
     asked: Asked,
-    source: str,
     settings: SourceSettings,
     tell: Tell,
 ) -> pa.Table:
@@ -258,7 +257,7 @@ def _group(
     else:
         found = []
         neurons = rows["neuron_id"].to_pylist()
-        for answered in sources.presynaptic_sites(source, neurons, settings):
+        for answered in sources.presynaptic_sites(neurons, settings):
             found.append(answered)
             tell("asking for synapses", first + len(found), len(asked.table))
         about = {
@@ -273,13 +272,12 @@ def _group(
 
 def _placed(
     sites: pa.Table,
-    source: str,
     volume_shape_zyx: Sequence[int],
     settings: SourceSettings,
 ) -> pa.Table:
     """With `z_nm`, `y_nm` and `x_nm` in the volume's frame; NaN where there is none."""
     coordinates = {name: sites[name].to_numpy() for name in "xyz"}
-    placed = sources.to_volume_nm_zyx(source, coordinates, volume_shape_zyx, settings)
+    placed = sources.to_volume_nm_zyx(coordinates, volume_shape_zyx, settings)
     for name, values in zip(synapses.POSITION, placed.T, strict=True):
         sites = sites.append_column(name, pa.array(np.ascontiguousarray(values)))
     return sites

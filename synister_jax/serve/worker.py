@@ -137,7 +137,7 @@ class Worker:
             settings = self._settings(job.source, self._models[job.model])
             answer = functools.partial(
                 answering.answer,
-                *(asked, network, job.source, settings, folder, tell),
+                *(asked, network, settings, folder, tell),
                 self._most_synapses,
             )
             try:
@@ -206,7 +206,7 @@ class Worker:
         }
         settings = self._settings(source, self._models[model])
         shape = network.volume.shape_zyx
-        placed = sources.to_volume_nm_zyx(source, coordinates, shape, settings)
+        placed = sources.to_volume_nm_zyx(coordinates, shape, settings)
         probabilities, statuses = answering.at_once(network, placed)
         classes = network.classifier.classes
         results = []

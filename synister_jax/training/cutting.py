@@ -28,7 +28,7 @@ MISSING_CLASS = "no_class"
 _DECIDE_CROPS = ("synapse_id", *synapses.POSITION, "neurotransmitter")
 # group_size 1: Grain reads records one by one. EM is noise to a compressor: zstd, of
 # whatever level, saves 3 to 11 % and halves how fast crops are written and read
-# (benchmarks/bench_codec.py).
+# (benchmarks/bench_shard.py).
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 

@@ -59,7 +59,7 @@ def test_every_synapse_of_the_neurons_in_the_order_asked(
     there = synapse_table["neuron_id"].unique().to_pylist()
     asked = [there[5], 42, there[0]]
     about = answering.answer(
-        neurons(asked), network, "none", of_table(table_path), tmp_path, nothing
+        neurons(asked), network, of_table(table_path), tmp_path, nothing
     )
     table = predictions.load(tmp_path / "predictions.feather")
     expected = [
@@ -97,7 +97,7 @@ def test_rows_are_those_of_their_positions_whatever_lies_outside(
         if place % 5 == 4:
             z = np.nan
         rows.append((100 - place, 7, x, y, z))
-    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
+    answering.answer(positions(rows), network, of_table(), tmp_path, nothing)
     table = predictions.load(tmp_path / "predictions.feather")
     assert table["synapse_id"].to_pylist() == [row[0] for row in rows]
     values = predictions.probabilities(table)
@@ -122,7 +122,7 @@ def test_shared_connector_keeps_every_neuron(
     network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(9, 1, 160.0, 160.0, 160.0), (9, 2, 160.0, 160.0, 160.0)]
-    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
+    answering.answer(positions(rows), network, of_table(), tmp_path, nothing)
     table = predictions.load(tmp_path / "predictions.feather")
     assert table["neuron_id"].to_pylist() == [1, 2]
     first, second = predictions.probabilities(table)
@@ -133,7 +133,7 @@ def test_csv_has_the_columns_of_the_original(
     network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(3, None, 200.0, 164.0, 160.0), (1, 5, np.nan, 164.0, 160.0)]
-    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
+    answering.answer(positions(rows), network, of_table(), tmp_path, nothing)
     table = csv.read_csv(tmp_path / "predictions.csv")
     classes = list(network.classifier.classes)
     expected = ["position_id", "skid", "x", "y", "z", *classes, "status"]
@@ -180,19 +180,17 @@ def test_stopped_anywhere_and_started_again_is_the_same(
     asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
     settings = of_table(table_path)
     whole = tmp_path / "whole"
-    answering.answer(asked, network, "none", settings, whole, nothing)
+    answering.answer(asked, network, settings, whole, nothing)
     names = ["predictions.feather", "predictions.csv", "report.html", "answer.json"]
     stopped = 0
     for calls in range(0, 40, 3):
         folder = tmp_path / f"stopped-{calls}"
         try:
-            answering.answer(
-                asked, network, "none", settings, folder, _stop_after(calls)
-            )
+            answering.answer(asked, network, settings, folder, _stop_after(calls))
         except _Enough:
             stopped += 1
             assert not (folder / "answer.json").exists()
-        answering.answer(asked, network, "none", settings, folder, nothing)
+        answering.answer(asked, network, settings, folder, nothing)
         for name in names:
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
         shutil.rmtree(folder)
@@ -203,7 +201,7 @@ def test_no_synapse_at_all_is_an_answer(
     network: answering.OpenNetwork, table_path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     about = answering.answer(
-        neurons([1, 2]), network, "none", of_table(table_path), tmp_path, nothing
+        neurons([1, 2]), network, of_table(table_path), tmp_path, nothing
     )
     assert about["rows"] == 0
     assert about["unknown_neurons"] == ["1", "2"]
@@ -220,10 +218,10 @@ def test_too_many_synapses_are_refused_before_any_work(
     asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
     settings = of_table(table_path)
     with pytest.raises(UserError, match="more than 89 synapses"):
-        answering.answer(asked, network, "none", settings, tmp_path, nothing, 89)
+        answering.answer(asked, network, settings, tmp_path, nothing, 89)
     assert not (tmp_path / "plan.json").exists()
     about = answering.answer(
-        asked, network, "none", settings, tmp_path, nothing, len(synapse_table)
+        asked, network, settings, tmp_path, nothing, len(synapse_table)
     )
     assert about["rows"] == len(synapse_table)
 
@@ -232,12 +230,10 @@ def test_folder_of_another_request_is_refused(
     network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(3, 4, 200.0, 164.0, 160.0)]
-    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
+    answering.answer(positions(rows), network, of_table(), tmp_path, nothing)
     rows = [(3, 4, 204.0, 164.0, 160.0)]
     with pytest.raises(UserError, match="made with other arguments"):
-        answering.answer(
-            positions(rows), network, "none", of_table(), tmp_path, nothing
-        )
+        answering.answer(positions(rows), network, of_table(), tmp_path, nothing)
 
 
 def test_other_table_of_the_same_name_is_refused(
@@ -249,10 +245,10 @@ def test_other_table_of_the_same_name_is_refused(
     synapses.write(table, path)
     folder = tmp_path / "answer"
     with pytest.raises(_Enough):
-        answering.answer(asked, network, "none", of_table(path), folder, _stop_after(3))
+        answering.answer(asked, network, of_table(path), folder, _stop_after(3))
     synapses.write(table.slice(5), path)
     with pytest.raises(UserError, match="asked_of was"):
-        answering.answer(asked, network, "none", of_table(path), folder, nothing)
+        answering.answer(asked, network, of_table(path), folder, nothing)
 
 
 def test_damaged_sites_are_asked_for_again(
@@ -263,12 +259,12 @@ def test_damaged_sites_are_asked_for_again(
 ) -> None:
     asked = neurons(synapse_table["neuron_id"].unique().to_pylist())
     settings = of_table(table_path)
-    answering.answer(asked, network, "none", settings, tmp_path, nothing)
+    answering.answer(asked, network, settings, tmp_path, nothing)
     before = (tmp_path / "synapses.feather").read_bytes()
     for path in (tmp_path / "sites").iterdir():
         path.write_bytes(b"nothing")
     (tmp_path / "synapses.feather").write_bytes(b"nothing")
-    answering.answer(asked, network, "none", settings, tmp_path, nothing)
+    answering.answer(asked, network, settings, tmp_path, nothing)
     assert (tmp_path / "synapses.feather").read_bytes() == before
 
 
@@ -276,7 +272,7 @@ def test_at_once_is_what_a_request_answers(
     network: answering.OpenNetwork, tmp_path: pathlib.Path
 ) -> None:
     rows = [(1, 1, 160.0, 164.0, 160.0), (2, 1, -9e9, 0.0, 0.0), (3, 1, 0.0, 0.0, 0.0)]
-    answering.answer(positions(rows), network, "none", of_table(), tmp_path, nothing)
+    answering.answer(positions(rows), network, of_table(), tmp_path, nothing)
     table = predictions.load(tmp_path / "predictions.feather")
     at = np.array([(z, y, x) for *_, x, y, z in rows])
     values, statuses = answering.at_once(network, at)

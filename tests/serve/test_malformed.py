@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Some hundreds of the calls of benchmarks/malformed_serve.py, always the same ones."""
+"""Some hundreds of requests that nobody should send, always the same ones."""
 
 import json
 import pathlib
-import sys
 
 import pyarrow as pa
 import pytest
 
-from synister_jax.base import files
-from tests.helpers.small_data import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import malformed_attempt  # noqa: E402
-import malformed_findings  # noqa: E402
-import malformed_requests  # noqa: E402
-import malformed_serve  # noqa: E402
-import page_server  # noqa: E402
+from tests.serve.fuzzing import attempts, findings, kinds, malformed, page_server
 
 CALLS = 300
 NO_SNIFFING = {"content-type": "application/json", "x-content-type-options": "nosniff"}
@@ -30,17 +20,12 @@ def test_nothing_that_is_sent_is_a_mistake_of_ours(
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
-    table = tmp_path / "synapses.feather"
-    files.write_feather(table, synapse_table)
-    (tmp_path / "models.toml").write_text(
-        f'[tiny]\nworkdir = "{short_run}"\nvolume = "{volume_path}"\n'
-        f'synapses = "{table}"\n'
-    )
+    table = page_server.write_models(tmp_path, short_run, volume_path, synapse_table)
     names = ["first", "other"]
-    with page_server.running(str(tmp_path), names, *malformed_serve.LIFTED) as server:
-        target = malformed_serve.prepare(server, table)
+    with page_server.running(str(tmp_path), names, *malformed.LIFTED) as server:
+        attack = malformed.Attack(server, malformed.prepare(server, table), seed=1)
         before = server.peak_rss_bytes()
-        found = malformed_serve.attack(server, target, CALLS, seed=1, drain_seconds=10)
+        found = attack.run(CALLS, drain_seconds=10)
         grown = server.peak_rss_bytes() - before
     assert found.errors == []
     assert found.calls >= 0.95 * CALLS
@@ -65,28 +50,26 @@ def test_nothing_that_is_sent_is_a_mistake_of_ours(
 def test_a_mistake_is_seen(
     status: int, fields: dict[str, str], body: bytes, refused: bool, why: str
 ) -> None:
-    assert why in malformed_findings.wrong("/x", status, fields, body, refused=refused)
+    assert why in findings.wrong("/x", status, fields, body, refused=refused)
 
 
 def test_what_is_right_is_no_mistake() -> None:
     detail = json.dumps({"detail": "there is none"}).encode()
-    assert (
-        malformed_findings.wrong("/x", 404, NO_SNIFFING, detail, refused=True) is None
-    )
+    assert findings.wrong("/x", 404, NO_SNIFFING, detail, refused=True) is None
     late = NO_SNIFFING | {"retry-after": "5"}
     path = "/fetch-neurotransmitter?x=1"
-    assert malformed_findings.wrong(path, 503, late, detail) is None
-    assert malformed_findings.wrong("/x", 400, {}, b"Invalid HTTP request") is None
+    assert findings.wrong(path, 503, late, detail) is None
+    assert findings.wrong("/x", 400, {}, b"Invalid HTTP request") is None
 
 
-@pytest.mark.parametrize("kind", malformed_requests.KINDS)
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_an_attempt_can_be_made_again(kind: str) -> None:
-    target = malformed_attempt.Target(
+    target = attempts.Target(
         **dict.fromkeys(("token", "cookie", "csrf", "model"), "a"),
         **dict.fromkeys(("job", "other_job", "view_key"), "b"),
         port=1,
         positions=[(7, 8, 1.0, 2.0, 3.0)],
     )
-    made = [malformed_requests.make(target, kind, n, seed=0) for n in (0, 0, 1, 2, 3)]
+    made = [kinds.make(target, kind, n, seed=0) for n in (0, 0, 1, 2, 3)]
     assert made[0] == made[1]
     assert len({attempt.pieces for attempt in made}) > 1

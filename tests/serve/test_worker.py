@@ -111,7 +111,6 @@ def test_job_is_answered_as_the_command_answers(
     answering.answer(
         asked,
         network,
-        "none",
         sources.settings("none"),
         tmp_path / "own",
         lambda *told: None,

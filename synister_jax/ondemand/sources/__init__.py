@@ -110,7 +110,6 @@ def settings(
 
 
 def presynaptic_sites(
-    source: str,
     neuron_ids: Sequence[int],
     settings: credentials.SourceSettings,
 ) -> Iterator[Found]:
@@ -123,17 +122,17 @@ def presynaptic_sites(
       UserError: the service cannot be reached, refuses the credentials, or answers
         with what is not an answer; what to do about it.
     """
-    services = source != "none"
+    services = settings.source != "none"
     # A segment that is background, in FlyWire and in neuPrint; no skeleton has the id.
     real = [neuron for neuron in neuron_ids if neuron or not services]
-    answers = _module(source).presynaptic_sites(real, settings)
+    answers = _module(settings.source).presynaptic_sites(real, settings)
     for neuron in neuron_ids:
         is_asked = neuron or not services
         yield next(answers) if is_asked else Found(0, False, SITES.empty_table())
 
 
 def listing(
-    source: str, settings: credentials.SourceSettings, after: int | None = None
+    settings: credentials.SourceSettings, after: int | None = None
 ) -> Iterator[tuple[pa.Table, int | None]]:
     """Every presynaptic site of the source, page by page: (of `SITES`, where it is).
 
@@ -147,11 +146,10 @@ def listing(
       UserError: the service does not offer it, and where such a table is published; or
         as `presynaptic_sites`.
     """
-    return _module(source).listing(settings, after)
+    return _module(settings.source).listing(settings, after)
 
 
 def to_volume_nm_zyx(
-    source: str,
     coordinates: Mapping[str, np.ndarray],
     volume_shape_zyx: Sequence[int] | None,
     settings: credentials.SourceSettings,
@@ -165,6 +163,7 @@ def to_volume_nm_zyx(
     Raises:
       UserError: the shape is needed; FlyWire's transform service does not answer.
     """
+    source = settings.source
     if source == "fafb-flywire":
         coordinates = _module(source).to_fafb(coordinates, settings)
     space = spaces.SPACES[find(source).space]

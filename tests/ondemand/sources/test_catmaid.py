@@ -41,7 +41,7 @@ def settings(server: Catmaid, **changed: str) -> credentials.SourceSettings:
 
 def ask(server: Catmaid, ids: list[int], **changed: str) -> list[sources.Found]:
     given = settings(server, **changed)
-    found = list(sources.presynaptic_sites("fafb-catmaid", ids, given))
+    found = list(sources.presynaptic_sites(ids, given))
     return found
 
 
@@ -151,7 +151,7 @@ def test_what_was_not_asked_for_is_left_out(server: Catmaid) -> None:
 def test_an_open_server_needs_no_credentials() -> None:
     server = Catmaid(LINKS)
     given = sources.settings("fafb-catmaid", None, {"CATMAID_URL": server.url + "/"})
-    [found] = sources.presynaptic_sites("fafb-catmaid", [27], given)
+    [found] = sources.presynaptic_sites([27], given)
     server.close()
     assert len(found.sites) == 1
     assert "X-Authorization" not in server.asked[0].headers
@@ -160,7 +160,7 @@ def test_an_open_server_needs_no_credentials() -> None:
 
 def test_it_lists_no_volume(server: Catmaid) -> None:
     with pytest.raises(UserError, match="cannot list a whole volume"):
-        sources.listing("fafb-catmaid", settings(server))
+        sources.listing(settings(server))
 
 
 def test_settings_are_not_changed(server: Catmaid) -> None:

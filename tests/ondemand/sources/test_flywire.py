@@ -43,7 +43,7 @@ def settings(url: str, **changed: str) -> credentials.SourceSettings:
 
 def ask(server: Cave, ids: list[int], **changed: str) -> list[sources.Found]:
     given = settings(server.url, **changed)
-    return list(sources.presynaptic_sites("fafb-flywire", ids, given))
+    return list(sources.presynaptic_sites(ids, given))
 
 
 def test_every_root_in_the_order_asked(server: Cave) -> None:
@@ -180,7 +180,7 @@ def test_it_asks_again(server: Cave) -> None:
 
 def test_it_lists_no_volume() -> None:
     with pytest.raises(UserError, match="zenodo.10676866"):
-        sources.listing("fafb-flywire", settings("http://127.0.0.1:1"))
+        sources.listing(settings("http://127.0.0.1:1"))
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def place(
     url = server.url + Transform.PATH
     given = settings("http://127.0.0.1:1", FLYWIRE_TRANSFORM_URL=url)
     columns = dict(zip("xyz", np.array(xyz, np.float64).reshape(-1, 3).T, strict=True))
-    positions = sources.to_volume_nm_zyx("fafb-flywire", columns, None, given)
+    positions = sources.to_volume_nm_zyx(columns, None, given)
     return positions.tolist()
 
 

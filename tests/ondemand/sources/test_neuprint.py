@@ -56,7 +56,7 @@ def settings(
 
 def ask(server: NeuPrint, ids: list[int], **changed: str) -> list[sources.Found]:
     given = settings(server, **changed)
-    return list(sources.presynaptic_sites("hemibrain", ids, given))
+    return list(sources.presynaptic_sites(ids, given))
 
 
 def test_every_body_in_the_order_asked(server: NeuPrint) -> None:
@@ -84,7 +84,7 @@ def test_batches(server: NeuPrint, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_malevnc_asks_its_own_data_set(server: NeuPrint) -> None:
-    [found] = sources.presynaptic_sites("malevnc", [11], settings(server, "malevnc"))
+    [found] = sources.presynaptic_sites([11], settings(server, "malevnc"))
     assert found.known
     assert json.loads(server.asked[-1].body)["dataset"] == "manc:v1.2.3"
 
@@ -97,7 +97,7 @@ def test_a_token_as_the_web_page_shows_it(server: NeuPrint, token: str) -> None:
 def pages(
     server: NeuPrint, after: int | None = None
 ) -> list[tuple[list[int], int | None]]:
-    listed = sources.listing("hemibrain", settings(server), after)
+    listed = sources.listing(settings(server), after)
     return [(page["neuron_id"].to_pylist(), last) for page, last in listed]
 
 

@@ -41,7 +41,7 @@ print([m for m in ("requests", "neuprint", "caveclient", "pandas") if m in sys.m
 sys.modules["neuprint"] = sys.modules["requests"] = None
 for source in "hemibrain", "fafb-catmaid":
     try:
-        next(sources.presynaptic_sites(source, [1], sources.settings(source)))
+        next(sources.presynaptic_sites([1], sources.settings(source)))
     except Exception as error:
         print(type(error).__name__, error)
 """
@@ -73,7 +73,7 @@ def test_positions_by_hand(
 ) -> None:
     given = {a: np.array([v, np.nan]) for a, v in zip("xyz", xyz, strict=True)}
     placed = sources.to_volume_nm_zyx(
-        source, given, (34427, 39743, 41407), sources.settings(source)
+        given, (34427, 39743, 41407), sources.settings(source)
     )
     assert placed.dtype == np.float64
     assert placed[0].tolist() == list(zyx)
@@ -83,9 +83,7 @@ def test_positions_by_hand(
 def test_a_flip_needs_the_volume() -> None:
     given = dict.fromkeys("xyz", np.zeros(1))
     with pytest.raises(UserError, match="--volume"):
-        sources.to_volume_nm_zyx(
-            "hemibrain", given, None, sources.settings("hemibrain")
-        )
+        sources.to_volume_nm_zyx(given, None, sources.settings("hemibrain"))
 
 
 @pytest.fixture
@@ -105,7 +103,7 @@ def table(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_neurons_of_a_table(table: pathlib.Path) -> None:
     settings = sources.settings("none", synapses=table)
     asked = [720575940628857210, 5, 7]
-    found = list(sources.presynaptic_sites("none", asked, settings))
+    found = list(sources.presynaptic_sites(asked, settings))
     assert [(f.neuron_id, f.known) for f in found] == [
         (720575940628857210, True),
         (5, False),
@@ -128,14 +126,14 @@ def test_a_table_that_names_no_neuron_is_refused(tmp_path: pathlib.Path) -> None
     path.write_text("synapse_id,z_nm,y_nm,x_nm\n1,2,3,4\n")
     settings = sources.settings("none", synapses=path)
     with pytest.raises(UserError, match="names no neuron"):
-        next(sources.presynaptic_sites("none", [1], settings))
+        next(sources.presynaptic_sites([1], settings))
 
 
 def test_background_is_no_neuron_and_not_asked_for() -> None:
     server = service_servers.Catmaid([(16, 1, 2.0, 3.0, 4.0)])
     settings = sources.settings("fafb-catmaid", environment={"CATMAID_URL": server.url})
     try:
-        found = list(sources.presynaptic_sites("fafb-catmaid", [0, 16], settings))
+        found = list(sources.presynaptic_sites([0, 16], settings))
     finally:
         server.close()
     assert [(f.neuron_id, f.known, len(f.sites)) for f in found] == [
@@ -150,7 +148,7 @@ def test_public_hemibrain_is_not_the_export() -> None:
     settings = sources.settings("hemibrain", environment={})
     xyz = {name: np.array([100.0]) for name in "xyz"}
     with pytest.raises(UserError, match="--source=none"):
-        sources.to_volume_nm_zyx("hemibrain", xyz, (41407, 39743, 34431), settings)
+        sources.to_volume_nm_zyx(xyz, (41407, 39743, 34431), settings)
 
 
 def test_what_is_shown_holds_no_secret_and_tells_tables_apart(
@@ -169,9 +167,9 @@ def test_what_is_shown_holds_no_secret_and_tells_tables_apart(
 
 def test_a_table_is_needed_for_neurons_and_is_no_service(table: pathlib.Path) -> None:
     with pytest.raises(UserError, match="give --synapses=TABLE"):
-        next(sources.presynaptic_sites("none", [1], sources.settings("none")))
+        next(sources.presynaptic_sites([1], sources.settings("none")))
     with pytest.raises(UserError, match="a listing already"):
-        sources.listing("none", sources.settings("none", synapses=table))
+        sources.listing(sources.settings("none", synapses=table))
 
 
 def test_settings_come_from_the_environment_then_the_ini(

@@ -4,13 +4,14 @@
 import base64
 from collections.abc import Sequence
 
-import malformed_bodies
 import numpy as np
-from malformed_attempt import Attempt, Target, one, request
+
+from tests.serve.fuzzing import malformed_tables
+from tests.serve.fuzzing.attempts import Attempt, Target, one, request
 
 
 def head(target: Target, rng: np.random.Generator) -> Attempt:
-    """Fields that lie about who asks, from where, or what they want."""
+    """Makes fields that lie about who asks, from where, or what they want."""
     cookie = f"Cookie: synister_session={target.cookie}"
     garbage = _coded(b"\xff:\x00")
     login, no_login = True, False
@@ -70,11 +71,11 @@ def head(target: Target, rng: np.random.Generator) -> Attempt:
         [cookie, "Origin: https://evil.example", "Sec-Fetch-Site: cross-site"],
     )
     if rng.random() < 0.2:
-        fields = forged[rng.integers(len(forged))]
+        fields = one(rng, forged)
         path = f"/api/checks?model={target.model}&source=none"
         sent = request(target, "POST", path, fields, b"1\n", login=False)
         return Attempt(path, (sent,), refused=True)
-    fields, with_token, refused = cases[rng.integers(len(cases))]
+    fields, with_token, refused = one(rng, cases)
     files = ("predictions.csv", "predictions.feather", "report.html", "neurons", "")
     places = [
         *("/api/session", "/api/models", "/api/jobs"),
@@ -92,9 +93,9 @@ def head(target: Target, rng: np.random.Generator) -> Attempt:
 
 
 def framing(target: Target, rng: np.random.Generator) -> Attempt:
-    """Bytes that are no request, or one whose length is not what it says."""
+    """Makes bytes that are no request, or one whose length is not what it says."""
     path = f"{one(rng, ('/api/checks', '/api/jobs'))}?model={target.model}&source=none"
-    body = malformed_bodies.table(target.positions, rng)
+    body = malformed_tables.table(target.positions, rng)
     start = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n".encode()
     start += f"Authorization: Bearer {target.token}\r\n".encode()
     long = b"Content-Length: %d\r\n\r\n" % (len(body) + int(rng.integers(1, 10_000)))
@@ -143,7 +144,7 @@ def framing(target: Target, rng: np.random.Generator) -> Attempt:
         (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 50,),
         (start + right, *(bytes([byte]) for byte in body[:20])),
     )  # fmt: skip
-    pieces = cases[rng.integers(len(cases))]
+    pieces = one(rng, cases)
     pause = 0.02 if len(pieces) > 1 else 0.0
     return Attempt(path, pieces, pause, whole=False, leave=bool(rng.random() < 0.4))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables that nobody should send: what malformed_serve.py uploads.
+"""Tables that nobody should send.
 
 Each starts as a table that is right, and is changed in up to three ways.
 """
@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Of a cell: numbers that are not, are too large, or are spelt in other ways.
+from tests.serve.fuzzing.attempts import one
+
+# Cells: numbers that are not numbers, are too large, or are spelt in other ways.
 _CELLS = (
     *"""
     nan NaN inf -inf Infinity 1e400 -1e400 1e308 -0 +5 00012 0x10 0b1 1_000 1,000 1.5
@@ -23,98 +25,81 @@ _CELLS = (
     *("1\u00a0000", "1\u200b2", "\u202e12", "+cmd|' /C calc'!A0", '"""', "\\", "\\n"),
     *("\x00", "a\x00b", "\x1a", "\x7f", "\ufeff", "\ufffd"),
 )
+_BYTES = (b"\x00", b"\xff", b'"', b"\n", b"\r", b",", b";", b"\t", b"\xed\xa0\x80")
 _LINE_ENDS = (
-    b"\r\n",
-    b"\r",
-    b"\n\r",
-    b"\n\n\n",
-    b"\x0b",
-    b"\x0c",
-    b"\x1e",
-    b"\xc2\x85",
+    *(b"\r\n", b"\r", b"\n\r", b"\n\n\n", b"\x0b", b"\x0c", b"\x1e", b"\xc2\x85"),
 )
 _BEGINNINGS = (
     *(b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"ARROW1\x00\x00", b"PAR1", b"\x89PNG\r\n"),
-    *(
-        b"%PDF-1.7\n",
-        b"<?xml version='1.0'?>",
-        b"{",
-        b"[[[[",
-        b"MZ",
-        b"\x7fELF",
-        b"-- ",
-    ),
-    *(
-        b"\xef\xbb\xbf\xef\xbb\xbf",
-        b"\xff\xfe",
-        b"\xfe\xff",
-        b"\x00\x00\xfe\xff",
-        b"sep=;",
-    ),
+    *(b"%PDF-1.7\n", b"<?xml version='1.0'?>", b"{", b"[[[[", b"MZ", b"\x7fELF"),
+    *(b"-- ", b"\xef\xbb\xbf\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"sep=;"),
+    b"\x00\x00\xfe\xff",
 )
 _ENCODINGS = (
     *("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-7", "utf-8-sig"),
     *("cp037", "shift_jis"),
 )
-
-Mutator = Callable[[bytes, np.random.Generator], bytes]
+# Column names that contradict each other, or are no names.
+_HEADERS = (
+    *(b"skid,skid", b"skid,neuron_id", b"x,y", b"x,y,z,x", b"X,Y,Z", b",,,", b"z,y,x"),
+    *(b"position_id,id,x,y,z", b"skid,x", b"\xef\xbb\xbfskid", b" skid ", b'"skid"'),
+    *(b"x" * 70_000, b"id", b"=skid", b"nt_gaba_prob,x,y,z", b"0,1,2", b"skid,"),
+)
+_RIGHT = (
+    (["skid"], [1]),
+    (["neuron_id", "note"], [1, 0]),
+    (["position_id", "x", "y", "z"], [0, 2, 3, 4]),
+    (["id", "skid", "x", "y", "z"], [0, 1, 2, 3, 4]),
+    ([], [1]),
+    ([], [2, 3, 4]),
+    ([], [0, 1, 2, 3, 4]),
+)
 
 
 def table(positions: Sequence[Sequence[float]], rng: np.random.Generator) -> bytes:
-    """A table that is right, of a few neurons or positions.
+    """Makes a table that is right, of a few neurons or positions.
 
     Args:
-      positions: rows of id, neuron, x, y, z.
+      positions: Rows of id, neuron, x, y, z.
     """
     chosen = [positions[n] for n in rng.integers(len(positions), size=6)]
-    separator = str(rng.choice([",", ";", "\t"]))
-    header, columns = [
-        (["skid"], [1]),
-        (["neuron_id", "note"], [1, 0]),
-        (["position_id", "x", "y", "z"], [0, 2, 3, 4]),
-        (["id", "skid", "x", "y", "z"], [0, 1, 2, 3, 4]),
-        ([], [1]),
-        ([], [2, 3, 4]),
-        ([], [0, 1, 2, 3, 4]),
-    ][rng.integers(7)]
-    lines = [header] * bool(header) + [
-        [str(row[column]) for column in columns] for row in chosen
-    ]
+    separator = one(rng, ",;\t")
+    header, columns = one(rng, _RIGHT)
+    lines = [header] * bool(header)
+    lines += [[str(row[column]) for column in columns] for row in chosen]
     return "\n".join(map(separator.join, lines)).encode() + b"\n"
 
 
 def mutated(positions: Sequence[Sequence[float]], rng: np.random.Generator) -> bytes:
-    """A table with up to three things wrong; at times it is right all the same."""
+    """Makes a table with up to three things wrong; at times none really is."""
     body = table(positions, rng)
     for _ in range(rng.integers(1, 4)):
         if len(body) < 1 << 20:  # or it takes long
-            body = _pick(rng, _MUTATORS)(body, rng)
+            body = one(rng, _MUTATORS)(body, rng)
     return body
 
 
 def large(rng: np.random.Generator) -> bytes:
-    """Of megabytes, where time and memory show."""
-    return _pick(rng, _LARGE)()
+    """Makes a table of megabytes, where time and memory show."""
+    return one(rng, _LARGE)()
 
 
 def compressed(body: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    """(a value of Content-Encoding, a body that is so encoded, or says so)."""
+    """Returns a value of Content-Encoding, and a body that is so, or is said to be."""
     bomb = b"1\n" * (30 << 20)
-    return [
-        lambda: ("gzip", gzip.compress(bomb, 6)),
-        lambda: ("gzip", gzip.compress(gzip.compress(bomb, 6))),
-        lambda: ("gzip, gzip", gzip.compress(body)),
-        lambda: ("deflate", zlib.compress(body)),
-        lambda: ("br", body),
-        lambda: ("gzip", body),
-        lambda: ("zstd", b"\x28\xb5\x2f\xfd" + body),
-        lambda: ("identity", body),
-        lambda: ("x" * 500, body),
-    ][rng.integers(2, 9) if rng.random() < 0.9 else rng.integers(2)]()
-
-
-def _pick(rng: np.random.Generator, choices: Sequence[Mutator]) -> Mutator:
-    return choices[rng.integers(len(choices))]
+    if rng.random() < 0.1:
+        squeezed = gzip.compress(bomb, 6)
+        return "gzip", one(rng, (squeezed, gzip.compress(squeezed)))
+    choices = (
+        ("gzip, gzip", gzip.compress(body)),
+        ("deflate", zlib.compress(body)),
+        ("br", body),
+        ("gzip", body),
+        ("zstd", b"\x28\xb5\x2f\xfd" + body),
+        ("identity", body),
+        ("x" * 500, body),
+    )
+    return one(rng, choices)
 
 
 def _flip(body: bytes, rng: np.random.Generator) -> bytes:
@@ -130,18 +115,16 @@ def _truncate(body: bytes, rng: np.random.Generator) -> bytes:
 
 def _insert(body: bytes, rng: np.random.Generator) -> bytes:
     place = rng.integers(len(body) + 1)
-    choices = (b"\x00", b"\xff", b'"', b"\n", b"\r", b",", b";", b"\t", b"\xed\xa0\x80")
-    more = choices[rng.integers(len(choices))] * rng.choice([1, 1, 2, 1000])
-    return body[:place] + more + body[place:]
+    return body[:place] + one(rng, _BYTES) * one(rng, (1, 1, 2, 1000)) + body[place:]
 
 
 def _cell(body: bytes, rng: np.random.Generator) -> bytes:
-    """One cell is another, at times quoted."""
+    """Puts another cell in the place of one, at times quoted."""
     lines = body.split(b"\n")
     line = rng.integers(len(lines))
     separator = next((s for s in (b",", b";", b"\t") if s in lines[line]), b",")
     cells = lines[line].split(separator)
-    cell = _CELLS[rng.integers(len(_CELLS))].encode("utf-8", "surrogatepass")
+    cell = one(rng, _CELLS).encode("utf-8", "surrogatepass")
     cells[rng.integers(len(cells))] = b'"%s"' % cell if rng.random() < 0.3 else cell
     lines[line] = separator.join(cells)
     return b"\n".join(lines)
@@ -149,19 +132,17 @@ def _cell(body: bytes, rng: np.random.Generator) -> bytes:
 
 def _more_cells(body: bytes, rng: np.random.Generator) -> bytes:
     lines = body.split(b"\n")
-    line = rng.integers(len(lines))
-    lines[line] += b",".join([b"1"] * int(rng.choice([2, 3, 50, 5000])))
+    lines[rng.integers(len(lines))] += b",".join([b"1"] * one(rng, (2, 3, 50, 5000)))
     return b"\n".join(lines)
 
 
 def _repeat(body: bytes, rng: np.random.Generator) -> bytes:
-    """The header again, or the whole several times."""
-    first = body.split(b"\n")[0]
-    return rng.choice([1, 2, 50]) * body + first + b"\n" + body
+    """Repeats the header, and the whole up to 50 times."""
+    return one(rng, (1, 2, 50)) * body + body.split(b"\n")[0] + b"\n" + body
 
 
 def _ends(body: bytes, rng: np.random.Generator) -> bytes:
-    return body.replace(b"\n", _LINE_ENDS[rng.integers(len(_LINE_ENDS))])
+    return body.replace(b"\n", one(rng, _LINE_ENDS))
 
 
 def _quotes(body: bytes, rng: np.random.Generator) -> bytes:
@@ -174,47 +155,26 @@ def _quotes(body: bytes, rng: np.random.Generator) -> bytes:
         body.replace(b",", b'","'),
         b'"a\nb",' * 500 + body,
     )
-    return choices[rng.integers(len(choices))]
+    return one(rng, choices)
 
 
 def _encode(body: bytes, rng: np.random.Generator) -> bytes:
-    encoding = _ENCODINGS[rng.integers(len(_ENCODINGS))]
-    return body.decode("utf-8", "replace").encode(encoding, "replace")
+    return body.decode("utf-8", "replace").encode(one(rng, _ENCODINGS), "replace")
 
 
 def _begin(body: bytes, rng: np.random.Generator) -> bytes:
-    return _BEGINNINGS[rng.integers(len(_BEGINNINGS))] + body
+    return one(rng, _BEGINNINGS) + body
 
 
 def _noise(body: bytes, rng: np.random.Generator) -> bytes:
-    return rng.bytes(int(rng.choice([0, 1, 7, 4096, 100_000])))
+    return rng.bytes(one(rng, (0, 1, 7, 4096, 100_000)))
 
 
 def _headers(body: bytes, rng: np.random.Generator) -> bytes:
-    """Column names that contradict each other, or are no names."""
-    choices = (
-        *(
-            b"skid,skid",
-            b"skid,neuron_id",
-            b"x,y",
-            b"x,y,z,x",
-            b"X,Y,Z",
-            b",,,",
-            b"z,y,x",
-        ),
-        *(
-            b"position_id,id,x,y,z",
-            b"skid,x",
-            b"\xef\xbb\xbfskid",
-            b" skid ",
-            b'"skid"',
-        ),
-        *(b"x" * 70_000, b"id", b"=skid", b"nt_gaba_prob,x,y,z", b"0,1,2", b"skid,"),
-    )
-    return choices[rng.integers(len(choices))] + b"\n" + body
+    return one(rng, _HEADERS) + b"\n" + body
 
 
-_MUTATORS: tuple[Mutator, ...] = (
+_MUTATORS: tuple[Callable[[bytes, np.random.Generator], bytes], ...] = (
     *(_flip, _truncate, _insert, _cell, _cell, _cell, _more_cells, _repeat, _ends),
     *(_quotes, _encode, _begin, _noise, _headers),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What malformed_serve.py counts, and what it calls a mistake of the server."""
+"""What is counted of malformed calls, and what is called a mistake of the server."""
 
 import collections
 import dataclasses
@@ -25,7 +25,7 @@ class Findings:
     def add(
         self, kind: str, what: str, status: str, seconds: float, error: str | None
     ) -> None:
-        """One call; `what` says how to make it again."""
+        """Counts one call; `what` says how to make it again."""
         with self.lock:
             self.statuses[kind][status] += 1
             if seconds > self.slowest.get(kind, (0.0, ""))[0]:
@@ -46,12 +46,12 @@ def wrong(
     secrets: tuple[bytes, ...] = (),
     refused: bool = False,
 ) -> str | None:
-    """What is wrong with an answer, None: nothing.
+    """Says what is wrong with an answer, or None where nothing is.
 
     Args:
-      fields: of the head, names in lower case.
-      secrets: what no answer may show.
-      refused: a 2xx would be a mistake.
+      fields: Fields of the head, with names in lower case.
+      secrets: What no answer may show.
+      refused: Whether a 2xx would be a mistake.
     """
     shown = f"{status} {body[:300]!r}"
     if status >= 500:

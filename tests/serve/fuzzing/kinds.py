@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that nobody should send, of four kinds.
+"""The kinds of requests that nobody should send.
 
-`body` (tables, malformed_bodies.py), `path` (ids and keys that are none), `head`
-(header fields) and `framing` (HTTP, malformed_http.py). An attempt is a function of its
-kind and number, so any one can be made again.
+They are `body` (tables, malformed_tables.py), `path` (ids and keys that are none),
+`head` (header fields) and `framing` (HTTP itself, both in malformed_http.py). An
+attempt is a function of its kind and number, so any one can be made again.
 """
 
 from collections.abc import Sequence
 
-import malformed_bodies
-import malformed_http
 import numpy as np
-from malformed_attempt import MOST_BYTES, Attempt, Target, one, request
+
+from tests.serve.fuzzing import malformed_http, malformed_tables
+from tests.serve.fuzzing.attempts import MOST_BYTES, Attempt, Target, one, request
 
 
 def make(target: Target, kind: str, number: int, seed: int) -> Attempt:
-    """The attempt of that number."""
+    """Makes the attempt of that number."""
     rng = np.random.default_rng((seed, list(_KINDS).index(kind), number))
     return _KINDS[kind](target, rng)
 
@@ -41,7 +41,7 @@ _QUERIES = {
 
 
 def _query(rng: np.random.Generator, names: Sequence[str]) -> str:
-    """Some of the parameters, at times twice, with words for values."""
+    """Makes a query of some of the parameters, at times twice, with odd values."""
     chosen = rng.choice(names, rng.integers(len(names) + 2))
     return "&".join(f"{name}={one(rng, _WORDS)}" for name in chosen)
 
@@ -55,13 +55,13 @@ _TYPES = (
 
 def _body(target: Target, rng: np.random.Generator) -> Attempt:
     if rng.random() < 0.01:
-        body = malformed_bodies.large(rng)
+        body = malformed_tables.large(rng)
     else:
-        body = malformed_bodies.mutated(target.positions, rng)
+        body = malformed_tables.mutated(target.positions, rng)
     kind = "text/csv" if rng.random() < 0.9 else one(rng, _TYPES)
     fields = [f"Content-Type: {kind}"]
     if rng.random() < 0.05:
-        encoding, body = malformed_bodies.compressed(body, rng)
+        encoding, body = malformed_tables.compressed(body, rng)
         fields.append(f"Content-Encoding: {encoding}")
     path = "/api/jobs" if rng.random() < 0.4 else "/api/checks"
     if rng.random() < 0.85:
@@ -71,9 +71,8 @@ def _body(target: Target, rng: np.random.Generator) -> Attempt:
         query = _query(rng, _QUERIES[path])
     path = f"{path}?{query}"
     if rng.random() < 0.05:  # in chunks, at times more than may be
-        body = (
-            body * (2 + MOST_BYTES // max(1, len(body))) if rng.random() < 0.1 else body
-        )
+        if rng.random() < 0.1:
+            body *= 2 + MOST_BYTES // max(1, len(body))
         fields.append("Transfer-Encoding: chunked")
         chunks = [body[at : at + 65536] for at in range(0, len(body), 65536)]
         coded = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks if c)
@@ -120,7 +119,7 @@ def _path(target: Target, rng: np.random.Generator) -> Attempt:
         if path.startswith("/fetch") and rng.random() < 0.5:
             path = f"/fetch-neurotransmitter?x=1&y=2&z=3&{path.partition('?')[2]}"
     else:
-        method, route = _ROUTES[rng.integers(len(_ROUTES))]
+        method, route = one(rng, _ROUTES)
         trick = one(rng, _TRICKS)
         if rng.random() < 0.15:
             method = one(rng, ("GET", "HEAD", "POST", "PUT", "OPTIONS", "TRACE"))

@@ -7,6 +7,7 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,9 @@ class Target:
     """What a request needs to come past the gate, and what is really there.
 
     Attributes:
-      job: id of a finished job of the token. other_job: of another token's.
-      cookie: of a session of the token, whose secret against forgery is csrf.
-      positions: rows of id, neuron, x, y, z.
+      job: Id of a finished job of the token. `other_job` is another token's.
+      cookie: Cookie of a session of the token; `csrf` is the session's secret.
+      positions: Rows of id, neuron, x, y, z.
     """
 
     port: int
@@ -41,9 +42,9 @@ class Attempt:
     """Bytes to send, and what may be said of the answer beforehand.
 
     Attributes:
-      whole: a complete request of HTTP/1.1, to which an answer is owed.
-      leave: the client goes without reading.
-      refused: whatever the answer, it must not be a 2xx.
+      whole: Whether it is a complete request of HTTP/1.1, so that an answer is owed.
+      leave: Whether the client goes without reading the answer.
+      refused: Whether an answer of 2xx would be a mistake.
     """
 
     path: str
@@ -56,7 +57,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """`status` 0: there was none, and `how` says what was there instead."""
+    """An answer; where there was none, `status` is 0 and `how` says what happened."""
 
     status: int
     how: str
@@ -65,8 +66,8 @@ class Answer:
     seconds: float
 
 
-def one(rng: np.random.Generator, choices: Sequence[str]) -> str:
-    """One of them."""
+def one(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
+    """Returns one of the choices, as it is."""
     return choices[rng.integers(len(choices))]
 
 
@@ -79,11 +80,12 @@ def request(
     login: bool = True,
     host: bool = True,
 ) -> bytes:
-    """A request of HTTP/1.1 whose own parts are right.
+    """Makes a request of HTTP/1.1 whose own parts are right.
 
     Args:
-      fields: more lines of the head; what is no UTF-8 is a surrogate escape.
-      login: with the token. host: with a Host.
+      fields: More lines of the head; what is no UTF-8 is a surrogate escape.
+      login: Whether the token comes along.
+      host: Whether there is a Host.
     """
     lines = [f"{method} {path} HTTP/1.1"]
     lines += [f"Host: 127.0.0.1:{target.port}"] * host
@@ -120,22 +122,7 @@ def send(target: Target, attempt: Attempt) -> Answer:
             how = "no answer in time"
         except ConnectionResetError:
             how = "reset" if how == "closed" else how
-    seconds = time.perf_counter() - started
-    while received.startswith(b"HTTP/1.1 100"):
-        received = received.partition(b"\r\n\r\n")[2]
-    head, _, body = received.partition(b"\r\n\r\n")
-    status_line, *lines = head.decode("latin-1").split("\r\n")
-    fields = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        fields[name.lower()] = value.strip()
-    # Bytes that are several requests have several answers.
-    with contextlib.suppress(KeyError, ValueError):
-        body = body[: int(fields["content-length"])]
-    status = 0
-    with contextlib.suppress(IndexError, ValueError):
-        status = int(status_line.split(" ")[1])
-    return Answer(status, how, fields, body, seconds)
+    return _parsed(received, how, time.perf_counter() - started)
 
 
 def _push(link: socket.socket, piece: bytes) -> None:
@@ -146,3 +133,19 @@ def _push(link: socket.socket, piece: bytes) -> None:
         if readable or not writable:
             return
         view = view[link.send(view[: 1 << 16]) :]
+
+
+def _parsed(received: bytes, how: str, seconds: float) -> Answer:
+    while received.startswith(b"HTTP/1.1 100"):
+        received = received.partition(b"\r\n\r\n")[2]
+    head, _, body = received.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    split = (line.partition(":") for line in lines)
+    fields = {name.lower(): value.strip() for name, _, value in split}
+    # Bytes that are several requests have several answers.
+    with contextlib.suppress(KeyError, ValueError):
+        body = body[: int(fields["content-length"])]
+    status = 0
+    with contextlib.suppress(IndexError, ValueError):
+        status = int(status_line.split(" ")[1])
+    return Answer(status, how, fields, body, seconds)
