@@ -37,7 +37,7 @@ from synister_jax.base import command, files
 from synister_jax.bulk import merging, planning, unit_results
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import volumes
-from synister_jax.evaluation import calling_rules, confusions, group_calls, vote_tallies
+from synister_jax.evaluation import confusions, group_calls, vote_tallies, voting_rules
 from synister_jax.ground_truth import splits
 from synister_jax.tables import predictions, reading, synapses
 from synister_jax.tables.synapse_stream import SynapseStream
@@ -198,7 +198,7 @@ def _aggregate(folder: pathlib.Path) -> dict[str, Any]:
     tally = vote_tallies.of(source, "neuron", output)
     classes = source.classes
     confusion = confusions.Confusion("made up", classes, np.eye(len(classes)))
-    names = [name for name in calling_rules.RULES if name != "cleft_weighted"]
+    names = [name for name in voting_rules.RULES if name != "cleft_weighted"]
     tables = [group_calls.call(tally, name, confusion) for name in names]
     files.write_feather(output / "neurons.feather", group_calls.interleaved(tables))
     return {"neurons": len(tables[0]), "rules": len(names)}

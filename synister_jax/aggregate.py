@@ -7,7 +7,7 @@
         --confusion=RUN/evaluation/test/step-<n>/metrics.json
 
 One row a group and rule, whatever the number of synapses; groups in ascending order.
-The rules are those of `calling_rules.py`.
+The rules are those of `voting_rules.py`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from absl import flags
 
 from synister_jax.base import command, files, table_metadata
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calling_rules, confusions, group_calls, vote_tallies
+from synister_jax.evaluation import confusions, group_calls, vote_tallies, voting_rules
 from synister_jax.evaluation.vote_tallies import COLUMNS
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
@@ -57,7 +57,7 @@ def main() -> None:
     path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
     by_ = flags.DEFINE_enum("by", "neuron", list(COLUMNS), "What to call.")
     rule_names = flags.DEFINE_list(
-        "rule", ["majority"], f"How to call it: of {', '.join(calling_rules.RULES)}."
+        "rule", ["majority"], f"How to call it: of {', '.join(voting_rules.RULES)}."
     )
     confusion = flags.DEFINE_string(
         "confusion", None, "metrics.json of the test part, or CSV (rows true)."
@@ -74,11 +74,11 @@ def main() -> None:
 
     def aggregate() -> None:
         names = list(dict.fromkeys(rule_names.value))
-        unknown = sorted({*names} - {*calling_rules.RULES})
+        unknown = sorted({*names} - {*voting_rules.RULES})
         if unknown or not names:
             raise UserError(
                 f"--rule={','.join(names)}: no rule {', '.join(unknown)}; "
-                f"there are {', '.join(calling_rules.RULES)}"
+                f"there are {', '.join(voting_rules.RULES)}"
             )
         synapses.check_writable(output.value)
         files.require_other(output.value, path.value)
@@ -87,7 +87,7 @@ def main() -> None:
         if matrix is not None:
             matrix = matrix.for_classes(source.classes)
         for name in names:
-            calling_rules.require(
+            voting_rules.require(
                 name, vote_tallies.WEIGHT in source.schema.names, matrix
             )
         least = threshold(min_probability.value, source)
@@ -97,7 +97,7 @@ def main() -> None:
         table = group_calls.interleaved(tables)
         about = {
             **predictions.about(tables[0]),
-            "rules": {name: _first_line(calling_rules.RULES[name]) for name in names},
+            "rules": {name: _first_line(voting_rules.RULES[name]) for name in names},
             "min_probability": least,
             "confusion": None if matrix is None else matrix.name,
             "predictions": {"path": str(source.path)} | source.about,

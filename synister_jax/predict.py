@@ -35,11 +35,11 @@ from synister_jax.bulk import (
     grids,
     merging,
     planning,
-    prediction_inputs,
     unit_results,
+    worker_inputs,
 )
 from synister_jax.bulk.planning import Plan
-from synister_jax.bulk.prediction_inputs import Inputs
+from synister_jax.bulk.worker_inputs import Inputs
 from synister_jax.em import volumes
 from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.tables import reading
@@ -229,7 +229,7 @@ def _execute(prediction: _Prediction, mine: range, options: Options) -> None:
         )
     else:
         do = functools.partial(
-            prediction_inputs.execute_unit, prediction.inputs.elsewhere(plan)
+            worker_inputs.execute_unit, prediction.inputs.elsewhere(plan)
         )
         times = dask_cluster.execute(
             do, list(left), options.cluster, options.workers, progress

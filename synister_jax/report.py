@@ -15,7 +15,7 @@ from absl import flags
 
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calling_rules, confusions, metrics
+from synister_jax.evaluation import confusions, metrics, voting_rules
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.pages import predictions_section, rendering, run_section
 from synister_jax.tables import predictions
@@ -34,7 +34,7 @@ def render(
     Args:
       workdir: a run; what was trained on, curves, and what `evaluate` left there.
       predictions_path: predictions of any size whose neurons are listed.
-      rule: by which they are called (`calling_rules.RULES`).
+      rule: by which they are called (`voting_rules.RULES`).
       confusion: of the network, for the rules that need it.
       folder: on a disk with room for what does not fit into memory.
       shards: of the run, where they have moved since training.
@@ -65,7 +65,7 @@ def main() -> None:
     rule = flags.DEFINE_enum(
         "rule",
         metrics.RULE,
-        list(calling_rules.RULES),
+        list(voting_rules.RULES),
         "How --predictions' neurons are called.",
     )
     confusion = flags.DEFINE_string(

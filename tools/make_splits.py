@@ -19,7 +19,7 @@ from absl import flags
 from synister_jax.base import command, figures, files, table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.ground_truth import leakage, splits
-from synister_jax.tables import columns, formats, reading, synapses
+from synister_jax.tables import columns, file_formats, reading, synapses
 
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Of the split.", required=True)
@@ -116,7 +116,7 @@ def _keep_columns(table: pa.Table, written_to: str) -> None:
     source, output = pathlib.Path(_SYNAPSES.value), pathlib.Path(written_to)
     if not source.is_file() or source.resolve() != output.resolve():
         return
-    lost = set(formats.read(source).column_names) - set(table.column_names)
+    lost = set(file_formats.read(source).column_names) - set(table.column_names)
     if lost:
         raise UserError(
             f"--output={output} is the input; its {', '.join(sorted(lost))} are "
@@ -125,7 +125,7 @@ def _keep_columns(table: pa.Table, written_to: str) -> None:
 
 
 def _ids(path: str) -> np.ndarray:
-    table = formats.read(path)
+    table = file_formats.read(path)
     if "synapse_id" not in table.column_names:
         raise UserError(f"--hold_out={path} has no column synapse_id")
     values, missing, malformed = columns.integers(table["synapse_id"])

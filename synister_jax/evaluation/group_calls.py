@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of neurons, hemilineages, cell types and brain regions, under a rule.
 
-`tallies` adds up the synapses of each group, `rules` says how a group is called; here
-the two become a table with one row a group.
+`vote_tallies` adds up the synapses of each group, `voting_rules` says how a group is
+called; here the two become a table with one row a group.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax.base import table_metadata
-from synister_jax.evaluation import calling_rules, vote_tallies
+from synister_jax.evaluation import vote_tallies, voting_rules
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.evaluation.vote_tallies import Tally
 from synister_jax.tables.predictions import Predictions
@@ -27,19 +27,19 @@ def call(tally: Tally, rule: str, confusion: Confusion | None = None) -> pa.Tabl
     classes `margin`, by which the winner leads, and `entropy` in bits; `rule`.
 
     Args:
-      rule: of `calling_rules.RULES`.
+      rule: of `voting_rules.RULES`.
       confusion: of the network, for the rules that need it.
 
     Raises:
       UserError: what the rule needs is not there.
     """
-    calling_rules.require(rule, tally.weighted is not None, confusion)
+    voting_rules.require(rule, tally.weighted is not None, confusion)
     if confusion is not None:
         confusion = confusion.for_classes(tally.classes)
-    verdict = calling_rules.RULES[rule](tally, confusion)
+    verdict = voting_rules.RULES[rule](tally, confusion)
     # Nothing predicted, or weights that sum to zero.
     none = np.isnan(verdict.distribution).any(axis=1)
-    names = np.array([*tally.classes, calling_rules.UNCLEAR])
+    names = np.array([*tally.classes, voting_rules.UNCLEAR])
     winner = np.where(verdict.unclear, len(tally.classes), verdict.winner)
     table = tally.groups
     for index, name in enumerate(tally.classes):
@@ -76,7 +76,7 @@ def of(
     Raises:
       UserError: no row names a group; what the rule needs is not there.
     """
-    calling_rules.require(rule, vote_tallies.WEIGHT in source.schema.names, confusion)
+    voting_rules.require(rule, vote_tallies.WEIGHT in source.schema.names, confusion)
     return call(vote_tallies.of(source, by, folder), rule, confusion)
 
 
@@ -87,7 +87,7 @@ def interleaved(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables).take(pa.array(order))
 
 
-def _margin(verdict: calling_rules.Verdict) -> np.ndarray:
+def _margin(verdict: voting_rules.Verdict) -> np.ndarray:
     others = verdict.distribution.copy()
     place = verdict.winner[:, None]
     first = np.take_along_axis(others, place, axis=1)[:, 0]

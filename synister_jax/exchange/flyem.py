@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calling_rules, group_calls
+from synister_jax.evaluation import group_calls, voting_rules
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.exchange import export_files, flyem_points
 from synister_jax.exchange.export_files import Consumer, Options
@@ -125,7 +125,7 @@ def bodies(
     truth = pc.coalesce(_single(types), _single(neurons))
     called, of_type = types["predicted_neurotransmitter"], types["predicted"]
     needs = pc.is_in(called, value_set=pa.array(NEEDS_EXPERIMENT))
-    trusted = pc.if_else(needs, calling_rules.UNCLEAR, called)
+    trusted = pc.if_else(needs, voting_rules.UNCLEAR, called)
     return {
         "neurons": neurons,
         "total_nt_predictions": neurons["predicted"].cast(pa.int32()),
@@ -133,7 +133,7 @@ def bodies(
         # says 0 and "unclear".
         "predicted_nt_confidence": neurons["score"].fill_null(0.0),
         "predicted_nt": export_files.translated(
-            neurons["predicted_neurotransmitter"].fill_null(calling_rules.UNCLEAR),
+            neurons["predicted_neurotransmitter"].fill_null(voting_rules.UNCLEAR),
             NAMES,
         ),
         "ground_truth": export_files.translated(truth, NAMES),

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import columns, formats, synapses
+from synister_jax.tables import columns, file_formats, synapses
 
 # Of each kind the first that is there.
 _IDS = ("synapse_id", "position_id", "point_id", "id", "connector_id", "offset")
@@ -258,9 +258,9 @@ def _schema(path: pathlib.Path) -> pa.Schema:
         return dict.fromkeys(names, pa.string())
 
     paths = _files(path)
-    schema, _ = formats.open(paths[0], everything, "predictions")
+    schema, _ = file_formats.open(paths[0], everything, "predictions")
     for other in paths[1:]:
-        if not formats.open(other, everything, "predictions")[0].equals(schema):
+        if not file_formats.open(other, everything, "predictions")[0].equals(schema):
             raise UserError(f"{other} has other columns than {paths[0]}")
     return schema
 
@@ -270,4 +270,4 @@ def _batches(path: pathlib.Path, names: Sequence[str]) -> Iterator[pa.RecordBatc
     text = {*_IDS, *_NEURONS, "neurotransmitter"}
     types = {n: pa.string() if n in text else pa.float64() for n in names}
     for each in _files(path):
-        yield from formats.open(each, lambda _: types, "predictions")[1]
+        yield from file_formats.open(each, lambda _: types, "predictions")[1]

@@ -22,7 +22,7 @@ from synister_jax.base.errors import UserError
 from synister_jax.em import spaces
 from synister_jax.ground_truth.dialects import Dialect
 from synister_jax.ground_truth.row_filter import RowFilter
-from synister_jax.tables import columns, formats, ids_from_positions, synapses
+from synister_jax.tables import columns, file_formats, ids_from_positions, synapses
 
 if TYPE_CHECKING:
     from synister_jax.em.volumes import Volume
@@ -150,7 +150,7 @@ def _standard(
     path: pathlib.Path, dialect: Dialect, space: spaces.Space
 ) -> tuple[pa.Table, list[str]]:
     """A file with one set of columns for all dialects, and the columns it lacks."""
-    table = formats.read(path)
+    table = file_formats.read(path)
     if space != spaces.SPACES["volume"] and table_metadata.of(table):
         raise UserError(
             f"{path} is a synapse table, in its volume's frame already; read it with "

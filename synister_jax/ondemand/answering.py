@@ -23,13 +23,7 @@ import synister_jax
 from synister_jax.base import files, output_folders, table_metadata
 from synister_jax.base.errors import UserError, redact
 from synister_jax.base.progress import Progress
-from synister_jax.bulk import (
-    execution,
-    merging,
-    planning,
-    prediction_inputs,
-    unit_results,
-)
+from synister_jax.bulk import execution, merging, planning, unit_results, worker_inputs
 from synister_jax.em import crops, volumes
 from synister_jax.exchange import export_files, synister
 from synister_jax.network import checkpoint, inference, saved_calibration
@@ -72,7 +66,7 @@ class OpenNetwork:
         members = ((str(workdir), step),)
         fitted = saved_calibration.load(members, 1) if calibrated else None
         temperature = fitted["temperature"] if fitted else None
-        job = prediction_inputs.Inputs(
+        job = worker_inputs.Inputs(
             members, batch_size, 1, volume, None, "", False, temperature
         )
         classifier, opened = job.open()

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax.base.progress import Progress
-from synister_jax.evaluation import calling_rules, group_calls
+from synister_jax.evaluation import group_calls, voting_rules
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.pages import neurons_table
 from synister_jax.tables import predictions
@@ -129,7 +129,7 @@ def hemilineages(
                 "name": name,
                 "synapses": of_synapses[name].tolist(),
                 "neurons": of_neurons,
-                "others": called[name, calling_rules.UNCLEAR],
+                "others": called[name, voting_rules.UNCLEAR],
             }
         )
     return {

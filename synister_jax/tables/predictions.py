@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from synister_jax.base import table_metadata
 from synister_jax.base.errors import UserError
-from synister_jax.tables import formats, synapses
+from synister_jax.tables import file_formats, synapses
 
 BAD_POSITION = "bad_position"
 
@@ -80,7 +80,7 @@ class Predictions:
         chosen = dict.fromkeys(columns)
         rows = 0
         for path in self._files:
-            _, batches = formats.open(path, lambda _: chosen, "predictions")
+            _, batches = file_formats.open(path, lambda _: chosen, "predictions")
             for batch in batches:
                 rows += len(batch)
                 table = pa.Table.from_batches([batch]).select(columns)

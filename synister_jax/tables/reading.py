@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import formats, synapses
+from synister_jax.tables import file_formats, synapses
 from synister_jax.tables.mongo import address, json_export
 from synister_jax.tables.synapse_stream import SynapseStream
 
@@ -39,7 +39,7 @@ def load(uri: str | os.PathLike[str]) -> pa.Table:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read synapse table {uri}: {error}") from None
     else:
-        schema, batches = formats.open(uri, synapses.columns_to_read(str(uri)))
+        schema, batches = file_formats.open(uri, synapses.columns_to_read(str(uri)))
         table = pa.Table.from_batches(batches, schema)
     return synapses.conform(table, str(uri))
 
@@ -69,8 +69,8 @@ def open(
             name, lambda: _one(table.schema, iter(table.to_batches())), part
         )
     choose = synapses.columns_to_read(name)
-    formats.open(uri, choose)  # absent, or no columns
-    return SynapseStream(name, lambda: _one(*formats.open(uri, choose)), part)
+    file_formats.open(uri, choose)  # absent, or no columns
+    return SynapseStream(name, lambda: _one(*file_formats.open(uri, choose)), part)
 
 
 def _from_mongo(uri: str) -> Iterator[pa.RecordBatch]:

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from synister_jax.base import files, table_metadata
 from synister_jax.base.errors import UserError, listed
 from synister_jax.base.progress import Progress
-from synister_jax.tables import formats
+from synister_jax.tables import file_formats
 
 SCHEMA = pa.schema(
     [
@@ -67,7 +67,7 @@ POSITION = ("z_nm", "y_nm", "x_nm")
 _REQUIRED = ("synapse_id", *POSITION)
 
 
-def columns_to_read(source: str) -> formats.Choose:
+def columns_to_read(source: str) -> file_formats.Choose:
     """Those of the contract; coordinates in text stay text, for `conform` to judge."""
 
     def choose(names: Sequence[str]) -> dict[str, pa.DataType]:

@@ -17,7 +17,7 @@ from pyarrow import feather
 
 from synister_jax import predict
 from synister_jax.base.errors import UserError
-from synister_jax.bulk import dask_cluster, planning, prediction_inputs
+from synister_jax.bulk import dask_cluster, planning, worker_inputs
 from tests.helpers.predict_command import output_files, run_command
 
 
@@ -174,7 +174,7 @@ def test_a_plan_made_anew_is_not_the_old_one(
 ) -> None:
     """A worker that outlives a plan tells the next command's folder from it."""
     record = json.loads((alone / "predictions.json").read_text())
-    job = prediction_inputs.Inputs(
+    job = worker_inputs.Inputs(
         ((str(trained_run), 40),),
         4,
         1,
@@ -185,14 +185,14 @@ def test_a_plan_made_anew_is_not_the_old_one(
     )
     plan = planning.open(tmp_path / "copy")
     there = job.elsewhere(plan)
-    assert prediction_inputs.execute_unit(there, 0).synapses == 0  # its part is there
+    assert worker_inputs.execute_unit(there, 0).synapses == 0  # its part is there
     changed = json.loads((tmp_path / "copy" / "plan.json").read_text())
     changed["synapses_sha256"] = "another table"
     (tmp_path / "copy" / "plan.json").write_text(json.dumps(changed))
     anew = planning.open(tmp_path / "copy")
     with pytest.raises(UserError, match="planned anew"):
-        prediction_inputs.execute_unit(dataclasses.replace(there, batch_size=8), 0)
-    assert prediction_inputs.execute_unit(job.elsewhere(anew), 0).synapses == 3
+        worker_inputs.execute_unit(dataclasses.replace(there, batch_size=8), 0)
+    assert worker_inputs.execute_unit(job.elsewhere(anew), 0).synapses == 3
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from synister_jax.bulk import planning
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import crops, volumes
 from synister_jax.em.volumes import Volume
-from synister_jax.tables import formats, reading, synapse_stream, synapses
+from synister_jax.tables import file_formats, reading, synapse_stream, synapses
 from synister_jax.tables.synapse_stream import SynapseStream
 from tests.helpers.plans import (
     CHUNK_ZYX,
@@ -109,7 +109,7 @@ def test_a_plan_does_not_depend_on_batches(
         assert plan.fingerprint == first.fingerprint
 
     feather.write_feather(table, str(tmp_path / "t.feather"))
-    monkeypatch.setattr(formats, "BATCH_ROWS", 100)
+    monkeypatch.setattr(file_formats, "BATCH_ROWS", 100)
     source = reading.open(tmp_path / "t.feather")
     assert len(list(source.tables())) == 15
     plan = make_plan(source, volume, tmp_path / "file")
@@ -352,7 +352,7 @@ def test_a_table_outside_the_volume_has_a_plan_without_units(
 def test_an_error_in_the_last_batch_of_the_table_is_that_error(
     tmp_path: pathlib.Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "BATCH_ROWS", 100)
+    monkeypatch.setattr(file_formats, "BATCH_ROWS", 100)
     good = table_of(positions_in_and_out(1000))
     labels: list[str | None] = [None] * 1000
     good = good.append_column("neurotransmitter", pa.array(labels, pa.string()))
@@ -373,7 +373,7 @@ def test_an_error_in_the_last_batch_of_the_table_is_that_error(
 def test_a_file_that_breaks_off_is_the_error_of_the_file(
     tmp_path: pathlib.Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 4096)
     path, out = tmp_path / "t.csv", tmp_path / "out"
     csv.write_csv(table_of(positions_in_and_out(1000)), path)
     path.write_text(path.read_text() + "1000,2\n")

@@ -12,7 +12,7 @@ from pyarrow import feather, parquet
 from synister_jax import aggregate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calling_rules, group_calls, vote_tallies
+from synister_jax.evaluation import group_calls, vote_tallies, voting_rules
 from synister_jax.tables import predictions
 from tests.helpers.prediction_tables import drawn, table_of
 from tests.helpers.small_data import CLASSES
@@ -29,21 +29,21 @@ def test_command_calls_under_several_rules(tmp_path: pathlib.Path) -> None:
     counts = np.arange(9).reshape(3, 3) + 9 * np.eye(3)
     metrics = {"classes": CLASSES, "synapses": {"confusion": counts.tolist()}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    every = ",".join(calling_rules.RULES)
+    every = ",".join(voting_rules.RULES)
     arguments = [f"--predictions={tmp_path}/p.feather", f"--rule={every}"]
     arguments += [f"--confusion={tmp_path}/metrics.json", "--min_probability=0.6"]
     done = run(*arguments, f"--output={tmp_path}/new/neurons.feather")
     assert done.returncode == 0, done.stderr
     assert "50 groups from 3,000 rows" in done.stdout
-    for rule in calling_rules.RULES:
+    for rule in voting_rules.RULES:
         assert f"  {rule}: " in done.stdout
     answer = feather.read_table(tmp_path / "new" / "neurons.feather")
-    assert answer["rule"].to_pylist() == [*calling_rules.RULES] * 50
+    assert answer["rule"].to_pylist() == [*voting_rules.RULES] * 50
     ids = answer["neuron_id"].to_numpy()
     assert (np.diff(ids) >= 0).all() and len(np.unique(ids)) == 50
     about = json.loads(answer.schema.metadata[b"synister_jax"])
     assert about["min_probability"] == 0.6 and set(about["rules"]) == {
-        *calling_rules.RULES
+        *voting_rules.RULES
     }
     assert about["confusion"] == f"{tmp_path}/metrics.json"
     # One rule of it is what the functions say.

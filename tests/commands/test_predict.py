@@ -20,13 +20,7 @@ from pyarrow import csv, feather, parquet
 from synister_jax import calibrate, evaluate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.bulk import (
-    execution,
-    merging,
-    planning,
-    prediction_inputs,
-    unit_results,
-)
+from synister_jax.bulk import execution, merging, planning, unit_results, worker_inputs
 from synister_jax.em import crops, volumes
 from synister_jax.evaluation import calibration
 from synister_jax.network import inference, sharding
@@ -761,7 +755,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
         with pytest.raises(UserError, match=f"temperature was 1.5, now {other}"):
             planned(other, "sharp")
     # A worker elsewhere has it from the job.
-    job = prediction_inputs.Inputs(
+    job = worker_inputs.Inputs(
         ((str(trained_run), 40),),
         8,
         1,
@@ -771,9 +765,9 @@ def test_calibrated_and_plain_parts_do_not_mix(
         False,
         temperature=1.5,
     ).elsewhere(plan)
-    assert [
-        prediction_inputs.execute_unit(job, unit).synapses for unit in range(3)
-    ] == [30] * 3
+    assert [worker_inputs.execute_unit(job, unit).synapses for unit in range(3)] == [
+        30
+    ] * 3
     source, model = source_of(synapse_table), at(1.5)
     record = merging.finish(plan, model, source, volume, abstain_below=0.7)
     assert (record["temperature"], record["abstain_below"]) == (1.5, 0.7)

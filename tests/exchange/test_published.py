@@ -13,7 +13,7 @@ from pyarrow import csv, feather, parquet
 
 from synister_jax.base.errors import UserError
 from synister_jax.exchange import published
-from synister_jax.tables import formats, predictions, synapses
+from synister_jax.tables import file_formats, predictions, synapses
 
 FULL = ("gaba", "acetylcholine", "glutamate", "octopamine", "serotonin", "dopamine")
 BODY = 720_575_940_612_345_679  # not a float64
@@ -199,7 +199,7 @@ def test_only_flyem_says_unknown_for_neither(tmp_path: pathlib.Path) -> None:
 def test_a_line_break_in_a_packed_csv(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 1024)
     known = ["line\n" * (i % 90) for i in range(300)]
     columns = {"id": range(300), "gaba": [0.5] * 300, "ach": [0.5] * 300}
     path = write(tmp_path / "t.csv.gz", columns | {"neurotransmitter": known})

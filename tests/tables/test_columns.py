@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import feather
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import columns, formats
+from synister_jax.tables import columns, file_formats
 
 
 def column(*values: object, kind: pa.DataType | None = None) -> pa.ChunkedArray:
@@ -75,7 +75,7 @@ def test_formats(tmp_path: pathlib.Path) -> None:
     table = pa.table({"id": [720575940612345678, 2], "x": [1.5, None]})
     feather.write_feather(table, str(tmp_path / "c.feather"))
     for name in ("a.csv", "a.csv.gz", "b.csv", "b.json", "c.feather"):
-        table = formats.read(tmp_path / name)
+        table = file_formats.read(tmp_path / name)
         ids, _, _ = columns.integers(table["id"])
         x = columns.numbers(table["x"])
         assert ids.tolist() == [720575940612345678, 2], name
@@ -85,7 +85,7 @@ def test_formats(tmp_path: pathlib.Path) -> None:
 def test_json_of_mixed_kinds_stays_readable(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"id": 5}, {"id": "6"}, {"id": [7]}, {"id": None}]))
-    found, missing, malformed = columns.integers(formats.read(path)["id"])
+    found, missing, malformed = columns.integers(file_formats.read(path)["id"])
     assert found[:2].tolist() == [5, 6]
     assert malformed.tolist() == [False, False, True, False] and missing[3]
 
@@ -109,7 +109,7 @@ def test_unreadable_files_are_named(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        formats.read(tmp_path / name)
+        file_formats.read(tmp_path / name)
     assert name in str(error.value)
     with pytest.raises(UserError, match="does not exist"):
-        formats.read(tmp_path / "absent.csv")
+        file_formats.read(tmp_path / "absent.csv")

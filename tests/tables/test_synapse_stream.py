@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyarrow import csv, feather, parquet
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import formats, reading, synapse_stream, synapses
+from synister_jax.tables import file_formats, reading, synapse_stream, synapses
 from synister_jax.tables.mongo import address, documents
 from synister_jax.tables.synapse_stream import SynapseStream
 from tests.helpers.export_v3 import write_export
@@ -23,8 +23,8 @@ SUFFIXES = ("feather", "parquet", "csv")
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "BATCH_ROWS", BATCH_ROWS)
-    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(file_formats, "BATCH_ROWS", BATCH_ROWS)
+    monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 4096)
     monkeypatch.setattr(documents, "_BATCH_ROWS", BATCH_ROWS)
 
 

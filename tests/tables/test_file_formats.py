@@ -9,7 +9,7 @@ import pytest
 from pyarrow import csv, feather, parquet
 
 from synister_jax.base.errors import UserError
-from synister_jax.tables import formats, reading, synapses
+from synister_jax.tables import file_formats, reading, synapses
 from tests.helpers.table_formats import (
     ROWS,
     WRITERS,
@@ -24,12 +24,12 @@ BATCH_ROWS = 64
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "BATCH_ROWS", BATCH_ROWS)
-    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(file_formats, "BATCH_ROWS", BATCH_ROWS)
+    monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 4096)
 
 
 def batches_of(path: pathlib.Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
-    schema, batches = formats.open(path, synapses.columns_to_read(str(path)))
+    schema, batches = file_formats.open(path, synapses.columns_to_read(str(path)))
     return schema, list(batches)
 
 
@@ -75,7 +75,7 @@ def labelled(rows: int, label: Callable[[int], str]) -> pa.Table:
 def test_a_line_break_in_a_csv_label_may_lie_anywhere_in_a_block(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 1024)
     table = labelled(500, lambda i: "line\n" * (i % 90) + f'"{i}",')
     path = tmp_path / "t.csv"
     csv.write_csv(table, path)
@@ -99,14 +99,14 @@ def test_a_packed_csv_is_read_as_a_csv(tmp_path: pathlib.Path) -> None:
         reading.load(tmp_path / "t.csv.gz")
     (tmp_path / "t.gz").write_bytes(packed)
     with pytest.raises(UserError, match="cannot tell the format .*.csv, .csv.gz"):
-        formats.open(tmp_path / "t.gz", choose_nothing)
+        file_formats.open(tmp_path / "t.gz", choose_nothing)
 
 
 def test_a_csv_label_longer_than_a_block_is_read_or_named_as_the_reason(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks are of 8 MiB: no label is as long. But it must not be read as others."""
-    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 1024)
     table = labelled(40, lambda i: "line\n" * (900 if i == 20 else 3))
     path = tmp_path / "t.csv"
     csv.write_csv(table, path)
@@ -157,9 +157,9 @@ def test_what_is_not_needed_is_not_even_decoded(
 def test_a_table_is_read_in_the_memory_of_a_few_batches(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(formats, "BATCH_ROWS", 1000)
+    monkeypatch.setattr(file_formats, "BATCH_ROWS", 1000)
     # Arrow reads up to 32 blocks ahead of who is slower than it.
-    monkeypatch.setattr(formats, "_CSV_BLOCK_BYTES", 16_000)
+    monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 16_000)
     label = np.random.default_rng(0).bytes(100).hex()
     table = labelled(60_000, lambda i: f"{label}{i}")
     if kind == "csv":
@@ -174,7 +174,7 @@ def test_a_table_is_read_in_the_memory_of_a_few_batches(
     del table
     before = pa.total_allocated_bytes()
     rows = most = 0
-    _, batches = formats.open(path, synapses.columns_to_read(str(path)))
+    _, batches = file_formats.open(path, synapses.columns_to_read(str(path)))
     for batch in batches:
         rows += len(batch)
         most = max(most, pa.total_allocated_bytes() - before)
@@ -189,7 +189,7 @@ def choose_nothing(names: Sequence[str]) -> dict[str, pa.DataType]:
 def test_who_chooses_may_refuse_by_the_names(tmp_path: pathlib.Path, kind: str) -> None:
     path = write(kind, tmp_path, labelled(3, str))
     with pytest.raises(UserError, match=r"none of \['synapse_id', 'z_nm', "):
-        formats.open(path, choose_nothing)
+        file_formats.open(path, choose_nothing)
 
 
 def test_a_file_that_is_not_there_or_of_no_known_format(tmp_path: pathlib.Path) -> None:
@@ -202,14 +202,14 @@ def test_a_file_that_is_not_there_or_of_no_known_format(tmp_path: pathlib.Path) 
         if not name.startswith("nothing"):
             (tmp_path / name).write_text("synapse_id,z_nm,y_nm,x_nm\n1,2,3,4\n")
         with pytest.raises(UserError, match=message):
-            formats.open(tmp_path / name, choose_nothing)
+            file_formats.open(tmp_path / name, choose_nothing)
     for suffix in ("feather", "parquet", "csv"):
         (tmp_path / f"none.{suffix}").write_bytes(b"")
         with pytest.raises(UserError, match=f"cannot read .*none.{suffix}"):
-            formats.open(tmp_path / f"none.{suffix}", choose_nothing)
+            file_formats.open(tmp_path / f"none.{suffix}", choose_nothing)
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match="cannot read .*folder.csv"):
-        formats.open(tmp_path / "folder.csv", choose_nothing)
+        file_formats.open(tmp_path / "folder.csv", choose_nothing)
 
 
 def until_error(batches: Iterator[pa.RecordBatch], rows: list[int]) -> None:
@@ -231,7 +231,7 @@ def test_damage_far_inside_is_an_error_of_the_file_while_reading(
     content[place : place + len(damage)] = damage
     path.write_bytes(content)
     rows: list[int] = []
-    _, batches = formats.open(path, synapses.columns_to_read(str(path)))
+    _, batches = file_formats.open(path, synapses.columns_to_read(str(path)))
     with pytest.raises(UserError, match=f"cannot read synapse table {path}: "):
         until_error(batches, rows)
     assert rows  # what came before is good

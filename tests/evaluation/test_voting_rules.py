@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calling_rules, group_calls, vote_tallies
+from synister_jax.evaluation import group_calls, vote_tallies, voting_rules
 from synister_jax.evaluation.confusions import Confusion
 from tests.helpers.prediction_tables import table_of
 from tests.helpers.small_data import CLASSES
@@ -125,7 +125,7 @@ def test_banc_adds_the_highest_probabilities() -> None:
     assert row["score"] == pytest.approx(0.8 / (0.8 + 0.68), rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", calling_rules.RULES)
+@pytest.mark.parametrize("rule", voting_rules.RULES)
 def test_nothing_predicted_is_no_class(rule: str) -> None:
     nothing = [[np.nan] * 3] * 60
     row = called(tally_of(nothing, cleft_score=[1] * 60), rule)
@@ -134,7 +134,7 @@ def test_nothing_predicted_is_no_class(rule: str) -> None:
     assert (row["synapses"], row["predicted"]) == (60, 0)
 
 
-@pytest.mark.parametrize("rule", calling_rules.RULES)
+@pytest.mark.parametrize("rule", voting_rules.RULES)
 def test_one_synapse_and_no_group(rule: str) -> None:
     tally = tally_of([ACH], cleft_score=[3])
     call = called(tally, rule)["predicted_neurotransmitter"]
