@@ -24,7 +24,7 @@ from synister_jax.base import command, files, output_folders
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions
 from synister_jax.exchange import banc, export_files, flyem, flywire, neuprint, synister
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 
@@ -48,7 +48,7 @@ def export(
     path: str,
     to: str,
     output: pathlib.Path,
-    options: Options,
+    options: ExportOptions,
     drop_classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the files of consumer `to`; returns the content of export.json.
@@ -126,7 +126,7 @@ def main() -> None:
         three = None
         if size.value is not None:
             three = command.three_numbers(size.name, size.value, True)
-        options = Options(three, confusion.value, split.value, predict.value)
+        options = ExportOptions(three, confusion.value, split.value, predict.value)
         folder = pathlib.Path(output.value)
         done = export(path.value, to.value, folder, options, drop_classes.value)
         for note in done["notes"]:

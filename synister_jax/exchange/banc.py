@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from synister_jax.evaluation import group_calls
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.exchange import export_files
-from synister_jax.exchange.export_files import Consumer, Options
+from synister_jax.exchange.export_files import Consumer, ExportOptions
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 
@@ -33,7 +33,7 @@ NAMES = {name: name for name in _CLASSES}
 def _write(
     source: Predictions,
     folder: pathlib.Path,
-    options: Options,
+    options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
     _write_synapses(source, folder)

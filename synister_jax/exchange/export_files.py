@@ -34,7 +34,7 @@ Convert = Callable[[pa.Table], pa.Table]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What a consumer may have to be told; None where it was not given.
 
     Attributes:
@@ -57,7 +57,7 @@ class Write(Protocol):
         self,
         source: Predictions,
         folder: pathlib.Path,
-        options: Options,
+        options: ExportOptions,
         confusion: Confusion | None,
     ) -> list[str]: ...
 

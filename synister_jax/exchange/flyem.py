@@ -15,7 +15,7 @@ from synister_jax.base.errors import UserError
 from synister_jax.evaluation import group_calls, voting_rules
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.exchange import export_files, flyem_points
-from synister_jax.exchange.export_files import Consumer, Options
+from synister_jax.exchange.export_files import Consumer, ExportOptions
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -30,7 +30,7 @@ _NO_REGION = "<unspecified>"  # FlyEM's word for synapses outside all regions
 def _write(
     source: Predictions,
     folder: pathlib.Path,
-    options: Options,
+    options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
     assert options.voxel_size_nm_zyx is not None and confusion is not None

@@ -16,7 +16,7 @@ from synister_jax.base.errors import listed
 from synister_jax.evaluation import group_calls, vote_tallies
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.exchange import export_files
-from synister_jax.exchange.export_files import Consumer, Options
+from synister_jax.exchange.export_files import Consumer, ExportOptions
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -36,7 +36,7 @@ _CODEX = {
 def _write_fafbseg(
     source: Predictions,
     folder: pathlib.Path,
-    options: Options,
+    options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
     """synapses.feather for fafbseg-py and R's fafbseg; returns what there is to say.
@@ -108,7 +108,7 @@ def _weights(table: pa.Table) -> np.ndarray:
 def _write_cave(
     source: Predictions,
     folder: pathlib.Path,
-    options: Options,
+    options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
     """synapses_nt_v1.feather, FlyWire's table of CAVE with flat positions in nm."""
@@ -142,7 +142,7 @@ def _write_cave(
 def _write_codex(
     source: Predictions,
     folder: pathlib.Path,
-    options: Options,
+    options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
     """neurons.csv.gz: the largest mean probability, and all of them."""

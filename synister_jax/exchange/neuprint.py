@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from synister_jax.evaluation import group_calls
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.exchange import export_files, flyem, flyem_points
-from synister_jax.exchange.export_files import Consumer, Options
+from synister_jax.exchange.export_files import Consumer, ExportOptions
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
@@ -23,7 +23,7 @@ NAMES = {name: name.capitalize() for name in synapses.CLASSES} | {"neither": "Un
 def _write(
     source: Predictions,
     folder: pathlib.Path,
-    options: Options,
+    options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
     assert options.voxel_size_nm_zyx is not None

@@ -4,7 +4,7 @@
 from typing import TypedDict
 
 
-class Model(TypedDict):
+class AnsweringModel(TypedDict):
     """The network that answered."""
 
     workdir: str  # name of the run's folder
@@ -24,7 +24,7 @@ class AnswerRecord(TypedDict):
     rows: int
     status: dict[str, int]  # rows of each
     classes: list[str]
-    model: Model
+    model: AnsweringModel
     volume: str
     temperature: float | None
     warnings: list[str]

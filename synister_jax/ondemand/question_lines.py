@@ -12,7 +12,7 @@ MOST_TOLD = 100  # errors, and warnings, that are kept
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class LineProblem:
     """Something to mend, or to know."""
 
     line: int  # from 1, as an editor counts; 0 for the whole
@@ -38,19 +38,19 @@ class Told:
     """Errors and warnings: the first `MOST_TOLD`, and how many there were."""
 
     def __init__(self) -> None:
-        self.errors: list[Problem] = []
-        self.warnings: list[Problem] = []
+        self.errors: list[LineProblem] = []
+        self.warnings: list[LineProblem] = []
         self.error_count = self.warning_count = 0
 
     def error(self, line: int, column: str, message: str) -> None:
         self.error_count += 1
         if len(self.errors) < MOST_TOLD:
-            self.errors.append(Problem(line, column, message))
+            self.errors.append(LineProblem(line, column, message))
 
     def warning(self, line: int, column: str, message: str) -> None:
         self.warning_count += 1
         if len(self.warnings) < MOST_TOLD:
-            self.warnings.append(Problem(line, column, message))
+            self.warnings.append(LineProblem(line, column, message))
 
 
 class Lines:

@@ -29,9 +29,9 @@ from synister_jax.ondemand.question_cells import (
     neutralised,
     shown,
 )
-from synister_jax.ondemand.question_lines import Lines, Problem, Stop, Told
+from synister_jax.ondemand.question_lines import LineProblem, Lines, Stop, Told
 
-__all__ = ["Asked", "Checked", "Problem", "check", "load", "neutralised"]
+__all__ = ["Asked", "Checked", "LineProblem", "check", "load", "neutralised"]
 
 NEURON = (
     "skid",
@@ -84,9 +84,9 @@ class Checked:
     kind: Kind | None  # None: it could not be told
     asked: Asked | None
     rows: int  # read: positions, or mentions of neurons
-    errors: list[Problem]  # the first requested_lines.MOST_TOLD
+    errors: list[LineProblem]  # the first question_lines.MOST_TOLD
     error_count: int
-    warnings: list[Problem]
+    warnings: list[LineProblem]
     warning_count: int
 
 
@@ -126,7 +126,7 @@ def check(
     )
 
 
-def load(path: str, kind: Kind | None) -> tuple[Asked, list[Problem]]:
+def load(path: str, kind: Kind | None) -> tuple[Asked, list[LineProblem]]:
     """What the file asks for, with warnings; as `check`.
 
     Raises:

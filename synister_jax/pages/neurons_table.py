@@ -37,7 +37,7 @@ _SHORT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Class:
+class LegendEntry:
     """A class as the page shows it, the same on every page."""
 
     name: str
@@ -45,11 +45,11 @@ class Class:
     colour: int  # of the page's palette, 0 to 9
 
 
-def legend(classes: Sequence[str]) -> list[Class]:
+def legend(classes: Sequence[str]) -> list[LegendEntry]:
     """The classes with their colours; names of no network that we know take turns."""
     free = [n for n in range(10) if n not in map(_colour, classes)] or [0]
     return [
-        Class(
+        LegendEntry(
             name,
             _SHORT.get(name, name[:4]),
             free[place % len(free)] if (known := _colour(name)) is None else known,

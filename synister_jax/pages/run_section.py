@@ -225,7 +225,7 @@ def _pivot(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _sheet(
     table: pa.Table, shards: Shards, crop_yx: tuple[int, int]
-) -> list[tuple[neurons_table.Class, list[tuple[str, list[dict[str, Any]]]]]]:
+) -> list[tuple[neurons_table.LegendEntry, list[tuple[str, list[dict[str, Any]]]]]]:
     """For each true class the surest right calls, the least sure, the surest wrong.
 
     A tile is the section through the synapse, as wide as the network's crop.

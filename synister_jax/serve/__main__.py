@@ -26,7 +26,7 @@ from absl import flags
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
 from synister_jax.serve import annotations, app, served_models, supervisor, tokens
-from synister_jax.serve.service import Options, Service
+from synister_jax.serve.service import Service, ServiceOptions
 from synister_jax.serve.store import Store
 
 _MOST_CONNECTIONS = 1000
@@ -182,7 +182,7 @@ def main() -> None:
                 keeper = supervisor.Supervisor(
                     store, place, arguments, workers.value, mark
                 )
-                options = Options(
+                options = ServiceOptions(
                     host=host.value,
                     public_url=public_url.value,
                     neuroglancer=neuroglancer.value,

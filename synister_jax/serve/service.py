@@ -31,7 +31,7 @@ _UPLOADS_AT_ONCE = 8  # of a token
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ServiceOptions:
     """What the command line says."""
 
     host: str = "127.0.0.1"
@@ -52,7 +52,7 @@ class Service:
         store: Store,
         models: Mapping[str, ServedModel],
         networks: Mapping[str, NetworkFacts],
-        options: Options,
+        options: ServiceOptions,
         workers: Callable[[], int],
     ) -> None:
         self.folder, self.store, self.options = folder, store, options

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from synister_jax.base import files
 from synister_jax.ondemand import questions
-from synister_jax.ondemand.questions import Asked, Checked, Problem
+from synister_jax.ondemand.questions import Asked, Checked, LineProblem
 from synister_jax.serve import schemas
 from synister_jax.serve.records import Report
 from synister_jax.serve.served_models import ServedModel
@@ -63,7 +63,7 @@ async def checked(
                 found = await run_in_threadpool(questions.check, body, kind, most)
     if found.kind == "neurons" and not model.finds_neurons(source):
         why = "this model has nothing to look neurons up in; ask for positions"
-        error = Problem(0, "", why)
+        error = LineProblem(0, "", why)
         return dataclasses.replace(
             found,
             asked=None,

@@ -60,7 +60,7 @@ NEUROTRANSMITTERS = (
     "tyramine",
     "neither",
 )
-# Every class that a network of the family has had as an output. Only extra_classes
+# Every class that a network of the family has had as an output. Only pseudo_classes
 # makes rows of "unknown": in a table from elsewhere the word means that nobody knows.
 CLASSES = (*NEUROTRANSMITTERS, "unknown")
 POSITION = ("z_nm", "y_nm", "x_nm")

@@ -11,7 +11,7 @@ from synister_jax import export
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.exchange import export_files
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX
 
@@ -48,7 +48,7 @@ def test_output_that_is_a_file(tmp_path: pathlib.Path) -> None:
     output = tmp_path / "file"
     output.write_text("mine")
     with pytest.raises(UserError, match="cannot write to .*choose another folder"):
-        export.export(path, "cave", output, Options())
+        export.export(path, "cave", output, ExportOptions())
     assert output.read_text() == "mine"
 
 
@@ -59,7 +59,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def test_what_else_is_in_the_folder_stays(tmp_path: pathlib.Path) -> None:
     path = prediction_tables.write(tmp_path, prediction_tables.make([1], ["gaba"]))
     (tmp_path / "mine.txt").write_text("mine")
-    export.export(path, "cave", tmp_path, Options())
+    export.export(path, "cave", tmp_path, ExportOptions())
     before = contents(tmp_path)
     assert set(before) == {
         "mine.txt",
@@ -68,7 +68,7 @@ def test_what_else_is_in_the_folder_stays(tmp_path: pathlib.Path) -> None:
         "export.json",
     }
     with pytest.raises(UserError, match="other arguments: to was cave, now fafbseg"):
-        export.export(path, "fafbseg", tmp_path, Options())
+        export.export(path, "fafbseg", tmp_path, ExportOptions())
     assert contents(tmp_path) == before
 
 
@@ -79,14 +79,14 @@ def test_files_of_others_stay(tmp_path: pathlib.Path) -> None:
         output.mkdir()
         (output / name).write_text("mine")
         with pytest.raises(UserError, match=f"has a {name}, and no export.json"):
-            export.export(path, "fafbseg", output, Options())
+            export.export(path, "fafbseg", output, ExportOptions())
         assert contents(output) == {name: b"mine"}
     for text in ("[]", '{"to": "fafbseg"}'):
         output = tmp_path / f"has {len(text)}"
         output.mkdir()
         (output / "export.json").write_text(text)
         with pytest.raises(UserError, match="export.json is there, and not from this"):
-            export.export(path, "fafbseg", output, Options())
+            export.export(path, "fafbseg", output, ExportOptions())
         assert contents(output) == {"export.json": text.encode()}
 
 
@@ -98,24 +98,24 @@ def test_what_is_read_is_never_written(tmp_path: pathlib.Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     for output in (tmp_path, tmp_path / "link"):
         with pytest.raises(UserError, match="synapses.feather is what is read"):
-            export.export(str(path), "fafbseg", output, Options())
+            export.export(str(path), "fafbseg", output, ExportOptions())
     # Also where an export of ours has replaced the link.
     link = tmp_path / "predictions.feather"
     link.symlink_to(path)
     with pytest.raises(UserError, match="synapses.feather is what is read"):
-        export.export(str(link), "fafbseg", tmp_path, Options())
+        export.export(str(link), "fafbseg", tmp_path, ExportOptions())
     matrix = tmp_path / "neurotransmitter-confusion.csv"
     lines = [",".join(["", *SIX])]
     lines += [",".join([a, *(str(int(a == b)) for b in SIX)]) for a in SIX]
     matrix.write_text("\n".join(lines))
-    options = Options((40, 4, 4), str(matrix))
+    options = ExportOptions((40, 4, 4), str(matrix))
     with pytest.raises(UserError, match="confusion.csv is what is read"):
         export.export(str(path), "flyem", tmp_path, options)
     parts = tmp_path / "parts"
     parts.mkdir()
     parquet.write_table(table, parts / "part-0.parquet")
     with pytest.raises(UserError, match="parts is what is read"):
-        export.export(str(parts), "banc", parts, Options())
+        export.export(str(parts), "banc", parts, ExportOptions())
     assert path.read_bytes() == before["synapses.feather"]
     assert not (tmp_path / "export.json").exists()
 
@@ -130,7 +130,7 @@ def test_the_record_lists_the_files_and_a_rerun_gives_the_same_bytes(
     given = {"voxel_size_nm_zyx": (40.0, 4.0, 4.0), "predict": 3}
     given["confusion"] = prediction_tables.confusion(tmp_path)
     consumer = export.CONSUMERS[to]
-    options = Options(**{k: v for k, v in given.items() if k in consumer.takes})
+    options = ExportOptions(**{k: v for k, v in given.items() if k in consumer.takes})
     output = tmp_path / "out"
     content = export.export(path, to, output, options)
     before = contents(output)
@@ -147,7 +147,7 @@ def test_a_killed_folder_is_of_its_predictions(
     table = prediction_tables.make([1, 2], ["gaba", "gaba"])
     path = prediction_tables.write(tmp_path, table)
     output = tmp_path / "out"
-    options = Options((40, 4, 4), predict=3)
+    options = ExportOptions((40, 4, 4), predict=3)
 
     class Killed(BaseException):
         pass
@@ -162,7 +162,7 @@ def test_a_killed_folder_is_of_its_predictions(
     assert not files.read_json(output / "export.json")["finished"]
     assert len(contents(output)) == 1
     # Nothing was written yet: anyone may have the folder.
-    export.export(path, "cave", output, Options())
+    export.export(path, "cave", output, ExportOptions())
     output = tmp_path / "killed later"
     write = export_files.write
     with monkeypatch.context() as patch:
@@ -175,9 +175,9 @@ def test_a_killed_folder_is_of_its_predictions(
             export.export(path, "synister", output, options)
     assert set(contents(output)) == {"export.json", "predictions.csv"}
     with pytest.raises(UserError, match="to was synister, now cave"):
-        export.export(path, "cave", output, Options())
+        export.export(path, "cave", output, ExportOptions())
     with pytest.raises(UserError, match="options was .*'predict': 3.*'predict': 4"):
-        export.export(path, "synister", output, Options((40, 4, 4), predict=4))
+        export.export(path, "synister", output, ExportOptions((40, 4, 4), predict=4))
     # New neuron ids, say, in the same place: all is made anew.
     prediction_tables.write(tmp_path, table.slice(1))
     content = export.export(path, "synister", output, options)
@@ -190,7 +190,7 @@ def test_not_complete_until_all_is_written(
 ) -> None:
     path = prediction_tables.write(tmp_path, prediction_tables.make([1], ["gaba"]))
     output = tmp_path / "out"
-    export.export(path, "banc", output, Options())
+    export.export(path, "banc", output, ExportOptions())
     before = (output / "banc_nt_prediction.parquet").read_bytes()
 
     def fail(*arguments: object) -> None:
@@ -198,6 +198,6 @@ def test_not_complete_until_all_is_written(
 
     monkeypatch.setattr(export_files, "write_table", fail)
     with pytest.raises(UserError, match="the disk is full"):
-        export.export(path, "banc", output, Options())
+        export.export(path, "banc", output, ExportOptions())
     assert not files.read_json(output / "export.json")["finished"]
     assert (output / "banc_nt_prediction.parquet").read_bytes() == before

@@ -20,7 +20,7 @@ from pyarrow import feather
 
 from synister_jax import export
 from synister_jax.evaluation import vote_tallies
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX
@@ -77,7 +77,9 @@ def test_flyem_snapshot(tmp_path: pathlib.Path) -> None:
     lines = [",".join(["", *SIX])]
     lines += [",".join([a, *(str(int(a == b)) for b in SIX)]) for a in SIX]
     any_confusion.write_text("\n".join(lines))
-    export.export(path, "flyem", tmp_path / "1", Options(voxel, str(any_confusion)))
+    export.export(
+        path, "flyem", tmp_path / "1", ExportOptions(voxel, str(any_confusion))
+    )
     made = feather.read_table(tmp_path / "1" / "tbar-neurotransmitters.feather")
     names = flyem_names(made.column_names)
     assert list(names.values()) == list(SIX)
@@ -112,7 +114,7 @@ def test_flyem_snapshot(tmp_path: pathlib.Path) -> None:
         return votes.total(), winner, score / votes.total()
 
     output = tmp_path / "2"
-    export.export(path, "flyem", output, Options(voxel, str(metrics)))
+    export.export(path, "flyem", output, ExportOptions(voxel, str(metrics)))
     bodies = feather.read_table(output / "body-neurotransmitters.feather")
     body, types = made["body"].to_numpy(), table["cell_type"]
     types = types.to_numpy(zero_copy_only=False)
@@ -151,7 +153,7 @@ def test_flyem_snapshot(tmp_path: pathlib.Path) -> None:
 def fafbseg_file(tmp_path: pathlib.Path) -> tuple[pa.Table, pathlib.Path]:
     """What cleft_weighted says of each neuron, and the file."""
     path, _ = published(tmp_path)
-    export.export(path, "fafbseg", tmp_path / "out", Options())
+    export.export(path, "fafbseg", tmp_path / "out", ExportOptions())
     tally = vote_tallies.of(predictions.open(path), "neuron")
     mean = np.where(np.isnan(tally.weighted), tally.mean, tally.weighted)
     assert np.isnan(tally.weighted).any()  # a neuron that fafbseg-py alone fails on
@@ -218,7 +220,7 @@ def test_r_fafbseg(tmp_path: pathlib.Path) -> None:
 
 def test_codex_loader(tmp_path: pathlib.Path) -> None:
     path, _ = published(tmp_path)
-    export.export(path, "codex", tmp_path / "out", Options())
+    export.export(path, "codex", tmp_path / "out", ExportOptions())
     with gzip.open(tmp_path / "out" / "neurons.csv.gz", "rt") as file:
         header, *rows = csv.reader(file)
     averages = ["da_avg", "ser_avg", "gaba_avg", "glut_avg", "ach_avg", "oct_avg"]
@@ -235,7 +237,7 @@ def test_codex_loader(tmp_path: pathlib.Path) -> None:
 def test_neo4j_importer(tmp_path: pathlib.Path) -> None:
     path, _ = published(tmp_path)
     output = tmp_path / "out"
-    export.export(path, "neuprint", output, Options((40.0, 4.0, 4.0)))
+    export.export(path, "neuprint", output, ExportOptions((40.0, 4.0, 4.0)))
     kinds = {"int": int, "long": int, "float": float, "string": str}
     ids = []
     for name in ("Neuprint_Neurons.csv", "Neuprint_Synapses.csv"):
@@ -260,7 +262,7 @@ def test_neo4j_importer(tmp_path: pathlib.Path) -> None:
 
 def test_hemibrainr(tmp_path: pathlib.Path) -> None:
     path, table = published(tmp_path)
-    options = Options((40.0, 4.0, 4.0), predict=8)
+    options = ExportOptions((40.0, 4.0, 4.0), predict=8)
     export.export(path, "synister", tmp_path / "out", options)
     made = feather.read_table(tmp_path / "out" / "synapses.feather")
     names = [re.sub(r"nts_8\.", "", name) for name in made.column_names]

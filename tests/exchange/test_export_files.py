@@ -9,7 +9,7 @@ from pyarrow import feather
 
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import group_calls
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from synister_jax.tables import predictions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import (
@@ -48,7 +48,7 @@ def test_a_class_without_a_column(tmp_path: pathlib.Path) -> None:
 def test_two_classes_of_one_name(tmp_path: pathlib.Path) -> None:
     classes = ("gaba", "neither", "unknown")
     table = prediction_tables.make([NEURON], ["gaba"], classes)
-    options = Options((40, 4, 4), confusion(tmp_path, classes))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path, classes))
     with pytest.raises(UserError, match="cannot tell the classes .* apart"):
         export_to(tmp_path, "flyem", table, options)
 
@@ -56,7 +56,7 @@ def test_two_classes_of_one_name(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("to", ["fafbseg", "cave", "codex", "neuprint", "banc"])
 def test_nothing_predicted(tmp_path: pathlib.Path, to: str) -> None:
     table = prediction_tables.make([NEURON, NEURON + 1], [None, None])
-    options = VOXEL if to == "neuprint" else Options()
+    options = VOXEL if to == "neuprint" else ExportOptions()
     output, _ = export_to(tmp_path, to, table, options)
     for path in output.glob("*.csv*"):
         assert len(read_csv(path)) == 2
@@ -73,7 +73,7 @@ def test_no_rows(tmp_path: pathlib.Path) -> None:
     ("to", "changes", "message"),
     [
         ("codex", {"neurons": [None, None]}, "names no neuron"),
-        ("flyem", {"options": Options((8, 8, 8))}, "flyem needs --confusion=RUN"),
+        ("flyem", {"options": ExportOptions((8, 8, 8))}, "flyem needs --confusion=RUN"),
         ("neuprint", {}, "needs --voxel_size_nm_zyx, as 8,8,8"),
         ("synister", {"options": VOXEL}, "needs --predict"),
         ("cave", {"options": VOXEL}, "does not take --voxel_size_nm_zyx"),
@@ -85,7 +85,7 @@ def test_mistakes(
     neurons = changes.get("neurons", [NEURON, NEURON])
     table = prediction_tables.make(neurons, ["gaba", None])
     with pytest.raises(UserError, match=message):
-        export_to(tmp_path, to, table, changes.get("options", Options()))
+        export_to(tmp_path, to, table, changes.get("options", ExportOptions()))
     assert not (tmp_path / to).exists()
 
 
@@ -93,7 +93,7 @@ def test_confusion_of_another_network(tmp_path: pathlib.Path) -> None:
     table = prediction_tables.make(NEURONS, CALLS)
     other = confusion(tmp_path, ("gaba", "neither"))
     with pytest.raises(UserError, match="confusion of the same network"):
-        export_to(tmp_path, "flyem", table, Options((40, 4, 4), other))
+        export_to(tmp_path, "flyem", table, ExportOptions((40, 4, 4), other))
 
 
 def test_voxel_size_of_the_record(tmp_path: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ from pyarrow import feather
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import group_calls
 from synister_jax.exchange import published
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 from tests.helpers import prediction_tables
@@ -35,7 +35,7 @@ def test_flyem_synapses(tmp_path: pathlib.Path) -> None:
         split_skeleton=pa.array(["train", "test", "validation", None, "test"] * 2),
         cleft_score=pa.array(np.arange(10) / 16, pa.float32()),
     )
-    options = Options((40, 4, 4), confusion(tmp_path))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path))
     output, notes = export_to(tmp_path, "flyem", table, options)
     made = feather.read_table(output / "tbar-neurotransmitters.feather")
     category = "dictionary<values=string, indices=int32, ordered=0>"
@@ -70,7 +70,7 @@ def test_flyem_synapses(tmp_path: pathlib.Path) -> None:
 def test_flyem_calls_neither_unknown(tmp_path: pathlib.Path) -> None:
     classes = ("gaba", "neither")
     table = prediction_tables.make([NEURON] * 60, ["neither"] * 60, classes)
-    options = Options((40, 4, 4), confusion(tmp_path, classes))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path, classes))
     output, _ = export_to(tmp_path, "flyem", table, options)
     made = feather.read_table(output / "tbar-neurotransmitters.feather")
     np.testing.assert_array_equal(
@@ -87,7 +87,7 @@ def test_rows_without_a_point_are_kept_apart(tmp_path: pathlib.Path) -> None:
     z_nm[2] = np.nan
     z_nm[8] = 40.0 * 2**21
     table = prediction_tables.make(NEURONS, CALLS, z_nm=z_nm)
-    options = Options((40, 4, 4), confusion(tmp_path))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path))
     output, notes = export_to(tmp_path, "flyem", table, options)
     made = feather.read_table(output / "tbar-neurotransmitters.feather")
     assert made["z"].to_pylist() == [0, 1, 3, 4, 5, 6, 7, 9]
@@ -113,7 +113,7 @@ def test_voxels_are_rounded_half_to_even(tmp_path: pathlib.Path) -> None:
     table = prediction_tables.make(
         [NEURON] * 6, ["gaba"] * 6, z_nm=z_nm, y_nm=y_nm, x_nm=[0.0, 1, 2, 3, 4, 5]
     )
-    options = Options((40, 7, 3), predict=3)
+    options = ExportOptions((40, 7, 3), predict=3)
     output, _ = export_to(tmp_path, "synister", table, options)
     made = feather.read_table(output / "synapses.feather")
     assert made["z"].to_pylist() == [0, 0, 2, 2, 2, 3]
@@ -132,13 +132,13 @@ def test_shared_points_are_told(tmp_path: pathlib.Path) -> None:
 def test_splits_to_choose_from(tmp_path: pathlib.Path) -> None:
     parts = {f"split_{name}": pa.array(["train", "test"]) for name in "ab"}
     table = prediction_tables.make([NEURON] * 2, ["gaba"] * 2, **parts)
-    options = Options((40, 4, 4), confusion(tmp_path))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path))
     with pytest.raises(UserError, match="which of the splits a, b with --split"):
         export_to(tmp_path, "flyem", table, options)
-    wrong = Options((40, 4, 4), options.confusion, "c")
+    wrong = ExportOptions((40, 4, 4), options.confusion, "c")
     with pytest.raises(UserError, match="--split=c: .* has a, b"):
         export_to(tmp_path, "flyem", table, wrong)
-    chosen = Options((40, 4, 4), options.confusion, "b")
+    chosen = ExportOptions((40, 4, 4), options.confusion, "b")
     output, _ = export_to(tmp_path, "flyem", table, chosen)
     made = feather.read_table(output / "tbar-neurotransmitters.feather")
     assert made["split"].to_pylist() == ["train", "test"]
@@ -161,7 +161,7 @@ def test_flyem_bodies(tmp_path: pathlib.Path) -> None:
             ["glutamate" if n == NEURON + 2 else None for n in neurons]
         ),
     )
-    options = Options((40, 4, 4), confusion(tmp_path))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path))
     output, _ = export_to(tmp_path, "flyem", table, options)
     made = feather.read_table(output / "body-neurotransmitters.feather")
     assert columns_of(made) == {
@@ -223,7 +223,7 @@ def test_flyem_truth(tmp_path: pathlib.Path) -> None:
         cell_type=pa.array([types[n] for n in of_row]),
         neurotransmitter=pa.array([known[n] for n in of_row]),
     )
-    options = Options((40, 4, 4), confusion(tmp_path))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path))
     output, _ = export_to(tmp_path, "flyem", table, options)
     made = feather.read_table(output / "body-neurotransmitters.feather")
     assert made["ground_truth"].to_pylist() == list(truth)
@@ -248,7 +248,7 @@ def test_the_truth_of_the_type_comes_first(
     typed = neuron.set_column(
         neuron.column_names.index("cell_type"), "cell_type", pa.array(["T"] * 60)
     )
-    options = Options((40, 4, 4), confusion(tmp_path))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path))
     for folder, table, expected in (
         ("1", neuron, "glutamate"),
         ("2", typed, "dopamine"),
@@ -267,7 +267,9 @@ def test_unknown_and_neither_are_read_back(
     tmp_path: pathlib.Path, classes: tuple[str, ...]
 ) -> None:
     table = prediction_tables.make([NEURON] * 3, ["gaba", *classes[-2:]], classes)
-    output, _ = export_to(tmp_path, "synister", table, Options((40, 4, 4), predict=8))
+    output, _ = export_to(
+        tmp_path, "synister", table, ExportOptions((40, 4, 4), predict=8)
+    )
     for name in ("predictions.csv", "synapses.feather"):
         source = published.open(output / name, (40.0, 4.0, 4.0))
         assert source.classes == classes

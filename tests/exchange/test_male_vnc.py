@@ -201,7 +201,7 @@ def test_exports_are_read_back_whole(
     if to in ("flyem", "synister"):
         options = options | {"voxel_size_nm_zyx": (8.0, 8.0, 8.0)}
     folder = path.parent / to
-    export.export(str(path), to, folder, export_files.Options(**options), dropped)
+    export.export(str(path), to, folder, export_files.ExportOptions(**options), dropped)
     ours, theirs = published.open(path), published.open(folder / name, (8.0, 8.0, 8.0))
     found = compare.compare(ours, theirs, path.parent / f"with-{to}")
     assert found["joined"]["rows"] == 87_403

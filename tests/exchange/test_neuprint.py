@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import (
     CALLS,
@@ -25,7 +25,7 @@ def test_neuprint_as_the_optic_lobe(tmp_path: pathlib.Path) -> None:
     calls = ["gaba"] * 99 + ["neither"] * 20 + [None]
     types = pa.array(["T"] * 120)
     table = prediction_tables.make([NEURON] * 120, calls, classes, cell_type=types)
-    options = Options((40, 4, 4), confusion(tmp_path, classes))
+    options = ExportOptions((40, 4, 4), confusion(tmp_path, classes))
     output, _ = export_to(tmp_path, "neuprint", table, options)
     [row] = read_csv(output / "Neuprint_Neurons.csv")
     mean = np.nanmean(probabilities(table, "neither").astype(np.float64))

@@ -4,7 +4,7 @@ import pathlib
 import numpy as np
 from pyarrow import feather
 
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import (
     CALLS,
@@ -21,7 +21,9 @@ def test_synister(tmp_path: pathlib.Path) -> None:
     x_nm = np.arange(10) * 12.0
     x_nm[[0, 1]] = np.nan, 4.0 * 2**32
     table = prediction_tables.make(NEURONS, CALLS, x_nm=x_nm)
-    output, _ = export_to(tmp_path, "synister", table, Options((40, 4, 4), predict=8))
+    output, _ = export_to(
+        tmp_path, "synister", table, ExportOptions((40, 4, 4), predict=8)
+    )
     rows = read_csv(output / "predictions.csv")
     assert list(rows[0]) == ["position_id", "skid", "x", "y", "z", *SIX]
     assert [row["skid"] for row in rows] == [str(n or -1) for n in NEURONS]

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from synister_jax import export
-from synister_jax.exchange.export_files import Options
+from synister_jax.exchange.export_files import ExportOptions
 from synister_jax.tables import predictions, synapses
 from tests.helpers.small_data import CLASSES
 
@@ -23,7 +23,7 @@ NEURON = 720_575_940_600_000_001
 NEURONS = [NEURON] * 5 + [NEURON + 1] * 4 + [None]
 CALLS = ["gaba", "gaba", "dopamine", None, "gaba", "serotonin", "glutamate"]
 CALLS += ["serotonin", "acetylcholine", "gaba"]
-VOXEL = Options(voxel_size_nm_zyx=(40, 4, 4))
+VOXEL = ExportOptions(voxel_size_nm_zyx=(40, 4, 4))
 
 
 def table_of(
@@ -124,7 +124,7 @@ def export_to(
     tmp_path: pathlib.Path,
     to: str,
     table: pa.Table,
-    options: Options = Options(),  # noqa: B008 - frozen
+    options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
     drop_classes: tuple[str, ...] = (),
 ) -> tuple[pathlib.Path, list[str]]:
     """Exports the table into tmp_path/`to`; that folder, and the notes."""

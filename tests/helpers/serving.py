@@ -24,7 +24,7 @@ from pyarrow import feather
 from synister_jax.base import files
 from synister_jax.serve import app, served_models, tokens
 from synister_jax.serve.records import StoredJob
-from synister_jax.serve.service import Options, Service
+from synister_jax.serve.service import Service, ServiceOptions
 from synister_jax.serve.store import Store
 from synister_jax.tables import predictions, synapses
 
@@ -175,7 +175,9 @@ def running(folder: pathlib.Path, **options: Any) -> Iterator[Running]:
     worker = Worker(store, folder)
     found = served_models.load(folder)
     networks = {name: served_models.network(model) for name, model in found.items()}
-    service = Service(folder, store, found, networks, Options(**options), lambda: 1)
+    service = Service(
+        folder, store, found, networks, ServiceOptions(**options), lambda: 1
+    )
     configuration = uvicorn.Config(
         app.make(service), port=0, log_level="warning", access_log=False, ws="none"
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from synister_jax.base.errors import UserError
 from synister_jax.ondemand import question_lines, questions
-from synister_jax.ondemand.questions import Checked, Problem
+from synister_jax.ondemand.questions import Checked, LineProblem
 
 NEURON = 720_575_940_600_000_001  # no double holds it
 LARGEST = 2**63 - 1
@@ -271,7 +271,7 @@ def test_no_more_rows_than_allowed(kind: str) -> None:
     assert checked.asked is None
     line = 6 + bool(kind)
     why = "there are more than 5 rows; ask for some at a time"
-    assert checked.errors == [Problem(line, "", why)]
+    assert checked.errors == [LineProblem(line, "", why)]
 
 
 def test_blank_lines_are_bounded_too() -> None:
