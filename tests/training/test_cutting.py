@@ -15,6 +15,7 @@ import pytest
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.em import volumes
+from synister_jax.tables import synapses
 from synister_jax.training import shards
 from tests.helpers.small_data import CLASSES, ROOT, write_shards
 
@@ -48,7 +49,7 @@ def cutting_program(
 import os, pathlib, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from tests.helpers.small_data import write_shards
-from synister_jax.tables import reading, synapses
+from synister_jax.tables import reading
 from synister_jax.training import shards
 {prelude}
 table = reading.load({str(table_path)!r})
