@@ -72,13 +72,16 @@ def main() -> None:
 
 
 def _write_page(results: dict[str, Any], output: pathlib.Path) -> None:
-    files.write_text(output / "RESULTS.md", results_page.page(results, BENCHMARKS))
+    page = results_page.page(results, BENCHMARKS)
     for backend, entries in results.items():
         measured = entries["benchmarks"].items()
         reports = {n: entry["reports"][0] for n, entry in measured if entry["reports"]}
         if "layers" in reports:
             file = "roofline.png" if backend == "cpu" else f"roofline_{backend}.png"
             files.write_bytes(output / file, pictures.roofline(reports))
+            # The section of the layers is the last one.
+            page += f"\n![Layers and the roofline, {backend}]({file})\n"
+    files.write_text(output / "RESULTS.md", page)
 
 
 def _run(name: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -129,7 +132,9 @@ def _revision() -> str | None:
     paths = ["synister_jax", "configs", "benchmarks", "tests/helpers", *written]
 
     def git(*arguments: str) -> str:
-        return subprocess.check_output(["git", *arguments], text=True, cwd=_ROOT)
+        return subprocess.check_output(
+            ["git", *arguments], text=True, cwd=_ROOT, stderr=subprocess.DEVNULL
+        )
 
     try:
         revision = git("rev-parse", "--short", "HEAD").strip()

@@ -151,14 +151,23 @@ class _Prediction:
 
     @classmethod
     def open(cls, options: Options) -> "_Prediction":
+        """Opens run, table and volume, and plans; what is quick to refuse comes first.
+
+        Raises:
+          UserError: an option is wrong, or something cannot be opened.
+        """
         source, grid = options.source()
+        size = None
+        if (texts := options.voxel_size_nm_zyx) is not None:
+            size = command.three_numbers("voxel_size_nm_zyx", texts, True)
+        units_of(options.units, 0)
+        if options.cluster is not None:
+            dask_cluster.check(options.cluster)
+            jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
         members = members_of(options.workdirs, options.steps)
         fitted = None
         if options.calibrated:
             fitted = saved_calibration.load(members, options.views)
-        size = None
-        if (texts := options.voxel_size_nm_zyx) is not None:
-            size = command.three_numbers("voxel_size_nm_zyx", texts, True)
         opening = Inputs(
             members=tuple(members),
             batch_size=options.batch_size,
@@ -187,10 +196,6 @@ def predict(options: Options) -> None:
       UserError: an option is wrong, something cannot be opened, read or written. What
         is finished stays.
     """
-    units_of(options.units, 0)  # a mistake there is told before any work
-    if options.cluster is not None:
-        dask_cluster.check(options.cluster)
-        jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
     prediction = _Prediction.open(options)
     plan = prediction.plan
     # A warning only: every row is answered, those outside too.

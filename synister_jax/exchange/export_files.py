@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import gzip
 import io
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from synister_jax.base import files
+from synister_jax.base import files, table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.evaluation import group_calls
@@ -120,8 +119,8 @@ def prepare(
         )
     gone = [predictions.probability_column(name) for name in drop_classes]
     kept = [field for field in source.schema if field.name not in gone]
-    about = json.dumps(source.about | {"classes": classes})
-    schema = pa.schema(kept, {"synister_jax": about})
+    about = source.about | {"classes": classes}
+    schema = pa.schema(kept, table_metadata.entry(about))
     return dataclasses.replace(source, schema=schema)
 
 

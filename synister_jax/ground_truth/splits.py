@@ -109,10 +109,15 @@ class Scheme:
     seed: int = 0
     time_limit_s: float = 60.0
 
-    def check(self) -> None:
-        """Raises `UserError` for what no table could be split by."""
+    def check(self, table: pa.Table) -> None:
+        """Raises `UserError` for what the table cannot be split by."""
         if self.by not in GROUP_COLUMNS:
             raise UserError(f"--by={self.by}: it is one of {', '.join(GROUP_COLUMNS)}")
+        column = GROUP_COLUMNS[self.by]
+        if table[column].null_count == len(table):
+            raise UserError(
+                f"--by={self.by}: no row has a {column}; split by something else"
+            )
         if self.balance not in ("synapses", "neurons"):
             raise UserError(f"--balance={self.balance}: it is synapses or neurons")
         if self.hold_out_part not in (None, "train"):
@@ -150,12 +155,8 @@ def make(table: pa.Table, scheme: Scheme) -> Split:
       UserError: names the argument that is wrong by the option of make_splits.py.
     """
     start = time.monotonic()
-    scheme.check()
+    scheme.check(table)
     by, fractions = scheme.by, np.asarray(scheme.fractions, float)
-    if table[GROUP_COLUMNS[by]].null_count == len(table):
-        raise UserError(
-            f"--by={by}: no row has a {GROUP_COLUMNS[by]}; split by something else"
-        )
     given = scheme.classes
     classes = tuple(classes_of(table) if given is None else given)
     labels = synapses.labels(table, classes)

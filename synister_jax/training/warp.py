@@ -66,7 +66,7 @@ def reach_zyx(
 ) -> tuple[int, ...]:
     """Voxels beyond either side of the crop from which a voxel can come.
 
-    Sizes in voxels; arguments as in `augment.Settings`.
+    Sizes in voxels; arguments as in `augment.AugmentSettings`.
     """
     points = control_shape_zyx(crop_shape_zyx, elastic_spacing_zyx)
     # Splines overshoot: at each voxel the worst signs of all control points.
