@@ -419,7 +419,7 @@ def test_keyboard_alone(page: "sync_api.Page") -> None:
 
 
 def test_server_away_and_back(page: "sync_api.Page") -> None:
-    submit(page, positions(3_000, 2))
+    submit(page, positions(30_000, 2))  # not done while the page is away
     expect(page.locator("#stage")).to_have_text("predicting", timeout=SECONDS)
     page.context.set_offline(True)
     expect(page.get_by_role("alert").filter(has_text="does not answer")).to_be_visible()
