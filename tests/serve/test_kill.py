@@ -13,6 +13,9 @@ import pytest
 from synister_jax.serve.store import Store
 from tests.helpers import serving
 
+# Of the job: enough that it is not done before the server is stopped a second time.
+ROWS = 8_000
+
 
 @pytest.fixture
 def models_folder(
@@ -67,7 +70,7 @@ def done_more(client: httpx.Client, job_id: str, than: int) -> int:
 
 @pytest.mark.slow
 def test_killed_worker_and_killed_server(models_folder: pathlib.Path) -> None:
-    text, few = rows(4000), "--batch_size=1"
+    text, few = rows(ROWS), "--batch_size=1"
     with serving.Command(models_folder, few) as server, server.client() as client:
         token = server.token
         serving.wait_for(lambda: ready(client), 60)
@@ -76,7 +79,7 @@ def test_killed_worker_and_killed_server(models_folder: pathlib.Path) -> None:
         [worker] = workers_of(server)
         os.kill(worker, signal.SIGKILL)
         serving.wait_for(lambda: workers_of(server) not in ([], [worker]))
-        assert done_more(client, job["id"], done) < 4000
+        assert done_more(client, job["id"], done) < ROWS
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
 
     with serving.Command(models_folder, few) as server, server.client(token) as client:
@@ -95,7 +98,7 @@ def test_killed_worker_and_killed_server(models_folder: pathlib.Path) -> None:
 
     with serving.Command(models_folder, few) as server, server.client(token) as client:
         over = serving.finished(client, job["id"], 120)
-        assert over["state"] == "done" and over["answer"]["rows"] == 4000
+        assert over["state"] == "done" and over["answer"]["rows"] == ROWS
         assert len(client.get("/api/jobs").json()["jobs"]) == 1
         again = submit(client, text)
         assert (again.status_code, again.json()["id"]) == (200, job["id"])
@@ -107,9 +110,9 @@ def test_killed_worker_and_killed_server(models_folder: pathlib.Path) -> None:
             client.get(f"/api/jobs/{each['id']}/predictions.csv").content
             for each in (job, fresh)
         )
-        assert first == second and first.count(b"\n") == 4001
+        assert first == second and first.count(b"\n") == ROWS + 1
         ids = [line.split(b",")[0] for line in first.splitlines()[1:]]
-        assert ids == [str(n).encode() for n in range(4000)]
+        assert ids == [str(n).encode() for n in range(ROWS)]
         point = client.get("/fetch-neurotransmitter?x=300&y=300&z=400").json()
         assert point["status"] == "ok"
         assert sum(point["probabilities"].values()) == pytest.approx(1)
