@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error that a person can mend, and what no message may show."""
+"""The error that a person can mend, and what its message shows and hides."""
 
 import re
 from collections.abc import Iterable

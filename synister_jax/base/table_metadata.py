@@ -3,12 +3,11 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 _KEY = b"synister_jax"
-_T = TypeVar("_T", pa.Table, pa.Schema)
 
 
 def described(table: pa.Table, about: Mapping[str, Any]) -> pa.Table:

@@ -6,6 +6,8 @@ intervals far too narrow (Efron & Tibshirani 1993, chapter 8: draw the units tha
 independent).
 """
 
+from typing import TypedDict
+
 import numpy as np
 from scipy import stats
 
@@ -14,9 +16,17 @@ LEVEL = 0.95
 _DRAWS_AT_ONCE = 50
 
 
+class Interval(TypedDict):
+    """95 % intervals [low, high]; None where there is none to tell."""
+
+    accuracy: list[float] | None
+    mean_class_accuracy: list[float] | None
+    macro_f1: list[float] | None
+
+
 def by_group(
     groups: np.ndarray, truth: np.ndarray, called: np.ndarray, classes: int
-) -> dict[str, list[float] | None]:
+) -> Interval:
     """Percentile intervals of `accuracy.summary`'s accuracies, by whole groups.
 
     Args:
@@ -25,9 +35,8 @@ def by_group(
       truth, called: [n] classes; entries below 0 are not counted.
 
     Returns:
-      {accuracy, mean_class_accuracy, macro_f1: [low, high]}; None of fewer than two
-      groups, and where all draws are equal, which tells nothing. The same for the same
-      input: the draws begin from a fixed seed.
+      Intervals, None of fewer than two groups, and where all draws are equal, which
+      tells nothing. The same for the same input: the draws begin from a fixed seed.
     """
     known = (truth >= 0) & (called >= 0)
     cells = classes**2
@@ -42,15 +51,20 @@ def by_group(
     weights = np.concatenate([np.ones(len(names)), sizes])
     total = int(weights.sum())
     if total < 2:
-        return dict.fromkeys(("accuracy", "mean_class_accuracy", "macro_f1"))
+        return {"accuracy": None, "mean_class_accuracy": None, "macro_f1": None}
     rng = np.random.default_rng(0)
     found = []
     for _ in range(0, DRAWS, _DRAWS_AT_ONCE):
         drawn = rng.multinomial(total, weights / total, _DRAWS_AT_ONCE)
         found.append(_numbers((drawn @ counts).reshape(-1, classes, classes)))
+
+    def of(name: str) -> list[float] | None:
+        return _percentiles(np.concatenate([each[name] for each in found]))
+
     return {
-        name: _percentiles(np.concatenate([each[name] for each in found]))
-        for name in found[0]
+        "accuracy": of("accuracy"),
+        "mean_class_accuracy": of("mean_class_accuracy"),
+        "macro_f1": of("macro_f1"),
     }
 
 

@@ -21,6 +21,7 @@ from synister_jax.evaluation import (
     vote_tallies,
 )
 from synister_jax.evaluation.accuracy import Accuracies, Summary
+from synister_jax.evaluation.intervals import Interval
 from synister_jax.tables import predictions, synapses
 
 # Neurons of so many predicted synapses, and of such a share of votes for the winner,
@@ -28,14 +29,6 @@ from synister_jax.tables import predictions, synapses
 N_MIN = (1, 10, 30, 100)
 CUTOFFS = (0.0, 0.5, 0.7, 0.9)
 RULE = "majority"
-
-
-class Interval(TypedDict):
-    """95 % intervals [low, high]; None where there is none to tell."""
-
-    accuracy: list[float] | None
-    mean_class_accuracy: list[float] | None
-    macro_f1: list[float] | None
 
 
 class SynapseNumbers(Summary):
@@ -107,7 +100,7 @@ def measure(
         "loss": calibration.loss(probabilities, truth),
         "synapses": {
             **accuracy.summary(accuracy.confusion(truth, called, k), classes),
-            "interval": _by_group(neuron_of, truth, called, k),
+            "interval": intervals.by_group(neuron_of, truth, called, k),
         },
         "neurons": {
             **neurons.summary(),
@@ -171,7 +164,7 @@ class _Groups:
     def intervals(self) -> Interval:
         """Of `summary`: of the accuracy Wilson's, of the means by drawing groups."""
         k, counted = len(self.tally.classes), (self.truth >= 0) & (self.called >= 0)
-        found = _by_group(np.arange(len(self)), self.truth, self.called, k)
+        found = intervals.by_group(np.arange(len(self)), self.truth, self.called, k)
         right = (self.truth == self.called)[counted]
         wilson = intervals.wilson(int(right.sum()), len(right))
         return {**found, "accuracy": wilson}
@@ -180,17 +173,6 @@ class _Groups:
         """A tenth of the labelled, predicted groups have fewer predicted synapses."""
         sizes = self.tally.predicted[(self.truth >= 0) & (self.called >= 0)]
         return int(np.ceil(np.quantile(sizes, 0.1))) if len(sizes) else None
-
-
-def _by_group(
-    groups: np.ndarray, truth: np.ndarray, called: np.ndarray, k: int
-) -> Interval:
-    found = intervals.by_group(groups, truth, called, k)
-    return {
-        "accuracy": found["accuracy"],
-        "mean_class_accuracy": found["mean_class_accuracy"],
-        "macro_f1": found["macro_f1"],
-    }
 
 
 def _regions(
