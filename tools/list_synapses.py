@@ -91,6 +91,7 @@ def _fetch(
         pages.append(folder / f"page-{len(pages):06d}.feather")
         files.write_feather(pages[-1], table)
         progress.add(len(table))
+    progress.close()
     return pages
 
 

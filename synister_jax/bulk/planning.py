@@ -223,6 +223,7 @@ class _Counted:
             columns = [code, first_row + kept, *starts.T.astype(np.int32)]
             yield pa.record_batch(list(map(pa.array, columns)), schema=_CODED)
             progress.add(len(table))
+        progress.close()
 
     def _keep_some(self, positions: np.ndarray, first_row: int) -> None:
         """Every stride-th row; the stride doubles as the rows turn out to be many."""

@@ -13,7 +13,6 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from scipy import optimize
 
 BINS = 15
 # Rows that are all right would be surer for ever: the lower bound ends that. At the
@@ -37,6 +36,8 @@ def fit(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
     1 where no other is better. One row, at least, must count.
     """
+    from scipy import optimize  # half a second to import
+
     probabilities, truth = known(probabilities, truth)
     logs = _logs(probabilities)
 

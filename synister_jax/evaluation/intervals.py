@@ -9,7 +9,6 @@ independent).
 from typing import TypedDict
 
 import numpy as np
-from scipy import stats
 
 DRAWS = 1_000
 LEVEL = 0.95
@@ -75,6 +74,8 @@ def wilson(right: int, count: int) -> list[float] | None:
     """
     if not count:
         return None
+    from scipy import stats  # SciPy's statistics take a second to import
+
     interval = stats.binomtest(right, count).proportion_ci(LEVEL, "wilson")
     return [float(interval.low), float(interval.high)]
 

@@ -141,6 +141,7 @@ def _rows(
         filtered = pa.table(columns, schema=schema).filter(pa.array(known))
         yield from filtered.combine_chunks().to_batches()
         progress.add(count)
+    progress.close()
 
 
 def _extend(side: Side, position_nm_zyx: np.ndarray) -> None:

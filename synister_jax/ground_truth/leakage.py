@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy import spatial
 
 from synister_jax.base.errors import UserError
 from synister_jax.em import spaces
@@ -82,6 +81,8 @@ def overlapping(
 
     Two crops do when their starts differ by less than the shape on every axis.
     """
+    from scipy import spatial  # half a second to import
+
     if not len(starts_vx_zyx) or not len(others_vx_zyx):
         return np.zeros(len(starts_vx_zyx), bool)
     shape = np.asarray(crop_shape_zyx)

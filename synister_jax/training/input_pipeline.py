@@ -9,7 +9,6 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-from scipy import spatial
 
 from synister_jax.base.errors import UserError
 from synister_jax.network import sharding
@@ -174,6 +173,8 @@ def acceptance(
       half_box_nm_zyx: n counts the synapses that differ by no more than this on every
         axis, itself included. On an axis with 0 only equal coordinates count.
     """
+    from scipy import spatial  # half a second to import
+
     scaled = np.empty(np.shape(positions_nm_zyx), np.float64)
     for axis, half in enumerate(half_box_nm_zyx):
         if half > 0:

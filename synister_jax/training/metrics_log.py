@@ -3,10 +3,13 @@
 
 import json
 import pathlib
+import struct
+import time
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from synister_jax.base import figures, files
 from synister_jax.base.errors import UserError
@@ -24,22 +27,41 @@ class MetricsLog:
         kept = [line for line in read(workdir) if line["step"] <= first_step]
         files.write_text(self._path, "".join(json.dumps(x) + "\n" for x in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
+        self._events = EventFileWriter(str(workdir / "events"))
+        # TensorBoard drops what earlier files say of this step and later ones.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(event_pb2.Event(step=first_step + 1, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         line = {"step": step} | dict(scalars)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        self._add_summary(
+            step,
+            *(
+                summary_pb2.Summary.Value(tag=name, simple_value=value)
+                for name, value in scalars.items()
+            ),
+        )
 
     def write_picture(self, step: int, name: str, picture: Figure) -> None:
         """As snapshots/<name>-<step>.png, and for TensorBoard; the figure is closed."""
         folder = files.make_folder(self._path.parent / "snapshots")
         content = figures.png(picture)
         files.write_bytes(folder / f"{name}-{step:08d}.png", content)
-        self._events.add_image(name, figures.pixels(content), step, dataformats="HWC")
+        width, height = struct.unpack(">II", content[16:24])  # of every PNG file
+        image = summary_pb2.Summary.Image(
+            width=width, height=height, encoded_image_string=content
+        )
+        self._add_summary(step, summary_pb2.Summary.Value(tag=name, image=image))
+
+    def _add_summary(self, step: int, *values: summary_pb2.Summary.Value) -> None:
+        summary = summary_pb2.Summary(value=values)
+        self._add(event_pb2.Event(step=step, summary=summary))
+
+    def _add(self, event: event_pb2.Event) -> None:
+        event.wall_time = time.time()
+        self._events.add_event(event)
         self._events.flush()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from synister_jax.base import figures, files
+from synister_jax.base import figures, files, progress
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.evaluation import metrics
@@ -24,7 +24,7 @@ _SNAPSHOT_EXAMPLES = 8
 def say(text: str) -> None:
     """Prints, in the first process alone."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        progress.say(text)
 
 
 class Monitor:
@@ -158,5 +158,6 @@ class Monitor:
         return scalars
 
     def close(self) -> None:
+        self._progress.close()
         if self._log:
             self._log.close()

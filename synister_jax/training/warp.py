@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
 
 # Two truncations that the original does not have bound the context a crop needs.
 # Displacements of control points are normal within 3 σ (0.3 % of draws lie beyond);
@@ -49,6 +48,8 @@ def upsampling(size: int, points: int, subsample: int) -> np.ndarray:
 
 def _zoom(values: np.ndarray, size: int, order: int) -> np.ndarray:
     factors = (size / len(values), 1)
+    from scipy import ndimage  # half a second to import, and needed once a run
+
     # `mirror` is the boundary of the spline's prefilter; no sample lies outside.
     return ndimage.zoom(values, factors, order=order, mode="mirror")
 
