@@ -21,13 +21,19 @@ import numpy as np
 from absl import flags
 
 from benchmarks import command_line
-from synister_jax import evaluate, train
 from synister_jax.base import command
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.evaluation import metrics
 from synister_jax.network import input_scaling, sharding
-from synister_jax.training import augment, input_pipeline, shards, validation
+from synister_jax.training import (
+    augment,
+    checkpoint_evaluation,
+    input_pipeline,
+    shards,
+    training_run,
+    validation,
+)
 
 _SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)
 _SEEDS = flags.DEFINE_multi_integer(
@@ -51,7 +57,7 @@ def main() -> None:
             raise UserError(f"config.{name} = {config[name]}: compared is only {off!r}")
     if config.model.network != "vgg3d":
         raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
-    train.check(config)
+    training_run.check(config)
     opened = input_pipeline.open_shards(config)
     part = validation.SplitPart.of(opened, config.split, "test")
     found: dict[str, list[dict]] = {"ours": [], "plain_loop": []}
@@ -86,8 +92,8 @@ def _of_ours(
     """Returns the numbers per synapse of our trainer's last checkpoint."""
     workdir = command_line.folder() / "run"
     shutil.rmtree(workdir, ignore_errors=True)
-    train.train(config.copy_and_resolve_references(), workdir)
-    [entry] = evaluate.evaluate(workdir, part.name)["checkpoints"]
+    training_run.train(config.copy_and_resolve_references(), workdir)
+    [entry] = checkpoint_evaluation.evaluate(workdir, part.name)["checkpoints"]
     return {key: entry[f"synapse_{key}"] for key in _NUMBERS}
 
 

@@ -34,7 +34,7 @@ from absl import flags
 
 from benchmarks import side_by_side
 from synister_jax.base import command, files
-from synister_jax.bulk import merging, planning, unit_results
+from synister_jax.bulk import merging, options, planning, unit_results
 from synister_jax.bulk.planning import Plan
 from synister_jax.em import volumes
 from synister_jax.evaluation import confusions, group_calls, vote_tallies, voting_rules
@@ -180,7 +180,7 @@ def _plan(folder: pathlib.Path) -> None:
     made_from = {"classes": [f"class{i}" for i in range(_CLASSES)], "views": 1}
     made_from |= {"parameters_sha256": [""], "batch_size": 32, "part": None}
     output = files.make_folder(folder / "output")
-    planning.make(source, volume, _CROP_ZYX, output, planning.UNIT_ROWS, made_from)
+    planning.make(source, volume, _CROP_ZYX, output, options.UNIT_ROWS, made_from)
 
 
 def _merge(folder: pathlib.Path) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import ml_collections
 import numpy as np
 
 from benchmarks import command_line, made_inputs
-from synister_jax import train
 from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint, inference, model, sharding
-from synister_jax.training import loss_and_optimizer
+from synister_jax.training import loss_and_optimizer, train_step
 
 
 def classifier(batch_size: int) -> inference.Classifier:
@@ -56,7 +55,7 @@ class Network:
         self._optimizer = loss_and_optimizer.make_optimizer(config)
         where = sharding.replicated(self._mesh)
         init = jax.jit(
-            lambda key: train.create_state(key, config, self._optimizer),
+            lambda key: train_step.create_state(key, config, self._optimizer),
             out_shardings=where,
             compiler_options={"xla_backend_optimization_level": 1},  # it runs once
         )
@@ -75,7 +74,7 @@ class Network:
         """Returns what does one step with a batch of random crops, for its loss."""
         network = model.from_config(config, sharding.head_input(self._mesh))
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        step_fn = train.jit_step(config, network, self._optimizer, placed)
+        step_fn = train_step.jit_step(config, network, self._optimizer, placed)
         records, labels = made_inputs.batch(config)
         batch = {"crop": records, "label": labels}
         batch = jax.device_put(batch, sharding.batch(self._mesh))

@@ -19,9 +19,9 @@ from absl import flags
 from synister_jax.base import command, files, table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions, group_calls, vote_tallies, voting_rules
-from synister_jax.evaluation.vote_tallies import COLUMNS
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
+from synister_jax.tables.synapses import GROUP_COLUMNS
 
 
 def threshold(text: str, source: Predictions) -> float:
@@ -55,7 +55,7 @@ def threshold(text: str, source: Predictions) -> float:
 
 def main() -> None:
     path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
-    by_ = flags.DEFINE_enum("by", "neuron", list(COLUMNS), "What to call.")
+    by_ = flags.DEFINE_enum("by", "neuron", list(GROUP_COLUMNS), "What to call.")
     rule_names = flags.DEFINE_list(
         "rule", ["majority"], f"How to call it: of {', '.join(voting_rules.RULES)}."
     )

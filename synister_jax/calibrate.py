@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fits a checkpoint's temperature on validation; checks it on test.
+r"""Fits a checkpoint's temperature on validation; checks it on test.
 
     python -m synister_jax.evaluate  --workdir=RUN --part=validation --steps=best
     python -m synister_jax.calibrate --workdir=RUN --steps=best [--precision=0.95]
@@ -27,183 +27,11 @@ those of test, and writes check-test-step-<n>.json and .png. Either JSON file ha
 
 import math
 import pathlib
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from absl import flags
 
-from synister_jax.base import command, figures, files
+from synister_jax.base import command
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import calibration, intervals
-from synister_jax.network import checkpoint, saved_calibration
-from synister_jax.tables import predictions, synapses
-
-
-def fit(workdir: pathlib.Path, step: int, precision_target: float) -> dict[str, Any]:
-    """Writes what is fitted on validation; returns what the JSON file says.
-
-    Raises:
-      UserError: the checkpoint was not evaluated on validation, or on no labelled
-        synapse.
-    """
-    identity, probabilities, truth = _evaluated(
-        workdir, step, saved_calibration.FITTED_ON
-    )
-    temperature = calibration.fit(probabilities, truth)
-    curve = calibration.Curve.of(calibration.apply(probabilities, temperature), truth)
-    abstain_below = curve.lowest(precision_target)
-    fitted = {
-        "temperature": temperature,
-        "precision_target": precision_target,
-        "abstain_below": abstain_below,
-    }
-    measured = identity | _measure(probabilities, truth, identity["classes"], fitted)
-    path = saved_calibration.path_of(workdir, step)
-    picture = path.with_name(f"reliability-step-{step}.png")
-    _write(path, picture, measured)
-    if temperature in calibration.BOUNDS:
-        print(f"step {step}: the temperature is at its bound, {temperature:g}")
-    if abstain_below is None:
-        best = int(curve.precision.argmax())
-        print(
-            f"step {step}: no threshold keeps {precision_target:g} right; the most is "
-            f"{curve.precision[best]:.3f}, of {curve.kept[best]:,} synapses at or "
-            f"above {curve.threshold[best]:.3f}"
-        )
-    return measured
-
-
-def check(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
-    """Measures what was fitted on validation on another part; nothing is fitted.
-
-    Raises:
-      UserError: nothing was fitted, or not on the same crops; the checkpoint was not
-        evaluated on that part.
-    """
-    path, fitted = (
-        saved_calibration.path_of(workdir, step),
-        saved_calibration.read(workdir, step),
-    )
-    identity, probabilities, truth = _evaluated(workdir, step, part)
-    for name in ("classes", "split", "crops", "parameters_sha256"):
-        if identity[name] != fitted[name]:
-            raise UserError(
-                f"{path} was fitted with {name} {fitted[name]}, {part} was evaluated "
-                f"with {identity[name]}; evaluate both again, calibrate, and check then"
-            )
-    names = ("temperature", "precision_target", "abstain_below")
-    kept = {name: fitted[name] for name in names}
-    measured = identity | _measure(probabilities, truth, identity["classes"], kept)
-    path = path.with_name(f"check-{part}-step-{step}.json")
-    _write(path, path.with_suffix(".png"), measured)
-    return measured
-
-
-def _evaluated(
-    workdir: pathlib.Path, step: int, part: str
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """(identity, probabilities [n, k], truth [n]) of the rows that count."""
-    folder = workdir / "evaluation" / part / f"step-{step}"
-    again = (
-        f"run python -m synister_jax.evaluate --workdir={workdir} --part={part} "
-        f"--steps={step} first"
-    )
-    # Written last: a folder with it is complete.
-    if not (folder / "metrics.json").exists():
-        raise UserError(f"{folder}/metrics.json is not there; {again}")
-    metrics = files.read_json(folder / "metrics.json")
-    table = predictions.load(folder / "predictions.feather")
-    about = predictions.about(table)
-    _require_one_evaluation(folder, metrics, about, step, part, again)
-    classes = predictions.classes(table)
-    probabilities, truth = calibration.known(
-        predictions.probabilities(table), synapses.labels(table, classes)
-    )
-    if not len(truth):
-        raise UserError(
-            f"{folder}/predictions.feather has no labelled synapse with a prediction"
-        )
-    identity = {name: metrics[name] for name in ("step", "split", "crops", "part")}
-    identity["classes"] = list(classes)
-    identity["parameters_sha256"] = about.get("parameters_sha256")
-    return identity, probabilities, truth
-
-
-def _require_one_evaluation(
-    folder: pathlib.Path,
-    metrics: dict[str, Any],
-    about: dict[str, Any],
-    step: int,
-    part: str,
-    again: str,
-) -> None:
-    """Raises `UserError` for files that were put together by hand."""
-    expected = {"step": step, "part": part, "split": metrics.get("split")}
-    for name, value in expected.items():
-        for file, said in (("metrics.json", metrics), ("predictions.feather", about)):
-            if said.get(name) != value:
-                raise UserError(
-                    f"{folder}/{file} is of {name} {said.get(name)}, not of {value}; "
-                    f"{again}"
-                )
-
-
-def _measure(
-    probabilities: np.ndarray,
-    truth: np.ndarray,
-    classes: Sequence[str],
-    fitted: dict[str, Any],
-) -> dict[str, Any]:
-    """What the files say beyond whose predictions they are; see the module."""
-    after = calibration.apply(probabilities, fitted["temperature"])
-    curve = calibration.Curve.of(after, truth)
-    threshold = fitted["abstain_below"]
-    coverage = precision = of_classes = None
-    if threshold is not None:
-        coverage, precision = curve.at(threshold)
-        found = calibration.by_class(after, truth, threshold)
-        of_classes = {
-            name: {"kept": kept, "precision": right}
-            for name, (kept, right) in zip(classes, found, strict=True)
-        }
-    return {
-        "rows": len(truth),
-        **fitted,
-        "coverage": coverage,
-        "precision": precision,
-        "by_class": of_classes,
-        **{
-            when: {"loss": calibration.loss(values, truth)}
-            | calibration.reliability(values, truth)
-            for when, values in (("before", probabilities), ("after", after))
-        },
-        "curve": curve.points(),
-    }
-
-
-def _write(path: pathlib.Path, picture: pathlib.Path, measured: dict[str, Any]) -> None:
-    files.make_folder(path.parent)
-    rows, part, step = measured["rows"], measured["part"], measured["step"]
-    title = f"{part}, step {step}: {rows:,} synapses"
-    content = figures.png(figures.calibration(measured, title, intervals.wilson))
-    files.write_bytes(picture, content)
-    files.write_json(path, measured)
-    before, after = measured["before"], measured["after"]
-    line = (
-        f"step {step}, {rows:,} synapses of {part}: temperature "
-        f"{measured['temperature']:.3f}; ECE {before['ece']:.3f} → {after['ece']:.3f}, "
-        f"loss {before['loss']:.3f} → {after['loss']:.3f}"
-    )
-    if measured["abstain_below"] is not None:
-        precision = measured["precision"]
-        shown = "none" if precision is None else f"{precision:.3f}"
-        line += (
-            f"; at or above {measured['abstain_below']:.3f} are "
-            f"{measured['coverage']:.3f} of them, {shown} right (asked "
-            f"{measured['precision_target']:g})"
-        )
-    print(f"{line}; {path}", flush=True)
 
 
 def main() -> None:
@@ -225,14 +53,17 @@ def main() -> None:
             raise UserError("--precision means nothing with --check; leave it out")
         if math.isnan(precision.value):
             raise UserError("--precision=nan: give a share, from 0 to 1")
+        # JAX takes seconds to import: --help and wrong flags answer without it.
+        from synister_jax.network import calibrating, checkpoint
+
         folder = pathlib.Path(workdir.value)
         chosen = checkpoint.parse_steps(folder, steps.value)
         for given in chosen or (None,):
             step = checkpoint.choose_step(folder, given)
             if part.value is None:
-                fit(folder, step, precision.value)
+                calibrating.fit(folder, step, precision.value)
             else:
-                check(folder, step, part.value)
+                calibrating.check(folder, step, part.value)
 
     command.run(run)
 

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax.base import command, figures, files, output_folders, sql
+from synister_jax.base import command, files, output_folders, sql
 from synister_jax.base.errors import UserError
 from synister_jax.exchange import agreement, joining, published
 from synister_jax.exchange.joining import Side
@@ -295,6 +295,8 @@ def _write(
     found: agreement.Agreement,
     neurons: agreement.Neurons,
 ) -> None:
+    from synister_jax.base import figures  # takes half a second to import
+
     names = [f"{x.upper()}: {pathlib.Path(result[x]['file']).name}" for x in "ab"]
     numbers = result["synapses"]
     title = f"{numbers['count']:,} synapses, {numbers['agreement']:.3f} called alike"

@@ -16,16 +16,15 @@ import pathlib
 import numpy as np
 import pyarrow as pa
 from absl import flags
-from scipy import stats
 
 from synister_jax.base import command, files, table_metadata
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions, mixtures, vote_tallies
 from synister_jax.evaluation.confusions import Confusion
 from synister_jax.evaluation.mixtures import CallModel
-from synister_jax.evaluation.vote_tallies import COLUMNS
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
+from synister_jax.tables.synapses import GROUP_COLUMNS
 
 # What the units of a group are: calls of `evaluate` at that level are confused so. A
 # brain region is not here: nobody expects one transmitter of it.
@@ -59,12 +58,12 @@ def units(
     """
     neurons = vote_tallies.of(source, "neuron", folder)
     if by == "neuron":
-        return neurons.groups[COLUMNS[by]].combine_chunks(), neurons.counts
+        return neurons.groups[GROUP_COLUMNS[by]].combine_chunks(), neurons.counts
     names, counts = vote_tallies.calls_of_neurons(neurons, by, n_min)
     if not len(names):
         raise UserError(
-            f"{source.path} names no {by.replace('_', ' ')}: its column {COLUMNS[by]} "
-            "is empty"
+            f"{source.path} names no {by.replace('_', ' ')}: its column "
+            f"{GROUP_COLUMNS[by]} is empty"
         )
     predicted = neurons.predicted
     if small := int(((predicted > 0) & (predicted < n_min)).sum()):
@@ -165,6 +164,8 @@ def judge(
     p, q = np.ones(len(total)), np.ones(len(total))
     if tested.any():
         p[tested] = mixtures.p_values(counts[tested], model, draws)
+        from scipy import stats  # takes a second to import
+
         q[tested] = stats.false_discovery_control(p[tested], method="bh")
     nothing, names = total == 0, np.asarray(classes)
     verdict = np.select(
@@ -261,7 +262,7 @@ def main() -> None:
         with files.scratch(output.value) as folder:
             groups, counts = units(source, by.value, folder, least)
         table = judge(counts, expected, source.classes, fdr.value, draws.value)
-        table = table.add_column(0, COLUMNS[by.value], groups)
+        table = table.add_column(0, GROUP_COLUMNS[by.value], groups)
         about = {
             "classes": list(source.classes),
             "by": by.value,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicts every synapse of a table, or every point of a grid, in a volume.
+r"""Predicts every synapse of a table, or every point of a grid, in a volume.
 
     python -m synister_jax.predict --workdir=RUN --synapses=TABLE --volume=URI \
         --output=DIR [--dry_run]
@@ -15,252 +15,46 @@ kill the command at any moment and rerun it. --calibrated takes the temperature 
 `synister_jax.calibrate` fitted to the checkpoint.
 """
 
-import dataclasses
-import functools
-import pathlib
-import sys
-from collections.abc import Sequence
-from typing import Any
-
-import jax
 from absl import flags
 
 from synister_jax.base import command
 from synister_jax.base.errors import UserError
-from synister_jax.base.progress import Progress
-from synister_jax.bulk import (
-    dask_cluster,
-    estimate,
-    execution,
-    grids,
-    merging,
-    planning,
-    unit_results,
-    worker_inputs,
-)
-from synister_jax.bulk.planning import Plan
-from synister_jax.bulk.worker_inputs import Inputs
-from synister_jax.em import volumes
-from synister_jax.network import checkpoint, inference, saved_calibration
-from synister_jax.tables import reading
-from synister_jax.tables.synapse_stream import SynapseStream
+from synister_jax.bulk.options import FORMATS, MOST_UNIT_ROWS, UNIT_ROWS, Options
 
 
-def units_of(text: str | None, count: int) -> range:
-    """The units of `--units=I/N`, I from 0: the I-th of N runs of neighbours."""
-    if text is None:
-        return range(count)
-    index, _, shares = text.partition("/")
-    if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
-        raise UserError(f"--units={text}: give I/N with I from 0 to N - 1, as 3/16")
-    i, n = int(index), int(shares)
-    return range(count * i // n, count * (i + 1) // n)
-
-
-def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str, int]]:
-    """(workdir, step) of every step in every run; the latest step where none is given.
-
-    Raises:
-      UserError: a run without such a checkpoint.
-    """
-    members = []
-    step: int | None
-    for workdir in workdirs:
-        folder = pathlib.Path(workdir)
-        checkpoint.load_config(folder)  # whether it is a run at all
-        for text in steps or (None,):
-            if text == "best":
-                step = checkpoint.best_step(folder)
-            elif text is None or text.isdecimal():
-                step = None if text is None else int(text)
-            else:
-                raise UserError(f"--step={text}: give a number or `best`")
-            members.append((workdir, checkpoint.choose_step(folder, step)))
-    if not members:
-        raise UserError("--workdir is empty; give the folder of a run")
-    return members
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command is asked to do, as its flags say it."""
-
-    workdirs: list[str]
-    steps: list[str]
-    volume: str
-    output: str
-    synapses: str | None
-    split: str
-    part: str | None
-    roi_nm_zyx: list[str] | None
-    step_nm_zyx: list[str] | None
-    voxel_size_nm_zyx: list[str] | None
-    batch_size: int
-    views: int
-    calibrated: bool
-    unit_rows: int
-    units: str | None
-    cluster: str | None
-    workers: int
-    file_format: str
-    dry_run: bool
-    retry_missing: bool
-
-    @classmethod
-    def of_flags(cls) -> "Options":
-        """Raises `UserError` for flags that do not go together."""
-        given = flags.FLAGS
-        if (given.synapses is None) == (given.roi_nm_zyx is None):
-            raise UserError("give either --synapses or --roi_nm_zyx with --step_nm_zyx")
-        on_grid = given.roi_nm_zyx is not None
-        useless = ["part", "split", "format"] if on_grid else ["step_nm_zyx"]
-        useless += ["workers"] if given.cluster is None else []
-        for name in useless:
-            if given[name].present:
-                raise UserError(f"--{name} means nothing here; leave it out")
-        others = {"workdirs": "workdir", "steps": "step", "views": "tta"}
-        others |= {"file_format": "format"}
-        names = {field.name: field.name for field in dataclasses.fields(cls)} | others
-        values: dict[str, Any] = {
-            name: given[flag].value for name, flag in names.items()
-        }
-        return cls(**values | {"views": int(given.tta)})
-
-    def source(self) -> tuple[SynapseStream, grids.Grid | None]:
-        """The rows to predict, and the grid whose points they are, if it is one."""
-        if self.roi_nm_zyx is not None:
-            grid = grids.Grid.of(self.roi_nm_zyx, self.step_nm_zyx or [])
-            name = f"grid {self.roi_nm_zyx} every {self.step_nm_zyx}"
-            return SynapseStream(name, grid.batches), grid
-        assert self.synapses is not None  # of_flags
-        part = None if self.part is None else (self.split, self.part)
-        return reading.open(self.synapses, part), None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prediction:
-    """All that is open while the command runs."""
-
-    inputs: Inputs
-    classifier: inference.Classifier
-    volume: volumes.Volume
-    source: SynapseStream
-    grid: grids.Grid | None
-    abstain_below: float | None
-    plan: Plan
-
-    @classmethod
-    def open(cls, options: Options) -> "_Prediction":
-        """Opens run, table and volume, and plans; what is quick to refuse comes first.
-
-        Raises:
-          UserError: an option is wrong, or something cannot be opened.
-        """
-        source, grid = options.source()
-        size = None
-        if (texts := options.voxel_size_nm_zyx) is not None:
-            size = command.three_numbers("voxel_size_nm_zyx", texts, True)
-        units_of(options.units, 0)
-        if options.cluster is not None:
-            dask_cluster.check(options.cluster)
-            jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
-        members = members_of(options.workdirs, options.steps)
-        fitted = None
-        if options.calibrated:
-            fitted = saved_calibration.load(members, options.views)
-        opening = Inputs(
-            members=tuple(members),
-            batch_size=options.batch_size,
-            views=options.views,
-            volume=options.volume,
-            voxel_size_nm_zyx=size,
-            output=options.output,
-            retry_missing=options.retry_missing,
-            temperature=fitted["temperature"] if fitted else None,
-        )
-        classifier, volume = opening.open()
-        if fitted:
-            [member] = classifier.members
-            saved_calibration.require_parameters(fitted, member["parameters_sha256"])
-        plan = planning.of_classifier(
-            classifier, source, volume, pathlib.Path(options.output), options.unit_rows
-        )
-        below = fitted["abstain_below"] if fitted else None
-        return cls(opening, classifier, volume, source, grid, below, plan)
-
-
-def predict(options: Options) -> None:
-    """Plans, executes what is left to do, and merges; prints what happens.
-
-    Raises:
-      UserError: an option is wrong, something cannot be opened, read or written. What
-        is finished stays.
-    """
-    prediction = _Prediction.open(options)
-    plan = prediction.plan
-    # A warning only: every row is answered, those outside too.
-    if plan.about["doubt"]:
-        print(f"warning: {plan.about['doubt']}", file=sys.stderr)
-    if options.dry_run:
-        print(estimate.text(plan, prediction.classifier, prediction.volume))
-        return
-    mine = units_of(options.units, len(plan))
-    _execute(prediction, mine, options)
-    if options.units is not None:
-        shown = f"units {mine.start} to {mine.stop - 1}" if mine else "none"
-        print(
-            f"{shown} of {len(plan)} units: done; when all are, run the same "
-            "command without --units to merge them"
-        )
-        return
-    _merge(prediction, options)
-
-
-def _execute(prediction: _Prediction, mine: range, options: Options) -> None:
-    """Does those of the units that are not done, here or on the cluster's workers."""
-    plan = prediction.plan
-    left = unit_results.unfinished(plan, mine, options.retry_missing)
-    rows = sum(map(plan.size, mine))
-    done = rows - sum(left.values())
-    progress = Progress("predict", rows, "synapses", done=done)
-    if options.cluster is None:
-        times = execution.execute(
-            plan,
-            list(left),
-            prediction.classifier,
-            prediction.volume,
-            progress,
-            options.retry_missing,
-        )
-    else:
-        do = functools.partial(
-            worker_inputs.execute_unit, prediction.inputs.elsewhere(plan)
-        )
-        times = dask_cluster.execute(
-            do, list(left), options.cluster, options.workers, progress
-        )
-    if left:
-        whose = "" if options.cluster is None else " of all workers together"
-        print(f"predict: {times.text(whose)}")
-
-
-def _merge(prediction: _Prediction, options: Options) -> None:
-    record = merging.finish(
-        prediction.plan,
-        prediction.classifier,
-        prediction.source,
-        prediction.volume,
-        options.file_format,
-        prediction.grid,
-        prediction.abstain_below,
+def _options() -> Options:
+    """What the flags ask for; `UserError` for flags that do not go together."""
+    given = flags.FLAGS
+    if (given.synapses is None) == (given.roi_nm_zyx is None):
+        raise UserError("give either --synapses or --roi_nm_zyx with --step_nm_zyx")
+    on_grid = given.roi_nm_zyx is not None
+    useless = ["part", "split", "format"] if on_grid else ["step_nm_zyx"]
+    useless += ["workers"] if given.cluster is None else []
+    for name in useless:
+        if given[name].present:
+            raise UserError(f"--{name} means nothing here; leave it out")
+    return Options(
+        workdirs=given.workdir,
+        steps=given.step,
+        volume=given.volume,
+        output=given.output,
+        synapses=given.synapses,
+        split=given.split,
+        part=given.part,
+        roi_nm_zyx=given.roi_nm_zyx,
+        step_nm_zyx=given.step_nm_zyx,
+        voxel_size_nm_zyx=given.voxel_size_nm_zyx,
+        batch_size=given.batch_size,
+        views=int(given.tta),
+        calibrated=given.calibrated,
+        unit_rows=given.unit_rows,
+        units=given.units,
+        cluster=given.cluster,
+        workers=given.workers,
+        file_format=given.format,
+        dry_run=given.dry_run,
+        retry_missing=given.retry_missing,
     )
-    shown = ", ".join(f"{n:,} {name}" for name, n in record["status"].items())
-    print(f"{options.output}/{record['file']}: {record['rows']:,} rows: {shown}")
-    if record["unreadable_chunks"]:
-        print(
-            f"{record['unreadable_chunks']:,} chunks could not be read, see "
-            f"{options.output}/unreadable_chunks.csv; --retry_missing tries again"
-        )
 
 
 def _define_flags() -> None:
@@ -289,10 +83,10 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer(
         "unit_rows",
-        planning.UNIT_ROWS,
+        UNIT_ROWS,
         "Synapses of a work unit.",
         1,
-        planning.MOST_UNIT_ROWS,
+        MOST_UNIT_ROWS,
     )
     flags.DEFINE_string("units", None, "Do the I-th of N shares only: I/N.")
     flags.DEFINE_string(
@@ -303,7 +97,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer(
         "workers", 2, "Workers of --cluster=local, slurm or lsf.", lower_bound=1
     )
-    flags.DEFINE_enum("format", "feather", list(merging.FORMATS), "Of the predictions.")
+    flags.DEFINE_enum("format", "feather", list(FORMATS), "Of the predictions.")
     flags.DEFINE_bool("dry_run", False, "Plan, and say what it will take.")
     flags.DEFINE_bool("retry_missing", False, "Do rows again whose data was missing.")
     flags.mark_flags_as_required(["workdir", "volume", "output"])
@@ -311,7 +105,15 @@ def _define_flags() -> None:
 
 def main() -> None:
     _define_flags()
-    command.run(lambda: predict(Options.of_flags()))
+
+    def run() -> None:
+        options = _options()
+        # JAX takes seconds to import: --help and wrong flags answer without it.
+        from synister_jax.bulk import prediction
+
+        prediction.predict(options)
+
+    command.run(run)
 
 
 if __name__ == "__main__":

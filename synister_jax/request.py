@@ -25,7 +25,7 @@ from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.evaluation import group_calls
-from synister_jax.ondemand import answering, questions, sources
+from synister_jax.ondemand import answer_record, questions, sources
 from synister_jax.tables import predictions
 
 _SHOWN = 20  # neurons that are printed
@@ -91,6 +91,9 @@ def main() -> None:
         settings = sources.settings(
             source.value, credentials.value, synapses=table.value
         )
+        # JAX takes seconds to import: --help and wrong flags answer without it.
+        from synister_jax.ondemand import answering
+
         run_folder, folder = pathlib.Path(workdir.value), pathlib.Path(output.value)
         network = answering.OpenNetwork.open(
             run_folder,
@@ -117,8 +120,8 @@ def main() -> None:
 
 def _step(folder: pathlib.Path, text: str) -> str:
     """With `best`, an answer goes on with the step it began with: training may, too."""
-    if text == "best" and (folder / answering.REQUEST).exists():
-        return str(files.read_json(folder / answering.REQUEST).get("step", text))
+    if text == "best" and (folder / answer_record.REQUEST).exists():
+        return str(files.read_json(folder / answer_record.REQUEST).get("step", text))
     return text
 
 

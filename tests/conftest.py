@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import train
 from synister_jax.em import volumes
 from synister_jax.tables import synapses
 from synister_jax.tables.mongo import databases
+from synister_jax.training import training_run
 from tests.helpers import mongo_server
 from tests.helpers.small_data import (
     CLASSES,
@@ -93,7 +93,7 @@ def short_run(
 ) -> pathlib.Path:
     """Steps 10 and 20: sure enough of themselves that confusions would show."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    train.train(short_config, folder)
+    training_run.train(short_config, folder)
     return folder
 
 
@@ -108,7 +108,7 @@ def trained_run(
     config.eval_every_steps = 20
     config.checkpoint_every_steps = 20
     folder = tmp_path_factory.mktemp("run") / "run"
-    train.train(config, folder)
+    training_run.train(config, folder)
     return folder
 
 

@@ -10,7 +10,6 @@ it.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import spatial
 
 VOXEL_NM_ZYX = (40, 4, 4)
 # The two knobs of difficulty: the share of synapses drawn as a mixture with another
@@ -109,6 +108,8 @@ def _scatter(
     fits = (((tries - centre_nm) / room_nm) ** 2).sum(axis=2) < 1
     distance_nm = np.linalg.norm(tries, axis=2)
     fits &= (distance_nm > 25 + vesicles[:, 3:4]) & (distance_nm < 130)
+    from scipy import spatial  # takes half a second to import
+
     kept: list[int] = []
     for index, vesicle in enumerate(vesicles):
         places, placed = tries[index, fits[index]], vesicles[kept]

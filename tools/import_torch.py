@@ -15,13 +15,11 @@ import math
 import pathlib
 import re
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from synister_jax.base import command
 from synister_jax.base.errors import UserError
-from synister_jax.network import checkpoint, torch_weights
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/skeleton.py", lock_config=True
@@ -37,6 +35,11 @@ _STEP = flags.DEFINE_integer(
 
 
 def main() -> None:
+    # JAX and PyTorch take seconds to import: --help answers without them.
+    import jax
+
+    from synister_jax.network import checkpoint, torch_weights
+
     path = pathlib.Path(_CHECKPOINT.value)
     step = _STEP.value if _STEP.value is not None else _step_of(path)
     config = _CONFIG.value

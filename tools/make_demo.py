@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import demo_em
 import demo_synapses
 import numpy as np
 from absl import flags
@@ -227,6 +226,8 @@ def _write_volume(
     shape_zyx = tuple(parameters["shape_zyx"])
     volume = np.empty(shape_zyx, np.uint8)
     progress = Progress("painting", shape_zyx[0], "sections")
+    import demo_em  # it imports SciPy, which takes a second
+
     sections = demo_em.paint(parameters["seed"], shape_zyx, synapses, background)
     for z, section in enumerate(sections):
         volume[z] = section

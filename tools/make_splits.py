@@ -10,21 +10,23 @@ it and without `--by`, the split that is there is reported on.
 """
 
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from synister_jax.base import command, figures, files, table_metadata
+from synister_jax.base import command, files, table_metadata
 from synister_jax.base.errors import UserError
-from synister_jax.ground_truth import leakage, splits
 from synister_jax.tables import columns, file_formats, reading, synapses
+
+if TYPE_CHECKING:
+    from synister_jax.ground_truth import splits
 
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Of the split.", required=True)
 _BY = flags.DEFINE_enum(
-    "by", None, list(splits.GROUP_COLUMNS), "What is never in two parts."
+    "by", None, list(synapses.GROUP_COLUMNS), "What is never in two parts."
 )
 _FRACTIONS = flags.DEFINE_list(
     "fractions", ["0.64", "0.16", "0.20"], "Of train, validation and test."
@@ -83,6 +85,8 @@ def _split(table: pa.Table, by: str) -> pa.Table:
                 "--overwrite to replace it, or another --name"
             )
         table = table.drop_columns([column])
+    from synister_jax.ground_truth import splits  # takes a second to import
+
     hold_out = None if _HOLD_OUT.value is None else _ids(_HOLD_OUT.value)
     fractions = command.three_numbers("fractions", _FRACTIONS.value)
     scheme = splits.Scheme(
@@ -135,7 +139,7 @@ def _ids(path: str) -> np.ndarray:
     return values
 
 
-def _print(split: splits.Split) -> None:
+def _print(split: "splits.Split") -> None:
     unit = _BALANCE.value
     print(f"{'class':<16}" + "".join(f"{part:>28}" for part in synapses.PARTS))
     for name, counts, targets in zip(
@@ -160,6 +164,9 @@ def _print(split: splits.Split) -> None:
 
 
 def _report(table: pa.Table, folder: pathlib.Path) -> None:
+    from synister_jax.base import figures  # these take a second to import
+    from synister_jax.ground_truth import leakage
+
     shape = [
         int(size) for size in command.three_numbers("crop_shape_zyx", _CROP_SHAPE.value)
     ]

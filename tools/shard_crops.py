@@ -17,9 +17,6 @@ from ml_collections import config_flags
 
 from synister_jax.base import command
 from synister_jax.base.errors import UserError
-from synister_jax.em import spaces, volumes
-from synister_jax.tables import reading, synapses
-from synister_jax.training import augment, cutting, pseudo_classes, shards
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
@@ -33,6 +30,11 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
+    # JAX takes seconds to import: --help and wrong flags answer without it.
+    from synister_jax.em import spaces, volumes
+    from synister_jax.tables import reading, synapses
+    from synister_jax.training import augment, cutting, pseudo_classes, shards
+
     config = _CONFIG.value
     table = reading.load(_SYNAPSES.value)
     volume = volumes.open(_VOLUME.value, config.voxel_size_nm_zyx)

@@ -11,13 +11,11 @@ sections. They are exactly what training gets from the same config and shards.
 
 import pathlib
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from synister_jax.base import command, figures, files
-from synister_jax.training import augment, input_pipeline
+from synister_jax.base import command, files
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)
@@ -33,6 +31,12 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
+    # JAX takes seconds to import: --help and wrong flags answer without it.
+    import jax
+
+    from synister_jax.base import figures
+    from synister_jax.training import augment, input_pipeline
+
     config = _CONFIG.value
     config.shards, config.seed = _SHARDS.value, _SEED.value
     config.batch_size = _EXAMPLES.value

@@ -400,9 +400,3 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def pixels(png_content: bytes) -> np.ndarray:
-    """uint8 [height, width, 3] of a PNG."""
-    image = plt.imread(io.BytesIO(png_content), format="png")
-    return (image[..., :3] * 255).round().astype(np.uint8)

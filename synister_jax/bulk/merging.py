@@ -25,6 +25,7 @@ from synister_jax.base import files, sql
 from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.bulk import grids, planning, unit_results
+from synister_jax.bulk.options import FORMATS
 from synister_jax.bulk.planning import Plan, PlanRecord
 from synister_jax.em import crops
 from synister_jax.em.volumes import Volume
@@ -168,10 +169,7 @@ def write_parquet(folder: pathlib.Path, answer: Iterator[pa.Table]) -> None:
 
 
 Write = Callable[[pathlib.Path, Iterator[pa.Table]], None]
-FORMATS: dict[str, tuple[str, Write]] = {
-    "feather": ("predictions.feather", write_feather),
-    "parquet": ("predictions.parquet", write_parquet),
-}
+WRITERS: dict[str, Write] = {"feather": write_feather, "parquet": write_parquet}
 
 
 def finish(
@@ -191,7 +189,7 @@ def finish(
     not finite), which have no probabilities.
 
     Args:
-      file_format: of `FORMATS`.
+      file_format: of `options.FORMATS`.
       grid: the source is its points: they are written as a Zarr volume.
       abstain_below: told with the temperature, where there is one (calibrate.py).
     """
@@ -214,9 +212,9 @@ def finish(
                 plan.folder / name, grid, classifier.classes, pieces, about
             )
         else:
-            name, write = FORMATS[file_format]
-            write(plan.folder / name, answer)
-        for other, _ in FORMATS.values():
+            name = FORMATS[file_format]
+            WRITERS[file_format](plan.folder / name, answer)
+        for other in FORMATS.values():
             if other != name:  # an answer in another format, before the last retry
                 files.remove(plan.folder / other)
         _write_unreadable(plan.folder, merged)

@@ -23,16 +23,13 @@ from pyarrow import parquet
 
 from synister_jax.base import files, output_folders, sql
 from synister_jax.base.progress import Progress
+from synister_jax.bulk.options import UNIT_ROWS
 from synister_jax.em import crops, spaces
 from synister_jax.em.volumes import Volume
 from synister_jax.network.inference import Classifier
 from synister_jax.tables import predictions, synapse_stream, synapses
 from synister_jax.tables.synapse_stream import SynapseStream
 
-# A unit is written, and lost by a kill, as a whole: seconds on an accelerator, an hour
-# of the published network on two CPU cores. A brain has some ten thousand.
-UNIT_ROWS = 16_384
-MOST_UNIT_ROWS = 1 << 24  # a unit is in memory
 _START = [(name, pa.int32()) for name in ("start_z_vx", "start_y_vx", "start_x_vx")]
 _UNIT = pa.schema([("row", pa.int64()), *_START])
 _CODED = pa.schema([("code", pa.int64()), *_UNIT])

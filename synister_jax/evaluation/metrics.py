@@ -151,7 +151,7 @@ class _Groups:
 
     def rows_of(self, table: pa.Table) -> np.ndarray:
         """The group of each row of `table`, [rows] int32; -1 for none."""
-        name = vote_tallies.COLUMNS[self.tally.by]
+        name = synapses.GROUP_COLUMNS[self.tally.by]
         names = self.tally.groups[name].combine_chunks()
         found = pc.index_in(table[name], value_set=names)
         return pc.fill_null(found, -1).to_numpy().astype(np.int32)

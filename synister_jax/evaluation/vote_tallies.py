@@ -18,13 +18,8 @@ from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
+from synister_jax.tables.synapses import GROUP_COLUMNS
 
-COLUMNS = {
-    "neuron": "neuron_id",
-    "hemilineage": "hemilineage",
-    "cell_type": "cell_type",
-    "brain_region": "brain_region",
-}
 # Of a neuron: the one value that all its synapses name.
 _OF_NEURON = ("hemilineage", "cell_type")
 WEIGHT = "cleft_score"
@@ -34,7 +29,7 @@ WEIGHT = "cleft_score"
 class Tally:
     """Sums over the synapses of n groups, in ascending order of the groups.
 
-    `groups` has a row a group: its column (`COLUMNS`), `synapses` (all rows),
+    `groups` has a row a group: its column (`GROUP_COLUMNS`), `synapses` (all rows),
     `predicted` (rows that count below), `neurons` (distinct ones), `neurotransmitter`
     (the only known one, else null), and of neurons `hemilineage` and `cell_type` (the
     only one, else null).
@@ -78,8 +73,8 @@ def of(
     found = count(tables(), source.classes, by, folder, min_probability)
     if not len(found.groups):
         raise UserError(
-            f"{source.path} names no {by.replace('_', ' ')}: its column {COLUMNS[by]} "
-            "is empty"
+            f"{source.path} names no {by.replace('_', ' ')}: its column "
+            f"{GROUP_COLUMNS[by]} is empty"
         )
     return found
 
@@ -97,7 +92,7 @@ def count(
     highest probability is below `min_probability`, are in `synapses` alone.
 
     Args:
-      by: of `COLUMNS`.
+      by: of `GROUP_COLUMNS`.
       folder: on a disk with room for what does not fit into memory.
 
     Raises:
@@ -138,7 +133,7 @@ def calls_of_neurons(
     Returns:
       The groups in ascending order, and counts int64 [n, k].
     """
-    column = neurons.groups[COLUMNS[by]].combine_chunks()
+    column = neurons.groups[GROUP_COLUMNS[by]].combine_chunks()
     names = pc.unique(column.drop_null())
     names = names.take(pc.sort_indices(names))
     group = pc.fill_null(pc.index_in(column, value_set=names), -1).to_numpy()
@@ -150,9 +145,9 @@ def calls_of_neurons(
 
 def columns_needed(names: Sequence[str], classes: Sequence[str], by: str) -> list[str]:
     """Of the columns `names` of a prediction table, those that `count` reads."""
-    wanted = ["neuron_id", "neurotransmitter", *COLUMNS.values(), WEIGHT]
+    wanted = ["neuron_id", "neurotransmitter", *GROUP_COLUMNS.values(), WEIGHT]
     if by != "neuron":
-        wanted = ["neuron_id", "neurotransmitter", COLUMNS[by], WEIGHT]
+        wanted = ["neuron_id", "neurotransmitter", GROUP_COLUMNS[by], WEIGHT]
     wanted += map(predictions.probability_column, classes)
     return [name for name in dict.fromkeys(wanted) if name in names]
 
@@ -160,7 +155,7 @@ def columns_needed(names: Sequence[str], classes: Sequence[str], by: str) -> lis
 def _schema(
     table: pa.Schema, classes: Sequence[str], by: str, weighted: bool
 ) -> pa.Schema:
-    names = [COLUMNS[by], "neurotransmitter"]
+    names = [GROUP_COLUMNS[by], "neurotransmitter"]
     names += _OF_NEURON if by == "neuron" else ["neuron_id"]
     fields = [pa.field(name, table.field(name).type) for name in names]
     fields += [("called", pa.int8()), ("top", pa.float32())]
@@ -207,7 +202,7 @@ def weights(table: pa.Table) -> np.ndarray:
 
 
 def _query(schema: pa.Schema, classes: int, by: str) -> str:
-    group = COLUMNS[by]
+    group = GROUP_COLUMNS[by]
     terms = [group, "count(*) AS synapses"]
     terms += ["count(*) FILTER (called >= 0) AS predicted"]
     terms += ["1 AS neurons" if by == "neuron" else "count(DISTINCT neuron_id) neurons"]
@@ -233,7 +228,7 @@ def _tally(found: pa.Table, classes: tuple[str, ...], by: str, weighted: bool) -
         weights = np.where(weights > 0, weights, np.nan)
         return sums / weights[:, None]
 
-    names = [COLUMNS[by], "synapses", "predicted", "neurons", "neurotransmitter"]
+    names = [GROUP_COLUMNS[by], "synapses", "predicted", "neurons", "neurotransmitter"]
     names += _OF_NEURON if by == "neuron" else ()
     groups = found.select(names)
     for name in ("synapses", "predicted", "neurons"):

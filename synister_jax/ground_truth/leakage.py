@@ -64,7 +64,7 @@ def measure(
         "part_without_class": int(((part >= 0) & (labels < 0)).sum()),
         "in_several_parts": {
             column: _in_several_parts(table[column].take(rows), part[rows])
-            for column in splits.GROUP_COLUMNS.values()
+            for column in synapses.GROUP_COLUMNS.values()
         },
         "crops": {
             "shape_zyx": list(map(int, crop_shape_zyx)),

@@ -18,13 +18,8 @@ import pyarrow.compute as pc
 from synister_jax.base.errors import UserError
 from synister_jax.ground_truth import split_solver
 from synister_jax.tables import synapses
+from synister_jax.tables.synapses import GROUP_COLUMNS
 
-GROUP_COLUMNS = {
-    "neuron": "neuron_id",
-    "hemilineage": "hemilineage",
-    "brain_region": "brain_region",
-    "cell_type": "cell_type",
-}
 _PER_SYNAPSE_SEED = 19120623  # the original's
 
 

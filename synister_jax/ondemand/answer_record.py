@@ -3,6 +3,8 @@
 
 from typing import TypedDict
 
+REQUEST = "request.json"  # in an answer folder: what was asked
+
 
 class AnsweringModel(TypedDict):
     """The network that answered."""

@@ -28,7 +28,7 @@ from synister_jax.em import crops, volumes
 from synister_jax.exchange import export_files, synister
 from synister_jax.network import checkpoint, inference, saved_calibration
 from synister_jax.ondemand import answer_page, sources
-from synister_jax.ondemand.answer_record import AnswerRecord
+from synister_jax.ondemand.answer_record import REQUEST, AnswerRecord
 from synister_jax.ondemand.questions import Asked
 from synister_jax.ondemand.sources.credentials import SourceSettings
 from synister_jax.tables import predictions, reading, synapses
@@ -39,7 +39,6 @@ Tell = Callable[[str, int, int], None]
 # Small enough to stop, and to lose, within a minute on two CPU cores; on an
 # accelerator a fraction of a second.
 UNIT_ROWS = 512
-REQUEST = "request.json"  # what an answer folder is of
 _GROUP = {"neurons": 100, "positions": 10_000}  # asked for whose sites are one file
 
 
@@ -278,16 +277,16 @@ def _placed(
 
 
 class _Counted(Progress):
-    """Tells of every batch."""
+    """Shows nothing; reports every batch to `tell`."""
 
     def __init__(self, done: int, total: int, tell: Tell) -> None:
         super().__init__("predict", total, "synapses", done, silent=True)
-        self._tell = tell
+        self._tell, self._rows, self._all_rows = tell, done, total
         self.add(0)
 
     def add(self, count: int = 1) -> None:
-        super().add(count)
-        self._tell("predicting", self._done, self._total or 0)
+        self._rows += count
+        self._tell("predicting", self._rows, self._all_rows)
 
 
 def _predict(

@@ -19,15 +19,17 @@ import socket
 import sys
 import threading
 import webbrowser
+from typing import TYPE_CHECKING
 
-import uvicorn
 from absl import flags
 
 from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
-from synister_jax.serve import annotations, app, served_models, supervisor, tokens
-from synister_jax.serve.service import Service, ServiceOptions
+from synister_jax.serve import annotations, served_models, supervisor, tokens
 from synister_jax.serve.store import Store
+
+if TYPE_CHECKING:
+    from synister_jax.serve.service import Service
 
 _MOST_CONNECTIONS = 1000
 _KEEP_ALIVE_SECONDS = 30
@@ -61,11 +63,15 @@ def _list(store: Store) -> None:
 def _serve(
     listening: socket.socket,
     url: str,
-    service: Service,
+    service: "Service",
     workers: supervisor.Supervisor,
     opens: bool,
 ) -> None:
     """Until SIGINT or SIGTERM."""
+    import uvicorn
+
+    from synister_jax.serve import app
+
     configuration = uvicorn.Config(
         app.make(service),
         log_level="warning",
@@ -130,6 +136,9 @@ def main() -> None:
     lists = flags.DEFINE_bool("list_tokens", False, "Name the tokens.")
 
     def run() -> None:
+        # It takes half a second to import: --help answers without it.
+        from synister_jax.serve.service import Service, ServiceOptions
+
         found = served_models.load(pathlib.Path(folder.value))
         networks = {name: served_models.network(model) for name, model in found.items()}
         for name in ("public_url", "neuroglancer"):

@@ -64,6 +64,13 @@ NEUROTRANSMITTERS = (
 # makes rows of "unknown": in a table from elsewhere the word means that nobody knows.
 CLASSES = (*NEUROTRANSMITTERS, "unknown")
 POSITION = ("z_nm", "y_nm", "x_nm")
+# What groups synapses, and the column that names the groups.
+GROUP_COLUMNS = {
+    "neuron": "neuron_id",
+    "hemilineage": "hemilineage",
+    "cell_type": "cell_type",
+    "brain_region": "brain_region",
+}
 _REQUIRED = ("synapse_id", *POSITION)
 
 

@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 
 from synister_jax.base import figures
 from synister_jax.evaluation import calibration, intervals
+from tests.helpers import pictures
 
 
 def measured(precision: float | None = 0.96) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def test_no_threshold_is_said() -> None:
 def test_paper_and_ink_are_the_style_s(style: str) -> None:
     with plt.style.context(style):
         paper = to_rgb(plt.rcParams["figure.facecolor"])
-        picture = figures.pixels(
+        picture = pictures.pixels(
             figures.png(figures.calibration(measured(), "of what", intervals.wilson))
         )
     expected = (np.array(paper) * 255).round()

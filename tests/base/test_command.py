@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands as a user meets them: flags, exit codes, one line for a mistake."""
 
+import os
 import pathlib
+import pty
+import re
 import subprocess
 import sys
+import termios
+import time
 
 import pytest
 
@@ -132,10 +137,42 @@ def test_unwritable_output_is_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_progress_tells_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress("work", 4, "things", every_seconds=0)
+    progress = Progress("work", 1_000, "things", every_seconds=0)
+    time.sleep(1)  # a compilation, which must not spoil the first ETA
     progress.add()
+    progress.add(99)
     progress.note = "nearly"
-    progress.add(3)
-    first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("work: 1/4 things, ") and "ETA" in first
-    assert last.startswith("work: 4/4 things, ") and last.endswith("nearly")
+    progress.add(900)
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first == "work: 1/1,000 things, ETA not known yet"
+    assert re.fullmatch(r"work: 100/1,000 things, [\d,.]+/s, ETA 0:0\d", second)
+    assert re.fullmatch(r"work: 1,000/1,000 things, .*/s, in 0:01, nearly", last)
+
+
+def test_progress_without_a_total_ends_with_all_that_was_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress("read", None, "rows", silent=True) as silent:
+        silent.add(3)
+    with Progress("read", None, "rows") as progress:
+        progress.add(3)
+    assert re.fullmatch(r"read: 3 rows, .*/s, in 0:00\n", capsys.readouterr().out)
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    code = """if True:
+        from synister_jax.base import progress
+        work = progress.Progress("work", 4, "things")
+        work.add()
+        progress.say("a line")
+        work.add(3)
+    """
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 80))
+    subprocess.run([sys.executable, "-c", code], stdout=child, check=True)
+    os.close(child)
+    shown = os.read(parent, 10_000).decode()
+    os.close(parent)
+    assert "█████                work: 1/4 things" in shown
+    assert "a line" in shown.replace("\r", "\n").splitlines()
+    assert "████████████████████ work: 4/4 things" in shown

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from synister_jax.base import figures
+from tests.helpers import pictures
 
 LINES = [
     {"step": 1, "train/loss": 2.0, "validation/synapse_accuracy": 0.2},
@@ -51,5 +52,5 @@ def test_checkpoints_without_a_number_have_a_gap() -> None:
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
 def test_grey_png_is_a_pixel_a_voxel(shape: tuple[int, int]) -> None:
     section = np.random.default_rng(0).integers(40, 90, shape, dtype=np.uint8)
-    pixels = figures.pixels(figures.grey_png(section))
+    pixels = pictures.pixels(figures.grey_png(section))
     np.testing.assert_array_equal(pixels, np.repeat(section[..., None], 3, axis=2))

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 
-from synister_jax import predict
 from synister_jax.base.errors import UserError
-from synister_jax.bulk import dask_cluster, planning, worker_inputs
+from synister_jax.bulk import dask_cluster, planning, prediction, worker_inputs
+from tests.helpers import commands
 from tests.helpers.predict_command import output_files, run_command
 
 
@@ -34,7 +34,7 @@ def alone(
     command = run_command(
         trained_run, folder / "table.feather", volume_path, folder / "out"
     )
-    subprocess.run(command, check=True, capture_output=True)
+    commands.run(*command, check=True)
     return folder / "out"
 
 
@@ -240,8 +240,8 @@ def test_mistakes_are_one_line(
 
 def test_what_the_flags_may_say(trained_run: pathlib.Path) -> None:
     run = str(trained_run)
-    assert predict.members_of([run], []) == [(run, 40)]
-    assert predict.members_of([run, run], ["20", "40"]) == [(run, 20), (run, 40)] * 2
+    assert prediction.members_of([run], []) == [(run, 40)]
+    assert prediction.members_of([run, run], ["20", "40"]) == [(run, 20), (run, 40)] * 2
     for workdirs, steps, message in (
         ([run], ["21"], "no checkpoint of step 21"),
         ([run], ["best", "last"], "--step=last: give a number or `best`"),
@@ -250,13 +250,13 @@ def test_what_the_flags_may_say(trained_run: pathlib.Path) -> None:
         (["/nowhere"], ["best"], "/nowhere is not the folder of a run"),
     ):
         with pytest.raises(UserError, match=message):
-            predict.members_of(workdirs, steps)
-    assert predict.units_of(None, 7) == range(7)
-    shares = [predict.units_of(f"{i}/3", 7) for i in range(3)]
+            prediction.members_of(workdirs, steps)
+    assert prediction.units_of(None, 7) == range(7)
+    shares = [prediction.units_of(f"{i}/3", 7) for i in range(3)]
     assert [unit for share in shares for unit in share] == list(range(7))
     for text in ("3/3", "3", "-1/3", "a/b"):
         with pytest.raises(UserError, match="I from 0 to N - 1"):
-            predict.units_of(text, 7)
+            prediction.units_of(text, 7)
     dask_cluster.check("local")
     dask_cluster.check("tcp://host:8786")
     with pytest.raises(UserError, match="--cluster=pbs: give local, slurm, lsf or"):

@@ -12,7 +12,7 @@ from pyarrow import feather, parquet
 
 from synister_jax.base import sql
 from synister_jax.base.errors import UserError
-from synister_jax.bulk import merging, planning, unit_results
+from synister_jax.bulk import merging, options, planning, unit_results
 from synister_jax.bulk.planning import Plan
 from synister_jax.bulk.unit_results import UnitResult
 from synister_jax.em.volumes import Volume
@@ -31,7 +31,7 @@ from tests.helpers.plans import (
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 ABOUT = {"members": [{"workdir": "run", "step": 7}], "views": 1}
 ROWS = 1000
-FORMATS = sorted(merging.FORMATS)
+FORMATS = sorted(merging.WRITERS)
 
 
 def probabilities_of(rows: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ def merge(
     plan: Plan, source: SynapseStream, volume: Volume, file_format: str = "feather"
 ) -> tuple[merging.Merged, pathlib.Path]:
     merged = merging.Merged()
-    name, write = merging.FORMATS[file_format]
+    name, write = options.FORMATS[file_format], merging.WRITERS[file_format]
     write(plan.folder / name, merging.tables(plan, source, volume, ABOUT, merged))
     return merged, plan.folder / name
 

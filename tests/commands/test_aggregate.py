@@ -2,7 +2,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +13,13 @@ from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import group_calls, vote_tallies, voting_rules
 from synister_jax.tables import predictions
+from tests.helpers import commands
 from tests.helpers.prediction_tables import drawn, table_of
 from tests.helpers.small_data import CLASSES
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "synister_jax.aggregate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return commands.run("-m", "synister_jax.aggregate", *arguments)
 
 
 def test_command_calls_under_several_rules(tmp_path: pathlib.Path) -> None:

@@ -2,20 +2,18 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import calibrate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import calibration
-from synister_jax.network import saved_calibration
+from synister_jax.network import calibrating, saved_calibration
 from synister_jax.tables import predictions
+from tests.helpers import commands
 from tests.helpers.small_data import CLASSES
 
 IDENTITY = {"step": 7, "split": "skeleton", "crops": "c0ffee"}
@@ -69,7 +67,7 @@ def run(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def _fitted_once(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = write_run(tmp_path_factory.mktemp("fitted") / "run")
-    calibrate.fit(folder, 7, 0.9)
+    calibrating.fit(folder, 7, 0.9)
     return folder
 
 
@@ -110,26 +108,26 @@ def test_again_gives_the_same_bytes_and_test_is_never_opened(
     folder = files.make_folder(run / "evaluation" / "test" / "step-7")
     for name in ("metrics.json", "predictions.feather"):
         (folder / name).write_text("not to be read")
-    calibrate.fit(run, 7, 0.95)
+    calibrating.fit(run, 7, 0.95)
     said = capsys.readouterr().out
     assert said.startswith("step 7, 396 synapses of validation: temperature ")
     assert len(said.splitlines()) == 1 and "ECE " in said and "→" in said
     written = {p.name: p.read_bytes() for p in (run / "calibration").iterdir()}
     assert set(written) == {"step-7.json", "reliability-step-7.png"}
     assert written["reliability-step-7.png"].startswith(b"\x89PNG")
-    calibrate.fit(run, 7, 0.95)
+    calibrating.fit(run, 7, 0.95)
     assert {p.name: p.read_bytes() for p in (run / "calibration").iterdir()} == written
 
 
 def test_check_measures_and_fits_nothing(run: pathlib.Path) -> None:
     with pytest.raises(UserError, match="calibrate --workdir=.* --steps=7 first"):
-        calibrate.check(run, 7, "test")
-    fitted = calibrate.fit(run, 7, 0.9)
+        calibrating.check(run, 7, "test")
+    fitted = calibrating.fit(run, 7, 0.9)
     before = (run / "calibration" / "step-7.json").read_bytes()
     with pytest.raises(UserError, match="evaluate .*--part=test --steps=7 first"):
-        calibrate.check(run, 7, "test")
+        calibrating.check(run, 7, "test")
     write_evaluation(run, "test", n=300)
-    checked = calibrate.check(run, 7, "test")
+    checked = calibrating.check(run, 7, "test")
     path = run / "calibration" / "check-test-step-7.json"
     assert json.loads(path.read_text()) == checked
     assert path.with_suffix(".png").exists()
@@ -151,14 +149,14 @@ def test_no_threshold_is_precise_enough(
     called = [CLASSES[(i + 1) % 3] for i in predictions.called(table)]  # all wrong
     wrong = table.set_column(place, "neurotransmitter", pa.array(called))
     files.write_feather(path, wrong)
-    fitted = calibrate.fit(run, 7, 0.95)
+    fitted = calibrating.fit(run, 7, 0.95)
     for name in ("abstain_below", "coverage", "precision", "by_class"):
         assert fitted[name] is None
     said = capsys.readouterr().out
     assert "no threshold keeps 0.95 right; the most is 0.000, of 1 synapses" in said
     assert "the temperature is at its bound, 20" in said
     write_evaluation(run, "test")
-    checked = calibrate.check(run, 7, "test")
+    checked = calibrating.check(run, 7, "test")
     assert checked["abstain_below"] is None and checked["precision"] is None
 
 
@@ -175,32 +173,32 @@ def test_a_check_of_other_crops_is_refused(
     else:
         expected = f"fitted with {name} .*, test was evaluated with {value}"
     with pytest.raises(UserError, match=expected):
-        calibrate.check(fitted_run, 7, "test")
+        calibrating.check(fitted_run, 7, "test")
 
 
 def test_mistakes_in_what_was_evaluated(run: pathlib.Path) -> None:
     folder = run / "evaluation" / "validation" / "step-7"
     with pytest.raises(UserError, match="evaluate .*--part=validation --steps=8 first"):
-        calibrate.fit(run, 8, 0.9)
+        calibrating.fit(run, 8, 0.9)
     # Test in the place of validation, or step 7's in the place of another.
     write_evaluation(run, "test")
     for name in ("metrics.json", "predictions.feather"):
         kept = (folder / name).read_bytes()
         shutil.copy(run / "evaluation/test/step-7" / name, folder)
         with pytest.raises(UserError, match=f"{name} is of part test, not of valid"):
-            calibrate.fit(run, 7, 0.9)
+            calibrating.fit(run, 7, 0.9)
         (folder / name).write_bytes(kept)
     shutil.copytree(folder, folder.with_name("step-8"))
     with pytest.raises(UserError, match="is of step 7, not of 8"):
-        calibrate.fit(run, 8, 0.9)
+        calibrating.fit(run, 8, 0.9)
     write_evaluation(run, "validation", n=5)
     table = predictions.load(folder / "predictions.feather")
     files.write_feather(folder / "predictions.feather", table.slice(1))
     with pytest.raises(UserError, match="no labelled synapse with a prediction"):
-        calibrate.fit(run, 7, 0.9)
+        calibrating.fit(run, 7, 0.9)
     (folder / "metrics.json").unlink()  # evaluate was killed
     with pytest.raises(UserError, match="metrics.json is not there; run python -m"):
-        calibrate.fit(run, 7, 0.9)
+        calibrating.fit(run, 7, 0.9)
     assert not (run / "calibration").exists()
 
 
@@ -222,10 +220,10 @@ def test_what_predict_takes(run: pathlib.Path, fitted_run: pathlib.Path) -> None
 
 def test_parameters_are_kept_where_they_are_known(run: pathlib.Path) -> None:
     write_evaluation(run, "validation", parameters_sha256="abc")
-    assert calibrate.fit(run, 7, 0.9)["parameters_sha256"] == "abc"
+    assert calibrating.fit(run, 7, 0.9)["parameters_sha256"] == "abc"
     write_evaluation(run, "test", parameters_sha256="abd")
     with pytest.raises(UserError, match="parameters_sha256 abc, test was .* abd"):
-        calibrate.check(run, 7, "test")
+        calibrating.check(run, 7, "test")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +271,7 @@ def test_temperatures_that_are_not_possible(
 def test_imported_weights_have_no_crops_to_compare(run: pathlib.Path) -> None:
     config = {"classes": list(CLASSES), "crops_sha256": ""}
     files.write_json(run / "config.json", config)
-    fitted = calibrate.fit(run, 7, 0.9)
+    fitted = calibrating.fit(run, 7, 0.9)
     assert saved_calibration.load([(str(run), 7)], 1)["crops"] == fitted["crops"]
 
 
@@ -281,13 +279,13 @@ def test_command(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     folder = shutil.copytree(short_run, tmp_path / "run")
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     write_evaluation(folder, "validation", step=20)
-    command = [sys.executable, "-m", "synister_jax.calibrate", f"--workdir={folder}"]
+    command = ["-m", "synister_jax.calibrate", f"--workdir={folder}"]
     command.append("--precision=0.9")
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = commands.run(*command)
     assert done.returncode == 0, done.stderr
     assert "step 20, 396 synapses of validation" in done.stdout  # of the latest
     assert saved_calibration.read(folder, 20)["precision_target"] == 0.9
     command.append("--check=test")
-    refused = subprocess.run(command, capture_output=True, text=True)
+    refused = commands.run(*command)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
     assert "--precision means nothing with --check" in refused.stderr

@@ -4,7 +4,6 @@
 import pathlib
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from synister_jax import compare
 from synister_jax.base import figures, files
 from synister_jax.base.errors import UserError
 from synister_jax.exchange import published
-from tests.helpers.small_data import ROOT
+from tests.helpers import commands, pictures
 
 A = ("gaba", "acetylcholine", "dopamine")
 B = ("dopamine", "neither", "gaba", "acetylcholine")
@@ -371,12 +370,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: pathlib.Path, case: Case) -> 
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "synister_jax.compare", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    return commands.run("-m", "synister_jax.compare", *arguments)
 
 
 def test_a_grid_too_fine(tmp_path: pathlib.Path, case: Case) -> None:
@@ -385,8 +379,9 @@ def test_a_grid_too_fine(tmp_path: pathlib.Path, case: Case) -> None:
     assert done.returncode == 2 and "--tolerance_nm" in done.stderr
 
 
-def test_the_command(tmp_path: pathlib.Path, case: Case) -> None:
+def test_the_command(tmp_path: pathlib.Path) -> None:
     """Also for names that matplotlib would read as mathematics, and fail on."""
+    case = Case(tmp_path)
     case.a = case.a.rename(tmp_path / r"a$\frac{$.feather")
     done = command(
         str(case.a),
@@ -398,5 +393,5 @@ def test_the_command(tmp_path: pathlib.Path, case: Case) -> None:
     assert f"{COUNT} rows, 100 only here" in done.stdout
     assert "joined by id: 300, " in done.stdout
     assert f"{tmp_path}/out/comparison.json" in done.stdout
-    picture = figures.pixels((tmp_path / "out" / "confusion.png").read_bytes())
+    picture = pictures.pixels((tmp_path / "out" / "confusion.png").read_bytes())
     assert picture.shape[2] == 3 and picture.std() > 10

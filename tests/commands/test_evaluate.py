@@ -8,12 +8,16 @@ import ml_collections
 import numpy as np
 import pytest
 
-from synister_jax import evaluate
 from synister_jax.base.errors import UserError
-from synister_jax.evaluation import accuracy, metrics
+from synister_jax.evaluation import accuracy, measured_table, metrics
 from synister_jax.network import checkpoint, inference, sharding
 from synister_jax.tables import predictions
-from synister_jax.training import input_pipeline, metrics_log, validation
+from synister_jax.training import (
+    checkpoint_evaluation,
+    input_pipeline,
+    metrics_log,
+    validation,
+)
 
 
 def test_independent_of_batch_size_and_devices(
@@ -36,7 +40,9 @@ def test_independent_of_batch_size_and_devices(
 
 
 def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -> None:
-    summary = evaluate.evaluate(short_run, "validation", [10, 20], batch_size=8)
+    summary = checkpoint_evaluation.evaluate(
+        short_run, "validation", [10, 20], batch_size=8
+    )
     folder = short_run / "evaluation" / "validation"
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert [c["step"] for c in summary["checkpoints"]] == [10, 20]
@@ -90,11 +96,13 @@ def test_writer_tells_one_story_after_a_resume(tmp_path: pathlib.Path) -> None:
 
 def test_mistakes(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no part 'testing'"):
-        evaluate.evaluate(short_run, "testing")
+        checkpoint_evaluation.evaluate(short_run, "testing")
     with pytest.raises(UserError, match="no checkpoint of step 15; there are 10, 20"):
-        evaluate.evaluate(short_run, "test", [15])
+        checkpoint_evaluation.evaluate(short_run, "test", [15])
     with pytest.raises(UserError, match="are not there"):
-        evaluate.evaluate(short_run, "test", shards_folder=str(tmp_path / "none"))
+        checkpoint_evaluation.evaluate(
+            short_run, "test", shards_folder=str(tmp_path / "none")
+        )
     with pytest.raises(UserError, match="give numbers, `all` or `best`"):
         checkpoint.parse_steps(short_run, ["last"])
     assert checkpoint.parse_steps(short_run, ["all"]) == [10, 20]
@@ -124,7 +132,7 @@ def test_part_predictions_keep_ids(
 
 
 def test_variants_that_are_not_possible() -> None:
-    assert evaluate.Variants.of(["5"], ["0.5"]).n_mins == (5,)
+    assert measured_table.NeuronSelections.of(["5"], ["0.5"]).n_mins == (5,)
     for n_mins, cutoffs, why in (
         (["-3"], ["0"], "--n_min=-3: numbers from 1 up"),
         (["x"], ["0"], "--n_min or --cutoff: invalid literal"),
@@ -132,23 +140,25 @@ def test_variants_that_are_not_possible() -> None:
         (["1"], ["2"], "--cutoff=2: shares"),
     ):
         with pytest.raises(UserError, match=why):
-            evaluate.Variants.of(n_mins, cutoffs)
+            measured_table.NeuronSelections.of(n_mins, cutoffs)
 
 
 def test_a_table_of_predictions(
     short_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """The same numbers as of the checkpoint that made it."""
-    evaluate.evaluate(short_run, "test", [20])
+    checkpoint_evaluation.evaluate(short_run, "test", [20])
     folder = short_run / "evaluation" / "test" / "step-20"
     part = ("skeleton", "test")
-    found = evaluate.evaluate_table(folder / "predictions.feather", tmp_path, part)
+    found = measured_table.evaluate_table(
+        folder / "predictions.feather", tmp_path, part
+    )
     whole = json.loads((folder / "metrics.json").read_text())
     written = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("synapses", "neurons", "loss", "calibration", "correlation"):
         assert found[name] == whole[name] == written[name]
     assert (tmp_path / "confusion_synapses.png").exists()
     with pytest.raises(UserError, match="train of predictions.feather has no row"):
-        evaluate.evaluate_table(
+        measured_table.evaluate_table(
             folder / "predictions.feather", tmp_path, ("skeleton", "train")
         )

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from synister_jax import one_transmitter
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions, mixtures
 from synister_jax.tables import predictions
+from tests.helpers import commands
 from tests.helpers.prediction_tables import table_of
 from tests.helpers.small_data import CLASSES
 
@@ -243,14 +242,14 @@ def test_few_draws_are_said_to_be_few() -> None:
     assert "\nnothing was tested" in one_transmitter.summary(few, 0.05, 999)
 
 
-def test_command_in_another_process_finds_the_same(
+def test_command_finds_the_same(
     tmp_path: pathlib.Path, source: predictions.Predictions
 ) -> None:
     output, path = tmp_path / "neurons.feather", metrics(tmp_path)
-    command = [sys.executable, "-m", "synister_jax.one_transmitter", "--by=neuron"]
+    command = ["-m", "synister_jax.one_transmitter", "--by=neuron"]
     command += [f"--predictions={source.path}", f"--confusion={path}"]
     command += [f"--output={output}", "--draws=999"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = commands.run(*command)
     assert done.returncode == 0, done.stderr
     assert f"{output}: 20 groups; units are synapses" in done.stdout
     found = feather.read_table(output)

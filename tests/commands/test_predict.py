@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from typing import Any
 
@@ -17,14 +16,15 @@ import pytest
 import tensorstore as ts
 from pyarrow import csv, feather, parquet
 
-from synister_jax import calibrate, evaluate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.bulk import execution, merging, planning, unit_results, worker_inputs
 from synister_jax.em import crops, volumes
 from synister_jax.evaluation import calibration
-from synister_jax.network import inference, sharding
+from synister_jax.network import calibrating, inference, sharding
 from synister_jax.tables import predictions, reading, synapse_stream, synapses
+from synister_jax.training import checkpoint_evaluation
+from tests.helpers import commands
 from tests.helpers.predict_command import output_files, run_command
 from tests.helpers.small_data import CLASSES, shared_data
 
@@ -275,7 +275,7 @@ def test_killed_in_every_stage_and_rerun_gives_the_same_bytes(
 
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     command = run_command(trained_run, table, volume_path, whole)
-    subprocess.run(command, check=True, capture_output=True)
+    commands.run(*command, check=True)
     expected = output_files(whole)
     command[-3] = f"--output={folder}"
     random = np.random.default_rng(0)
@@ -289,7 +289,7 @@ def test_killed_in_every_stage_and_rerun_gives_the_same_bytes(
             time.sleep(random.uniform(0, seconds))
             process.kill()
             stage_reached.append(process.wait() == -signal.SIGKILL)
-        subprocess.run(command, check=True, capture_output=True)
+        commands.run(*command, check=True)
         assert output_files(folder) == expected
         shutil.rmtree(folder)
     # A process that was done before the signal came was not killed.
@@ -334,13 +334,13 @@ def test_mistaken_units_stop_cutting_and_warn_in_prediction(
     feather.write_feather(pa.Table.from_pylist(rows), str(table))
     out = tmp_path / "out"
     command = run_command(trained_run, table, volume_path, out)
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = commands.run(*command)
     assert finished.returncode == 0, finished.stderr
     assert "warning: 90 of 90 positions lie outside" in finished.stderr
     assert len(predictions.load(out / "predictions.feather")) == 90
-    command = [sys.executable, "tools/shard_crops.py", "--config=configs/demo.py"]
+    command = ["tools/shard_crops.py", "--config=configs/demo.py"]
     command += [f"--synapses={table}", f"--volume={volume_path}", f"--output={out}"]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = commands.run(*command)
     assert finished.returncode == 1 and len(finished.stderr.splitlines()) == 1
     assert "multiplied by the voxel size once more" in finished.stderr
 
@@ -453,11 +453,11 @@ def test_real_volume_at_its_real_synapses(
         folder / "stack1.n5" / "volumes" / "raw" / "s0",
         tmp_path / "out",
     )
-    refused = subprocess.run(command, capture_output=True, text=True)
+    refused = commands.run(*command)
     assert refused.returncode == 1
     assert "50×4.6×4.6 nm" in refused.stderr and "Traceback" not in refused.stderr
     command.append("--voxel_size_nm_zyx=50,4.6,4.6")
-    subprocess.run(command, check=True, capture_output=True)
+    commands.run(*command, check=True)
     result = predictions.load(tmp_path / "out" / "predictions.feather")
     assert result["synapse_id"].to_pylist() == list(range(1, 14))
     assert set(result["status"].to_pylist()) == {"ok"}  # 4 sections fit around 2
@@ -470,7 +470,7 @@ def test_real_volume_at_its_real_synapses(
 
 
 def run(command: list[str], *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*command, *options], capture_output=True, text=True)
+    return commands.run(*command, *options)
 
 
 def refusals(command: list[str], cases: list[tuple[list[str], str]]) -> None:
@@ -695,8 +695,8 @@ def calibrated_run(
     """`trained_run` with the temperature of its latest checkpoint."""
     run = tmp_path_factory.mktemp("calibrated") / "run"
     shutil.copytree(trained_run, run)
-    evaluate.evaluate(run, "validation", [40], batch_size=8)
-    calibrate.fit(run, 40, 0.6)
+    checkpoint_evaluation.evaluate(run, "validation", [40], batch_size=8)
+    calibrating.fit(run, 40, 0.6)
     return run
 
 

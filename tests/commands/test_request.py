@@ -13,7 +13,7 @@ import pytest
 from pyarrow import csv
 
 from synister_jax.tables import predictions, synapses
-from tests.helpers import service_servers
+from tests.helpers import commands, service_servers
 
 ANSWER = ("predictions.feather", "predictions.csv", "report.html", "answer.json")
 
@@ -30,7 +30,7 @@ def command(
 
 
 def run(command: list[str], *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, *more], capture_output=True, text=True)
+    return commands.run(*command, *more)
 
 
 def test_neuron_ids_in_transmitters_out(

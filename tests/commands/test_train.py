@@ -14,17 +14,19 @@ import optax
 import pyarrow as pa
 import pytest
 from pyarrow import feather
-from tensorboardX.proto import event_pb2
+from tensorboard.compat.proto import event_pb2
 
-from synister_jax import evaluate, train
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint, model, sharding
 from synister_jax.training import (
     augment,
+    checkpoint_evaluation,
     input_pipeline,
     loss_and_optimizer,
     metrics_log,
+    train_step,
+    training_run,
 )
 from tests.helpers import runs
 from tests.helpers.small_data import CLASSES, tiny_config, write_shards
@@ -60,11 +62,11 @@ def test_resume_is_bitwise(
     config.schedule = "constant"  # a falling rate depends on the number of steps
     config.log_every_steps = 2
     config.num_train_steps = 7
-    train.train(config, tmp_path / "whole")
+    training_run.train(config, tmp_path / "whole")
     config.num_train_steps = 3
-    train.train(config, tmp_path / "halves")
+    training_run.train(config, tmp_path / "halves")
     config.num_train_steps = 7
-    train.train(config, tmp_path / "halves")
+    training_run.train(config, tmp_path / "halves")
     assert checkpoint.steps(tmp_path / "halves") == [3, 6, 7]
     whole = runs.saved_state(tmp_path / "whole", 7, config)
     runs.assert_same_state(whole, runs.saved_state(tmp_path / "halves", 7, config))
@@ -122,7 +124,7 @@ def run_steps(
     devices: int,
     head_devices: int = 1,
     steps: int = 4,
-) -> tuple[list[float], train.TrainState]:
+) -> tuple[list[float], train_step.TrainState]:
     """Losses and state after some steps of plain descent on so many devices.
 
     Adam's first steps are the signs of gradients, which rounding can turn: a plain
@@ -136,15 +138,15 @@ def run_steps(
     stream = examples.stream(0, sharding.batch(mesh))
     key = jax.random.key(0)
     abstract = sharding.abstract_state(
-        jax.eval_shape(lambda key: train.create_state(key, config, tx), key), mesh
+        jax.eval_shape(lambda key: train_step.create_state(key, config, tx), key), mesh
     )
     placed = sharding.shardings(abstract)
     init = jax.jit(
-        lambda key: train.create_state(key, config, tx), out_shardings=placed
+        lambda key: train_step.create_state(key, config, tx), out_shardings=placed
     )
     network = model.from_config(config, sharding.head_input(mesh))
     step = jax.jit(
-        functools.partial(train.train_step, config, network, tx),
+        functools.partial(train_step.train_step, config, network, tx),
         out_shardings=(placed, None),
     )
     state, losses = init(key), []
@@ -158,14 +160,14 @@ def run_steps(
 @pytest.fixture(scope="module")
 def on_one_device(
     full: ml_collections.ConfigDict,
-) -> tuple[list[float], train.TrainState]:
+) -> tuple[list[float], train_step.TrainState]:
     return run_steps(full, 1)
 
 
 @pytest.mark.parametrize("head_devices", [1, 2])
 def test_one_device_equals_four(
     full: ml_collections.ConfigDict,
-    on_one_device: tuple[list[float], train.TrainState],
+    on_one_device: tuple[list[float], train_step.TrainState],
     head_devices: int,
 ) -> None:
     """Same losses, parameters, averages and batch statistics after four steps."""
@@ -195,7 +197,7 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
     config.ema_decay = 0.0
     losses, state = run_steps(config, 1, steps=1)
     network = model.from_config(config)
-    first = train.create_state(jax.random.key(0), config, optax.sgd(0.05))
+    first = train_step.create_state(jax.random.key(0), config, optax.sgd(0.05))
     examples = input_pipeline.TrainBatches.of(
         input_pipeline.open_shards(config), config
     )
@@ -234,7 +236,7 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
 
 def test_bfloat16_trains_with_float32_state(
     full: ml_collections.ConfigDict,
-    on_one_device: tuple[list[float], train.TrainState],
+    on_one_device: tuple[list[float], train_step.TrainState],
 ) -> None:
     config = full.copy_and_resolve_references()
     config.compute_dtype = "bfloat16"
@@ -254,7 +256,7 @@ def test_it_learns(tmp_path: pathlib.Path, config: ml_collections.ConfigDict) ->
     config.num_train_steps = 60
     config.eval_every_steps = 60
     config.checkpoint_every_steps = 60
-    train.train(config, tmp_path)
+    training_run.train(config, tmp_path)
     lines = metrics_log.read(tmp_path)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
@@ -282,7 +284,7 @@ def read_events(folder: pathlib.Path) -> dict[tuple[str, int], float | str]:
 def test_a_run_leaves_what_others_need(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-    train.train(config, tmp_path)
+    training_run.train(config, tmp_path)
     loaded = checkpoint.load_config(tmp_path)
     assert tuple(loaded.classes) == CLASSES and loaded.seed == 0
     logged = read_events(tmp_path / "events")
@@ -307,26 +309,26 @@ def test_a_run_leaves_what_others_need(
 def test_other_config_in_the_same_folder_is_refused(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-    train.train(config, tmp_path)
+    training_run.train(config, tmp_path)
     config.num_train_steps = 7  # longer is fine
-    train.train(config, tmp_path)
+    training_run.train(config, tmp_path)
     config.learning_rate = 1e-3
     with pytest.raises(UserError, match="learning_rate = 0.01, now 0.001"):
-        train.train(config, tmp_path)
+        training_run.train(config, tmp_path)
     config.learning_rate = 1e-2
     config.num_train_steps = 5
     with pytest.raises(UserError, match="at step 7 already"):
-        train.train(config, tmp_path)
+        training_run.train(config, tmp_path)
 
 
 def test_other_crops_in_the_same_folder_are_refused(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
     config.num_train_steps = 3
-    train.train(config, tmp_path / "run")
+    training_run.train(config, tmp_path / "run")
     moved = shutil.copytree(config.shards, tmp_path / "moved")
     config.shards = str(moved)  # the same data elsewhere is fine
-    train.train(config, tmp_path / "run")
+    training_run.train(config, tmp_path / "run")
     index = feather.read_table(moved / "index.feather")
     parts = index["split_skeleton"].to_pylist()
     parts = ["train" if part == "test" else part for part in parts]
@@ -334,7 +336,7 @@ def test_other_crops_in_the_same_folder_are_refused(
     changed = index.set_column(place, "split_skeleton", [parts])
     files.write_feather(moved / "index.feather", changed)
     with pytest.raises(UserError, match="a run with crops_sha256 = "):
-        train.train(config, tmp_path / "run")
+        training_run.train(config, tmp_path / "run")
 
 
 def test_a_table_without_neurons_trains(
@@ -347,8 +349,8 @@ def test_a_table_without_neurons_trains(
     index = index.set_column(place, "neuron_id", nobody)
     files.write_feather(folder / "index.feather", index)
     config.shards = str(folder)
-    train.train(config, tmp_path / "run")
-    evaluate.evaluate(tmp_path / "run", "test")
+    training_run.train(config, tmp_path / "run")
+    checkpoint_evaluation.evaluate(tmp_path / "run", "test")
     [last] = [
         x
         for x in metrics_log.read(tmp_path / "run")
@@ -363,20 +365,20 @@ def test_mistakes_stop_at_the_start(
 ) -> None:
     config.log_every_steps = 0
     with pytest.raises(UserError, match="config.log_every_steps is 0"):
-        train.train(config, tmp_path)
+        training_run.train(config, tmp_path)
     config.log_every_steps = 1
     config.batch_size = 10
     with pytest.raises(UserError, match="batch size 10 is not divisible by 4"):
-        train.train(config, tmp_path)
+        training_run.train(config, tmp_path)
     config.batch_size = 12
     config.split = "hemilineage"
     with pytest.raises(UserError, match="no split 'hemilineage'"):
-        train.train(config, tmp_path)
+        training_run.train(config, tmp_path)
     config.split = "skeleton"
     config.crop_shape_zyx = (4, 32, 32)
     with pytest.raises(UserError, match="do not fit the config"):
-        train.train(config, tmp_path)
+        training_run.train(config, tmp_path)
     config.shards = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="are not there"):
-        train.train(config, tmp_path)
+        training_run.train(config, tmp_path)
     assert list(tmp_path.iterdir()) == []  # nothing was begun

@@ -8,9 +8,8 @@ import ml_collections
 import pytest
 
 from configs import banc, brain_region, hemilineage, malevnc, skeleton
-from synister_jax import train
 from synister_jax.network import inference
-from synister_jax.training import augment, loss_and_optimizer
+from synister_jax.training import augment, loss_and_optimizer, training_run
 
 CONFIGS = sorted(
     path.stem for path in pathlib.Path(skeleton.__file__).parent.glob("*.py")
@@ -34,7 +33,7 @@ def test_every_config_is_possible(name: str) -> None:
     assert logits.shape[-1] == len(config.classes)
     augment.AugmentSettings.of(config)
     loss_and_optimizer.check(config)
-    train.check(config)
+    training_run.check(config)
     module = importlib.import_module(f"configs.{name}")
     command = f"--config=configs/{name}.py"
     assert command in module.__doc__ or f"make {name}" in module.__doc__

@@ -9,6 +9,7 @@ from synister_jax.base import sql
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import vote_tallies
 from synister_jax.tables import predictions
+from synister_jax.tables.synapses import GROUP_COLUMNS
 from tests.helpers.prediction_tables import drawn, table_of
 from tests.helpers.small_data import CLASSES
 
@@ -17,7 +18,7 @@ def pieces(table: pa.Table, rows: int) -> list[pa.Table]:
     return [table.slice(first, rows) for first in range(0, max(len(table), 1), rows)]
 
 
-@pytest.mark.parametrize("by", vote_tallies.COLUMNS)
+@pytest.mark.parametrize("by", GROUP_COLUMNS)
 @pytest.mark.parametrize("rows", [1, 7, 10_000])
 def test_sums_are_those_of_a_plain_loop(by: str, rows: int) -> None:
     table = drawn(500)
@@ -25,13 +26,13 @@ def test_sums_are_those_of_a_plain_loop(by: str, rows: int) -> None:
     values = predictions.probabilities(table).astype(np.float64)
     called = predictions.called(table)
     lines = table.to_pylist()
-    names = {line[vote_tallies.COLUMNS[by]] for line in lines} - {None}
-    assert tally.groups[vote_tallies.COLUMNS[by]].to_pylist() == sorted(names)
+    names = {line[GROUP_COLUMNS[by]] for line in lines} - {None}
+    assert tally.groups[GROUP_COLUMNS[by]].to_pylist() == sorted(names)
     for place, group in enumerate(tally.groups.to_pylist()):
         own = [
             i
             for i, line in enumerate(lines)
-            if line[vote_tallies.COLUMNS[by]] == group[vote_tallies.COLUMNS[by]]
+            if line[GROUP_COLUMNS[by]] == group[GROUP_COLUMNS[by]]
         ]
         seen = [i for i in own if called[i] >= 0]
         assert (group["synapses"], group["predicted"]) == (len(own), len(seen))
@@ -115,7 +116,7 @@ def test_a_negative_weight_is_refused() -> None:
         vote_tallies.count([table], CLASSES, "neuron")
 
 
-@pytest.mark.parametrize("by", vote_tallies.COLUMNS)
+@pytest.mark.parametrize("by", GROUP_COLUMNS)
 def test_only_what_is_needed_is_read(by: str) -> None:
     table = drawn(50)
     names = vote_tallies.columns_needed(table.column_names, CLASSES, by)

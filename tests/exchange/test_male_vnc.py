@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import compare, export, one_transmitter, report
+from synister_jax import compare, export, one_transmitter
 from synister_jax.base import files
 from synister_jax.evaluation import confusions, group_calls, metrics, vote_tallies
 from synister_jax.exchange import export_files, published
+from synister_jax.pages import report
 from synister_jax.tables import predictions
 from tests.helpers.small_data import shared_data
 

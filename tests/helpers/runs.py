@@ -12,9 +12,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from synister_jax import train
 from synister_jax.network import checkpoint, sharding
-from synister_jax.training import loss_and_optimizer
+from synister_jax.training import loss_and_optimizer, train_step
 from tests.helpers.small_data import ROOT, tiny_config
 
 
@@ -48,7 +47,7 @@ def saved_state(
     mesh = sharding.make_mesh(jax.devices()[:1])
     tx = loss_and_optimizer.make_optimizer(config)
     abstract = jax.eval_shape(
-        lambda key: train.create_state(key, config, tx), jax.random.key(0)
+        lambda key: train_step.create_state(key, config, tx), jax.random.key(0)
     )
     abstract = sharding.abstract(abstract, sharding.replicated(mesh))
     path = (workdir / "checkpoints" / str(step)).resolve()

@@ -6,10 +6,10 @@ import ml_collections
 import numpy as np
 import pytest
 
-from synister_jax import evaluate
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint, inference, sharding
+from synister_jax.training import checkpoint_evaluation
 from tests.helpers.small_data import tiny_config
 
 
@@ -56,7 +56,9 @@ def test_the_best_is_that_of_all_that_were_evaluated_and_are_there(
     with pytest.raises(UserError, match="no checkpoint of .* was validated"):
         checkpoint.best_step(workdir)
     shards = str(shards_folder)
-    every = evaluate.evaluate(workdir, "validation", [50, 100, 200, 300], shards, 8)
+    every = checkpoint_evaluation.evaluate(
+        workdir, "validation", [50, 100, 200, 300], shards, 8
+    )
     # Each calls everything one class: all alike, of which the latest is taken.
     assert checkpoint.best_step(workdir) == every["best_step"] == 300
     path = workdir / "evaluation" / "validation" / "summary.json"
@@ -80,5 +82,7 @@ def test_a_run_of_an_older_version_can_still_be_used(
     del known["model"]["network"]
     known["augment"] = {"jitter_vx_zyx": [1, 2, 2]}
     files.write_json(path, known)
-    measured = evaluate.evaluate(workdir, "test", [100], str(shards_folder), 8)
+    measured = checkpoint_evaluation.evaluate(
+        workdir, "test", [100], str(shards_folder), 8
+    )
     assert measured["checkpoints"][0]["step"] == 100

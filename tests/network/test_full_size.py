@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from configs import skeleton
-from synister_jax import train
 from synister_jax.network import checkpoint, inference, model, sharding
-from synister_jax.training import augment, loss_and_optimizer
+from synister_jax.training import augment, loss_and_optimizer, train_step
 
 CUBIC = ((2, 2, 2),) * 4
 FLAT = ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2))
@@ -57,7 +56,7 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
     config.batch_size = 1
     mesh = sharding.make_mesh(jax.devices()[:1])
     tx = loss_and_optimizer.make_optimizer(config)
-    init = jax.jit(lambda key: train.create_state(key, config, tx))
+    init = jax.jit(lambda key: train_step.create_state(key, config, tx))
     rng = np.random.default_rng(0)
     margin = augment.AugmentSettings.of(config).margin_vx_zyx
     shape = np.add(config.crop_shape_zyx, np.multiply(2, margin))
@@ -66,7 +65,7 @@ def test_published_configuration_steps_and_restores(tmp_path: pathlib.Path) -> N
         "label": np.array([5], np.int32),
     }
     step = jax.jit(
-        functools.partial(train.train_step, config, model.from_config(config), tx),
+        functools.partial(train_step.train_step, config, model.from_config(config), tx),
         donate_argnums=0,
     )
     state, numbers = step(init(jax.random.key(0)), batch)

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import calibrate, evaluate, report
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
-from synister_jax.pages import neurons_table, predictions_section, run_section
+from synister_jax.network import calibrating
+from synister_jax.pages import neurons_table, predictions_section, report, run_section
 from synister_jax.tables import predictions, synapses
+from synister_jax.training import checkpoint_evaluation
 from tests.helpers.html_pages import Page
 from tests.helpers.small_data import CLASSES
 
@@ -31,10 +32,10 @@ def run(
         tmp_path_factory.mktemp("reported") / "run",
         ignore=shutil.ignore_patterns("evaluation"),  # other tests' doing
     )
-    evaluate.evaluate(folder, "validation", [20])
-    evaluate.evaluate(folder, "test", [10, 20])
-    calibrate.fit(folder, 20, 0.5)
-    calibrate.check(folder, 20, "test")
+    checkpoint_evaluation.evaluate(folder, "validation", [20])
+    checkpoint_evaluation.evaluate(folder, "test", [10, 20])
+    calibrating.fit(folder, 20, 0.5)
+    calibrating.check(folder, 20, "test")
     return folder
 
 

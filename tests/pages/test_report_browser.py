@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from synister_jax import evaluate, report
 from synister_jax.base import files
+from synister_jax.pages import report
 from synister_jax.tables import predictions, synapses
+from synister_jax.training import checkpoint_evaluation
 from tests.helpers import html_pages
 from tests.helpers.html_pages import CONTRAST
 
@@ -70,7 +71,7 @@ def evaluated_run(
     tmp_path_factory: pytest.TempPathFactory, short_run: pathlib.Path
 ) -> pathlib.Path:
     folder = shutil.copytree(short_run, tmp_path_factory.mktemp("seen") / "run")
-    evaluate.evaluate(folder, "test", [20])
+    checkpoint_evaluation.evaluate(folder, "test", [20])
     return folder
 
 

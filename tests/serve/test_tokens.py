@@ -3,7 +3,6 @@
 
 import pathlib
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ from synister_jax.serve import tokens
 from synister_jax.serve.limits import Rate
 from synister_jax.serve.records import NewJob
 from synister_jax.serve.store import Store
-from tests.helpers import serving
+from tests.helpers import commands, serving
 
 
 @pytest.fixture
@@ -122,10 +121,8 @@ def test_the_command_line(tmp_path: pathlib.Path) -> None:
     serving.write_models(tmp_path)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "synister_jax.serve", f"--models={tmp_path}"]
-        return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=60
-        )
+        module = "synister_jax.serve.__main__"
+        return commands.run("-m", module, f"--models={tmp_path}", *arguments)
 
     made = run("--add_token=ann")
     assert made.returncode == 0

@@ -2,25 +2,20 @@
 import hashlib
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from synister_jax.em import volumes
 from synister_jax.tables import reading, synapses
-from tests.helpers.small_data import ROOT, shared_data
+from tests.helpers import commands
+from tests.helpers.small_data import shared_data
 
 SMALL = ["--synapses=150", "--neurons=40", "--shape_zyx=25,600,650"]
 
 
 def make(output: pathlib.Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/make_demo.py", f"--output={output}", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    return commands.run("tools/make_demo.py", f"--output={output}", *options)
 
 
 def checksums(folder: pathlib.Path) -> dict[str, str]:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -11,16 +9,12 @@ from pyarrow import feather
 
 from synister_jax.ground_truth import dialects, importing
 from synister_jax.tables import reading, synapses
+from tests.helpers import commands
 from tests.helpers.small_data import ROOT, shared_data
 
 
 def run(*options: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "tools/make_splits.py", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = commands.run("tools/make_splits.py", *options)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 
 from synister_jax.base import figures
+from tests.helpers import commands, pictures
 from tests.helpers.small_data import CLASSES, ROOT
 
 
@@ -19,9 +19,9 @@ def show(
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.helpers.small_data import tiny_config as get_config\n"
     )
-    command = [sys.executable, "tools/show_augmentation.py", f"--config={config}"]
+    command = ["tools/show_augmentation.py", f"--config={config}"]
     command += [f"--shards={shards}", f"--output={folder / 'sheet.png'}", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return commands.run(*command)
 
 
 def test_a_sheet_of_every_class(
@@ -31,7 +31,7 @@ def test_a_sheet_of_every_class(
     assert finished.returncode == 0, finished.stderr
     assert "2 augmentations of 3 train crops" in finished.stdout
     first = (tmp_path / "sheet.png").read_bytes()
-    assert len(np.unique(figures.pixels(first))) > 50  # EM has many greys
+    assert len(np.unique(pictures.pixels(first))) > 50  # EM has many greys
     show(tmp_path, shards_folder, "--examples=3", "--variants=2")
     assert (tmp_path / "sheet.png").read_bytes() == first
     show(tmp_path, shards_folder, "--examples=3", "--variants=2", "--seed=1")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pathlib
 import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from synister_jax.base.errors import UserError
 from synister_jax.em import crops, volumes
 from synister_jax.tables import reading, synapses
 from synister_jax.training import pseudo_classes, shards
-from tests.helpers.small_data import ROOT
+from tests.helpers import commands
 
 CLASSES = ("gaba", "acetylcholine", "dopamine", "unknown", "neither")
 VOXEL_SIZE_NM_ZYX = (40.0, 50.0, 64.0)
@@ -239,11 +238,11 @@ def get_config():
 
     def shard_crops(table: pa.Table, *overrides: str) -> subprocess.CompletedProcess:
         files.write_feather(tmp_path / "table.feather", table)
-        command = [sys.executable, "tools/shard_crops.py", "--verify"]
+        command = ["tools/shard_crops.py", "--verify"]
         command += [f"--config={tmp_path}/config.py", f"--volume={cube.uri}"]
         command += [f"--synapses={tmp_path}/table.feather", f"--output={folder}"]
         command += overrides
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return commands.run(*command)
 
     finished = shard_crops(table)
     assert finished.returncode == 0, finished.stderr

@@ -11,11 +11,10 @@ import ml_collections
 import numpy as np
 import pytest
 
-from synister_jax import train
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint
-from synister_jax.training import input_pipeline, metrics_log, stopping
+from synister_jax.training import input_pipeline, metrics_log, stopping, training_run
 from tests.helpers import runs
 from tests.helpers.small_data import tiny_config
 
@@ -50,7 +49,7 @@ def test_sigterm_saves_and_ends_well(
     assert step >= 20
     assert f"SIGTERM: saved at step {step}; the same command goes on" in output
     config.num_train_steps = step + 1  # and it does
-    train.train(config, tmp_path / "run")
+    training_run.train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [step, step + 1]
     logged = [line["step"] for line in metrics_log.read(tmp_path / "run")]
     assert logged == list(range(1, step + 2))
@@ -69,7 +68,7 @@ def test_divergence_stops_with_its_step_and_batch(
     for every in (5, 1):
         config.log_every_steps = every
         with pytest.raises(UserError, match="update after step [01] gave no fin") as e:
-            train.train(config, tmp_path)
+            training_run.train(config, tmp_path)
         messages.append(str(e.value))
     assert messages[0] == messages[1]
     for step in checkpoint.steps(tmp_path):
@@ -98,7 +97,7 @@ def test_early_stop_keeps_the_best(
     config.checkpoint_every_steps = 200
     config.keep_latest = 1
     config.early_stop_evals = 3
-    train.train(config, tmp_path)
+    training_run.train(config, tmp_path)
     lines = [x for x in metrics_log.read(tmp_path) if checkpoint.BEST_BY in x]
     history = [line[checkpoint.BEST_BY] for line in lines]
     stopped_at = lines[-1]["step"]
@@ -110,7 +109,7 @@ def test_early_stop_keeps_the_best(
     assert set(kept) == {best, stopped_at}
     assert history[best // 2 - 1] == max(history)
     before = metrics_log.read(tmp_path)
-    train.train(config, tmp_path)  # the same command: it stays stopped
+    training_run.train(config, tmp_path)  # the same command: it stays stopped
     assert metrics_log.read(tmp_path) == before
 
 
@@ -131,13 +130,13 @@ def test_sigterm_before_a_validation_leaves_it_to_the_next_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cluster gives seconds: the state is saved at once, the log gets its line."""
-    train.train(config, tmp_path / "whole")
+    training_run.train(config, tmp_path / "whole")
     with monkeypatch.context() as patched:
         patched.setattr(stopping.StopRequest, "reached", lambda self, step: step == 3)
-        train.train(config, tmp_path / "stopped")
+        training_run.train(config, tmp_path / "stopped")
     lines = metrics_log.read(tmp_path / "stopped")
     assert [line["step"] for line in lines] == [1, 2, 3]
-    train.train(config, tmp_path / "stopped")
+    training_run.train(config, tmp_path / "stopped")
     assert metrics_log.read(tmp_path / "stopped") == metrics_log.read(
         tmp_path / "whole"
     )
@@ -175,9 +174,9 @@ def test_a_start_that_failed_can_be_mended(
 ) -> None:
     config.init_from = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere has no checkpoint"):
-        train.train(config, tmp_path / "run")
+        training_run.train(config, tmp_path / "run")
     config.init_from = None
-    train.train(config, tmp_path / "run")
+    training_run.train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [3, 6]
 
 
@@ -189,7 +188,7 @@ def test_milestones_and_latest_are_kept(
     config.checkpoint_every_steps = 1
     config.keep_latest = 2
     config.keep_every_steps = 5
-    train.train(config, tmp_path)
+    training_run.train(config, tmp_path)
     assert checkpoint.steps(tmp_path) == [5, 10, 11, 12]
     with pytest.raises(UserError, match="run evaluate --part=validation"):
         checkpoint.best_step(tmp_path)
@@ -201,7 +200,7 @@ def test_full_disk_leaves_the_last_checkpoint(
     """A limit on the size of files stands for a disk that is full."""
     config.model.dense_features = 256  # a checkpoint of some 3 MB
     config.num_train_steps = 3
-    train.train(config, tmp_path / "run")
+    training_run.train(config, tmp_path / "run")
     config.num_train_steps = 6
     command = runs.command(tmp_path, config, tmp_path / "run")
     limit = 200_000
@@ -217,7 +216,7 @@ def test_full_disk_leaves_the_last_checkpoint(
     assert process.returncode == 1, output
     assert "cannot write a checkpoint to" in output.splitlines()[-1]
     assert checkpoint.steps(tmp_path / "run") == [3]
-    train.train(config, tmp_path / "run")  # room again
+    training_run.train(config, tmp_path / "run")  # room again
     assert checkpoint.steps(tmp_path / "run") == [3, 6]
 
 
@@ -261,12 +260,12 @@ def test_fine_tuning_starts_from_the_other_run(
     config: ml_collections.ConfigDict,
     capfd: pytest.CaptureFixture,
 ) -> None:
-    train.train(config, tmp_path / "first")
+    training_run.train(config, tmp_path / "first")
     first = runs.saved_state(tmp_path / "first", 6, config)
     config.init_from = str(tmp_path / "first")
     config.learning_rate = 1e-9  # as good as none
     config.num_train_steps = 1
-    train.train(config, tmp_path / "same")
+    training_run.train(config, tmp_path / "same")
     same = runs.saved_state(tmp_path / "same", 1, config)
     for name, values in first.items():
         if name.startswith(".params"):
@@ -280,7 +279,7 @@ def test_fine_tuning_starts_from_the_other_run(
         shards_folder / "manifest.json", index | {"classes": list(config.classes)}
     )
     config.shards = str(shards_folder)
-    train.train(config, tmp_path / "other")
+    training_run.train(config, tmp_path / "other")
     assert "new: params.logits" in capfd.readouterr().out
     other = runs.saved_state(tmp_path / "other", 1, config)
     kernel = ".params['dense1']['kernel']"
@@ -289,4 +288,4 @@ def test_fine_tuning_starts_from_the_other_run(
 
     config.model.features = 4
     with pytest.raises(UserError, match="of another architecture"):
-        train.train(config, tmp_path / "wider")
+        training_run.train(config, tmp_path / "wider")

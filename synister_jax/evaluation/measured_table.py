@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a table of predictions and writes the numbers and pictures to a folder."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from synister_jax.base import files
+from synister_jax.base.errors import UserError
+from synister_jax.evaluation import metrics
+from synister_jax.tables import predictions, synapses
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronSelections:
+    """Of neurons so large and so sure; see `metrics.measure`."""
+
+    n_mins: tuple[int, ...] = metrics.N_MIN
+    cutoffs: tuple[float, ...] = metrics.CUTOFFS
+
+    @classmethod
+    def of(cls, n_mins: Sequence[str], cutoffs: Sequence[str]) -> "NeuronSelections":
+        """Of the flags' texts; `UserError` for what is not possible."""
+        try:
+            found = cls(tuple(map(int, n_mins)), tuple(map(float, cutoffs)))
+        except ValueError as error:
+            raise UserError(f"--n_min or --cutoff: {error}") from None
+        if min(found.n_mins, default=1) < 1:
+            raise UserError(f"--n_min={','.join(n_mins)}: numbers from 1 up")
+        if not all(0 <= cutoff <= 1 for cutoff in found.cutoffs):
+            raise UserError(f"--cutoff={','.join(cutoffs)}: shares, from 0 to 1")
+        return found
+
+
+def evaluate_table(
+    path: pathlib.Path,
+    output: pathlib.Path,
+    part: tuple[str, str] | None = None,
+    variants: NeuronSelections = NeuronSelections(),
+) -> dict[str, Any]:
+    """Measures a table of predictions that fits into memory; returns metrics.json.
+
+    Args:
+      part: (split, part): only its rows.
+
+    Raises:
+      UserError: it is none, has no such part, or no row with a known transmitter.
+    """
+    table = predictions.load(path)
+    what = f"all rows of {path.name}"
+    if part is not None:
+        table = table.filter(pa.array(synapses.in_part(table, *part)))
+        what = f"{part[1]} of {path.name}"
+    if not (synapses.labels(table, predictions.classes(table)) >= 0).any():
+        raise UserError(
+            f"{what} has no row whose neurotransmitter is one of the classes "
+            f"{', '.join(predictions.classes(table))}: there is nothing to compare with"
+        )
+    identity = {"predictions": str(path), "part": None if part is None else part[1]}
+    return write(files.make_folder(output), what, identity, table, variants)
+
+
+def write(
+    folder: pathlib.Path,
+    what: str,
+    identity: dict[str, Any],
+    table: pa.Table,
+    variants: NeuronSelections,
+) -> dict[str, Any]:
+    """Pictures, then metrics.json; says the accuracies."""
+    from synister_jax.base import figures  # takes half a second to import
+
+    measured = metrics.measure(table, variants.n_mins, variants.cutoffs)
+    classes = list(predictions.classes(table))
+    lines = [f"{what}:"]
+    for name in ("synapses", "neurons"):
+        numbers = measured[name]
+        shown = figures.confusion(
+            np.asarray(numbers["confusion"]),
+            classes,
+            f"{what}: {numbers['count']:,} {name}, accuracy "
+            f"{_shown(numbers['accuracy'])}",
+        )
+        files.write_bytes(folder / f"confusion_{name}.png", figures.png(shown))
+        lines.append(
+            f"{numbers['count']:,} {name}, {_shown(numbers['accuracy'])} right"
+            f"{_interval(numbers)} "
+            f"({_shown(numbers['mean_class_accuracy'])} mean over classes);"
+        )
+    content = identity | {"classes": classes} | measured
+    files.write_json(folder / "metrics.json", content)
+    print(" ".join(lines).rstrip(";"), flush=True)
+    return content
+
+
+def _interval(numbers: Mapping[str, Any]) -> str:
+    limits = numbers["interval"]["accuracy"]
+    return "" if limits is None else " [{:.3f}, {:.3f}]".format(*limits)
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command as a user types it, run inside the process of the tests.
+
+A process of its own would import JAX again, which takes seconds. Tests that kill a
+command, run two of them at once, or count imports start a process instead.
+"""
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+import runpy
+import subprocess
+import sys
+import traceback
+
+import pytest
+from absl import app
+from absl.testing import flagsaver
+
+from tests.helpers.small_data import ROOT
+
+app.define_help_flags()  # absl does it at its first run only
+
+
+def run(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS`: `-m MODULE` or a script of the repository, and flags.
+
+    Args:
+      arguments: may begin with the interpreter, as in a list for `subprocess`.
+      check: fail unless the exit code is 0.
+    """
+    given = [text for text in arguments if text != sys.executable]
+    if given[0] == "-m":
+        spec = importlib.util.find_spec(given[1])
+        assert spec is not None and spec.origin is not None
+        path, given = spec.origin, given[2:]
+    else:
+        path, given = str(ROOT / given[0]), given[1:]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        flagsaver.flagsaver(),  # forgets the flags that the command defines
+    ):
+        patch.setattr(sys, "argv", [path, *given])
+        patch.syspath_prepend(str(pathlib.Path(path).parent))  # tools import tools
+        code = _exit_code(path)
+    if check:
+        assert code == 0, err.getvalue()
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def _exit_code(path: str) -> int:
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as error:
+        return 0 if error.code is None else int(error.code)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
