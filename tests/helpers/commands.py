@@ -18,7 +18,7 @@ import pytest
 from absl import app
 from absl.testing import flagsaver
 
-from tests.helpers.small_data import ROOT
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 app.define_help_flags()  # absl does it at its first run only
 
@@ -36,11 +36,11 @@ def run(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str
         assert spec is not None and spec.origin is not None
         path, given = spec.origin, given[2:]
     else:
-        path, given = str(ROOT / given[0]), given[1:]
+        path, given = str(_ROOT / given[0]), given[1:]
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.chdir(ROOT),
+        contextlib.chdir(_ROOT),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         flagsaver.flagsaver(),  # forgets the flags that the command defines
