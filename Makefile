@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make serve | make test | make lint | make consumers | make bench-env | make bench. PYTHON chooses the interpreter of a new .venv.
+# make demo       the demonstration: demo/report.html
+# make serve      the web page with the demonstration
+# make check      format, lint, types, the rule of rooms, and the fast tests
+# make test       every test but the slowest ones
+# make test-all   every test
+# make lint       format, lint, types and the rule of rooms
+# make consumers  an environment with fafbseg-py, which reads our export in a test
+# make bench-env  an environment with the other sides of the benchmarks
+# make bench      the benchmarks
+# make clean      removes the environments, the demonstration and the benchmarks' files
+#
+# PYTHON=python3.12 chooses the interpreter of a new environment.
 
 PYTHON ?= python3
 SEED ?= 0
-# A volume to plant the demonstration's synapses in, instead of generated texture.
+# Plant the demonstration's synapses in this volume instead of in generated texture.
 BACKGROUND ?=
 DEMO ?= demo
-# mongodb://HOST/DATABASE: the demonstration's synapses go through that database.
+# Send the demonstration's synapses through this database: mongodb://HOST/DATABASE.
 SYNAPSES ?=
-# Where the benchmarks make what they need, and a volume of real EM for them to read.
+# The benchmarks make their files in BENCH_FOLDER. TEXTURE is a volume of real EM that
+# they read.
 BENCH_FOLDER ?= bench
 TEXTURE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo serve test lint consumers bench-env bench clean
+.PHONY: demo serve check test test-all lint consumers bench-env bench clean
 
-# One environment for one interpreter: another PYTHON, or changed requirements, make
-# it anew.
+# An environment belongs to one interpreter: another PYTHON, or changed requirements,
+# make it again.
 STAMP = $(VENV)/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,7 +47,7 @@ $(TORCH): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,torch]'
 	touch $@
 
-# Every stage skips what is already done: interrupt it and type make demo again.
+# Every stage skips what is done already: stop it at any time and type make demo again.
 demo: $(STAMP)
 	$(BIN)/python tools/make_demo.py --output='$(DEMO)/data' --seed=$(SEED) $(if $(BACKGROUND),--background='$(BACKGROUND)')
 	$(if $(SYNAPSES),$(BIN)/python tools/import_mongo.py load --mongo='$(SYNAPSES)' --synapses='$(DEMO)/data')
@@ -52,7 +64,7 @@ demo: $(STAMP)
 	$(BIN)/python -m synister_jax.export --predictions='$(DEMO)/predictions/predictions.feather' --to=flyem --split=skeleton --confusion='$(DEMO)/run/evaluation/test' --output='$(DEMO)/flyem'
 	$(BIN)/python -m synister_jax.report --workdir='$(DEMO)/run' --predictions='$(DEMO)/predictions/predictions.feather' --output='$(DEMO)/report.html'
 
-# The web page, with the demonstration's network, volume and neurons.
+# The web page offers the network, the volume and the neurons of the demonstration.
 define SERVED
 [demo]
 title = "Demonstration"
@@ -69,7 +81,7 @@ serve: $(STAMP)
 	printf '%s\n' "$$SERVED" > '$(DEMO)/models/models.toml'
 	$(BIN)/python -m synister_jax.serve --models='$(DEMO)/models' --open
 
-# fafbseg-py reads our export in the tests; it has 137 requirements of its own.
+# fafbseg-py reads our export in the tests. It has 137 requirements of its own.
 CONSUMERS = .venv-consumers
 
 $(CONSUMERS)/installed: constraints-consumers.txt
@@ -80,7 +92,7 @@ $(CONSUMERS)/installed: constraints-consumers.txt
 
 consumers: $(CONSUMERS)/installed
 
-# The benchmarks' other sides are PyTorch and gunpowder.
+# The other sides of the benchmarks are PyTorch and gunpowder.
 BENCH = .venv-bench
 BENCH_STAMP = $(STAMP:$(VENV)/%=$(BENCH)/%)
 
@@ -93,12 +105,19 @@ $(BENCH_STAMP): pyproject.toml constraints-bench.txt
 
 bench-env: $(BENCH_STAMP)
 
-# On a GPU: make bench JAX_PLATFORMS=cuda, with .[bench,cuda] in the environment.
+# On a GPU: install '.[bench,cuda]' into the environment, then make bench JAX_PLATFORMS=cuda.
 bench: $(BENCH_STAMP)
 	$(BENCH)/bin/python -m benchmarks.run_all --folder='$(BENCH_FOLDER)' $(if $(TEXTURE),--texture='$(TEXTURE)')
 
+# The markers are explained in pyproject.toml.
+check: lint
+	$(BIN)/python -m pytest -n 2 -m 'not long and not slow'
+
 test: $(TORCH)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-all: test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From synapses to neurons, hemilineages, cell types and brain regions.
+r"""Calls neurons, hemilineages, cell types or brain regions from their synapses.
 
     python -m synister_jax.aggregate --predictions=DIR/predictions.feather \
         --by=neuron --rule=majority,mean_probability --output=neurons.feather
     python -m synister_jax.aggregate … --rule=flyem \
         --confusion=RUN/evaluation/test/step-<n>/metrics.json
 
-One row a group and rule, whatever the number of synapses; groups in ascending order.
-The rules are those of `voting_rules.py`.
+The command writes one row for each group and rule, however many synapses the group has.
+The groups are in ascending order. docs/evaluation.md explains the rules.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,10 @@ from synister_jax.tables.synapses import GROUP_COLUMNS
 
 
 def threshold(text: str, source: Predictions) -> float:
-    """The value of --min_probability: a number, or that of `predict --calibrated`.
+    """Returns the value of --min_probability, from 0 to 1.
+
+    `calibrated` stands for the confidence that `predict --calibrated` kept in the
+    table.
 
     Raises:
       UserError: neither; the predictions have none.
@@ -54,22 +57,38 @@ def threshold(text: str, source: Predictions) -> float:
 
 
 def main() -> None:
-    path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
-    by_ = flags.DEFINE_enum("by", "neuron", list(GROUP_COLUMNS), "What to call.")
+    path = flags.DEFINE_string(
+        "predictions",
+        None,
+        "Read these predictions: a Feather file, or a folder of Parquet files.",
+        required=True,
+    )
+    by_ = flags.DEFINE_enum(
+        "by", "neuron", list(GROUP_COLUMNS), "Group the synapses by this, and call it."
+    )
     rule_names = flags.DEFINE_list(
-        "rule", ["majority"], f"How to call it: of {', '.join(voting_rules.RULES)}."
+        "rule",
+        ["majority"],
+        "Call every group by these rules, separated by commas: "
+        f"{', '.join(voting_rules.RULES)}.",
     )
     confusion = flags.DEFINE_string(
-        "confusion", None, "metrics.json of the test part, or CSV (rows true)."
+        "confusion",
+        None,
+        "Give this confusion matrix to the rules that need one: metrics.json of the "
+        "test part, or a CSV whose rows are the true classes.",
     )
     min_probability = flags.DEFINE_string(
         "min_probability",
         "0",
-        "Synapses of a lower highest probability do not count: a number, or "
-        "`calibrated` for the threshold that predict --calibrated left.",
+        "Do not count synapses whose highest probability is lower than this number. "
+        "`calibrated` stands for the threshold that predict --calibrated kept.",
     )
     output = flags.DEFINE_string(
-        "output", None, "Feather or Parquet to write.", required=True
+        "output",
+        None,
+        "Write the calls into this file, NAME.feather or NAME.parquet.",
+        required=True,
     )
 
     def aggregate() -> None:

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Fits a checkpoint's temperature on validation; checks it on test.
+r"""Fits the temperature of a checkpoint on validation, and checks it on test.
 
     python -m synister_jax.evaluate  --workdir=RUN --part=validation --steps=best
     python -m synister_jax.calibrate --workdir=RUN --steps=best [--precision=0.95]
     python -m synister_jax.predict   --workdir=RUN --step=best --calibrated …
     python -m synister_jax.calibrate --workdir=RUN --steps=best --check=test
 
-Writes RUN/calibration/step-<n>.json and reliability-step-<n>.png from the predictions
-of evaluate; test is never opened for that. --check=test measures what was fitted on
-those of test, and writes check-test-step-<n>.json and .png. Either JSON file has
+The temperature is a number that divides the logits, so that a probability of 0.9 is
+right nine times in ten. The command fits it to the predictions that `evaluate` wrote
+for the validation part, and writes RUN/calibration/step-<n>.json and
+reliability-step-<n>.png. It does not read the test part. With --check=test it fits
+nothing: it measures the fitted numbers on the test part and writes
+check-test-step-<n>.json and .png. Both JSON files have these keys:
 
-    step, split, crops (sha256), part, classes     of the predictions measured
-    parameters_sha256       of the checkpoint; null where evaluate did not keep it
-    rows                    labelled, predicted synapses of the part
-    temperature             fitted on validation
-    precision_target, abstain_below
-                            the lowest confidence (highest probability after the
-                            temperature) at or above which, on validation, that share of
-                            the calls is right; null where there is none
-    coverage, precision     of the part at or above it; null without it
-    by_class                {class: {kept, precision}} at or above it; null without it
-    before, after           {loss, ece, bins}, without and with the temperature
-    curve                   at most 200 {threshold, coverage, precision}, falling
-                            threshold, after the temperature
+    step, split, crops, part, classes
+                       whose predictions were measured; `crops` is the sha256 of the
+                       crops
+    parameters_sha256  the parameters of the checkpoint; null if `evaluate` did not keep
+                       them
+    rows               the number of synapses with a label and a prediction
+    temperature        the number that was fitted on validation
+    precision_target   the value of --precision
+    abstain_below      the lowest confidence at which so large a share of the calls is
+                       right on validation; null if there is none. The confidence is the
+                       highest probability after the temperature.
+    coverage, precision
+                       the share of synapses whose confidence reaches abstain_below, and
+                       the share of these that is right; null without abstain_below
+    by_class           the same for each class: {class: {kept, precision}}
+    before, after      {loss, ece, bins} without and with the temperature
+    curve              at most 200 points {threshold, coverage, precision}, from the
+                       highest threshold to the lowest, after the temperature
 """
 
 import math
@@ -35,17 +43,27 @@ from synister_jax.base.errors import UserError
 
 
 def main() -> None:
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Calibrate the run in this folder.", required=True
+    )
     steps = flags.DEFINE_list(
         "steps",
         None,
-        "Checkpoints: numbers, `all`, or `best` (of validation); default the latest.",
+        "Calibrate these checkpoints: step numbers, `all`, or `best` for the best on "
+        "validation. By default the latest.",
     )
     precision = flags.DEFINE_float(
-        "precision", 0.95, "Share of right calls to keep.", 0.0, 1.0
+        "precision",
+        0.95,
+        "Find the lowest confidence at which this share of the calls is right.",
+        0.0,
+        1.0,
     )
     part = flags.DEFINE_enum(
-        "check", None, ["test"], "Measure on this part what was fitted; fit nothing."
+        "check",
+        None,
+        ["test"],
+        "Fit nothing: measure the fitted temperature and confidence on this part.",
     )
 
     def run() -> None:

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares a table of predictions with another: ours, or a published one.
+r"""Compares two tables of predictions: of this project, or published ones.
 
     python -m synister_jax.compare A.feather B.feather --output=DIR
     python -m synister_jax.compare A.feather hemibrain.feather --output=DIR \
         --by=position --voxel_size_nm_zyx=8,8,8
 
-Either file is any that published.py knows, of any size. Writes to DIR
-    comparison.json        all numbers; `compare` says what they are. `finished` is
-                           false until the other files are there
-    confusion.png          synapses by their calls in A (rows) and in B (columns)
-    disagreements.feather  the --largest rows that differ most
-    neurons.feather        neurons that are called differently, most synapses first
+The files may have any size and any of the layouts in docs/exports.md. The command
+writes into DIR
 
-A synapse's call is its likeliest class among those of its own file, ties to the first
-class (A's order, then the classes that only B has). A neuron's call is the majority of
-its synapses that both predict, ties alike.
+    comparison.json        all numbers. `finished` is false until the other files are
+                           complete.
+    confusion.png          the synapses by their calls in A (rows) and in B (columns)
+    disagreements.feather  the rows that differ most; --largest says how many
+    neurons.feather        the neurons that A and B call differently, from the most
+                           synapses to the fewest
+
+The call of a synapse is the likeliest class of its own file. The call of a neuron is
+the majority of its synapses that both files predict. A tie goes to the class that comes
+first: in the order of A, and then of the classes that only B has.
 """
 
 import contextlib
@@ -35,7 +38,8 @@ from synister_jax.exchange.published import Published
 from synister_jax.tables import synapses
 
 FILES = ("confusion.png", "disagreements.feather", "neurons.feather")
-# Of the smaller table: with less in common, ids or positions mean something else.
+# If the tables share a smaller fraction of the smaller one, their ids or positions mean
+# something else.
 _LEAST_JOINED = 1e-3
 
 
@@ -47,37 +51,46 @@ def compare(
     tolerance_nm: float | None = None,
     largest: int = 100,
 ) -> dict[str, Any]:
-    """Writes the files above; returns the content of comparison.json:
+    """Writes the files above, and returns the content of comparison.json.
 
-    tables: both; files: the other ones; finished
-    a, b: file, columns (ours: the file's), classes, rows, without_key, duplicates and
-      only_here ({rows, examples}), called_by_own_classes {class that the other lacks:
-      synapses, of those that both predict}
-    joined: by, grid_nm_zyx (of positions), rows, predicted {both, only_a, only_b}
-    positions: of joined rows {count, mean_difference_nm_zyx (B − A), apart: of those
-      that differ by more than the grid on an axis {count, mean_difference_nm_zyx,
-      mean_distance_nm_zyx (|B − A|)}}; null where a file has none in nm
-    classes: of A, then those that only B has; common_classes
-    synapses: {count, agreement, mean_total_variation, per_class {class: {called_a,
-      called_b, both, of_a (both / called_a), of_b}}, confusion (counts, rows A, columns
-      B), confusion_by_row}, over the synapses that both predict
-    probabilities: {common class: {mean_absolute_difference, correlation (Pearson)}}
-    neurons: the same as synapses by neuron, with ids_of ("a", or "b" where A has none)
-      and, over synapses, ids_differ; null where neither has ids
+    The keys are
 
-    None stands for what is undefined. `confusion` is what the original calls cross
+    - `tables`, `files`, `finished`: the two tables, and the other files of the folder.
+    - `a`, `b`: of each table, `file`, `columns` (our name: the name in the file),
+      `classes`, `rows`, `without_key` (rows without an id or position), `duplicates`
+      and `only_here` ({rows, examples}), and `called_by_own_classes` ({class that the
+      other table lacks: synapses}, over the synapses that both predict).
+    - `joined`: `by`, `grid_nm_zyx` (for positions), `rows`, and `predicted` {both,
+      only_a, only_b}.
+    - `positions`: over the joined rows, {count, mean_difference_nm_zyx (B − A), apart}.
+      `apart` is {count, mean_difference_nm_zyx, mean_distance_nm_zyx (|B − A|)} over
+      the rows that differ by more than the grid on an axis. Null if a file has no
+      positions in nm.
+    - `classes`, `common_classes`: the classes of A, then those that only B has.
+    - `synapses`: over the synapses that both predict, {count, agreement,
+      mean_total_variation, per_class, confusion, confusion_by_row}. `per_class` has for
+      each class {called_a, called_b, both, of_a (both / called_a), of_b}. The rows of
+      `confusion` are the calls of A and its columns those of B.
+    - `probabilities`: {common class: {mean_absolute_difference, correlation}}, with
+      Pearson's correlation.
+    - `neurons`: the same as `synapses`, by neuron. `ids_of` says whose neuron ids were
+      taken ("a", or "b" if A has none), and `ids_differ` counts the synapses whose ids
+      differ. Null if neither table has neuron ids.
+
+    A value that is not defined is null. The original calls `confusion` the cross
     confusion, with A as its target and B as its source.
 
     Args:
-      by: "id" or "position"; None: ids where they are in common and of one place in
-        both, else positions.
-      tolerance_nm: size of the grid that positions are rounded to; None: the voxel
-        size, or 1 nm. Points on two sides of a border do not meet, however close.
-      largest: rows of disagreements.feather.
+      by: "id" or "position". None takes ids if the tables share ids that name the same
+        places, and else positions.
+      tolerance_nm: the size of the grid to which positions are rounded. None takes the
+        voxel size, or 1 nm. Two points on two sides of a border of the grid do not
+        meet, however close they are.
+      largest: the number of rows in disagreements.feather.
 
     Raises:
-      UserError: no class or (nearly) no synapse in common, nothing predicted in both;
-        a folder whose files are not from these tables.
+      UserError: the tables share no class or nearly no synapse, no synapse is predicted
+        in both, or the files of the folder were made from other tables.
     """
     classes = [*a.classes, *(name for name in b.classes if name not in a.classes)]
     if len(classes) == len(a.classes) + len(b.classes):
@@ -123,7 +136,7 @@ def compare(
 
 
 def _ways(a: Published, b: Published, by: str | None) -> list[str]:
-    """What to join by, the better first."""
+    """Returns the keys by which the tables can be joined, the better one first."""
     lacking = {
         "id": [f"{x.name} has no ids" for x in (a, b) if "id" not in x.columns],
         "position": [_no_positions(x) for x in (a, b) if not x.has_positions],
@@ -146,7 +159,7 @@ def _no_positions(table: Published) -> str:
 
 
 def _too_few(sides: tuple[Side, Side], joined: int, by: str, grid: Any) -> str:
-    """What there is on either side, and what may be the matter."""
+    """Returns a message: the ids or positions of both tables, and a likely cause."""
     what = "ids" if by == "id" else f"positions (rounded to {_numbers(grid)} nm zyx)"
     parts = []
     for side in sides:
@@ -166,8 +179,8 @@ def _too_few(sides: tuple[Side, Side], joined: int, by: str, grid: Any) -> str:
 def _scattered(found: agreement.Agreement) -> str:
     return (
         f"by id: {found.joined:,} ids in common, but of their synapses "
-        f"{_elsewhere(found.numbers()['positions']['apart'])}: the ids seem to be of "
-        f"another set; --by=id compares these {found.joined:,} all the same"
+        f"{_elsewhere(found.numbers()['positions']['apart'])}: the ids seem to name "
+        f"other synapses; --by=id compares these {found.joined:,} all the same"
     )
 
 
@@ -187,7 +200,7 @@ def _hint(sides: tuple[Side, Side]) -> str:
     ranges = []
     for side in sides:
         if not np.isfinite(side.highest_nm_zyx).all():
-            return "; there are no positions to tell why: are the ids of one set?"
+            return "; do the ids of both files come from the same set of synapses?"
         low, high = side.lowest_nm_zyx, side.highest_nm_zyx
         ends = zip("zyx", low, high, strict=True)
         axes = [f"{axis} {first:g} to {last:g}" for axis, first, last in ends]
@@ -196,15 +209,15 @@ def _hint(sides: tuple[Side, Side]) -> str:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = a.highest_nm_zyx / b.highest_nm_zyx
     for one, times in ((b, ratio), (a, 1 / ratio)):
-        if (times > 2.5).all():  # voxels are of 4 nm at least
+        if (times > 2.5).all():  # a voxel has at least 4 nm
             return (
-                f"{line}: {one.source.name} looks as if in voxels (of about "
-                f"{_numbers(times)} nm zyx); convert it to nm, or check "
+                f"{line}: the positions of {one.source.name} look like voxels of about "
+                f"{_numbers(times)} nm zyx; convert them to nm, or check "
                 "--voxel_size_nm_zyx"
             )
     return (
-        f"{line}: are both in one coordinate space? Bring one into the other's "
-        "(tables of CATMAID lie 40 nm in z from their volume), or give --tolerance_nm"
+        f"{line}: do both use the same coordinates? Convert one of them (the tables of "
+        "CATMAID lie 40 nm in z from their volume), or give --tolerance_nm"
     )
 
 
@@ -223,7 +236,7 @@ def _count(
     grid_nm_zyx: Sequence[float],
     folder: pathlib.Path,
 ) -> agreement.Neurons:
-    """Reads both tables once: synapses go to `found`, neurons are returned."""
+    """Reads both tables once. Adds the synapses to `found`, and returns the neurons."""
     classes = found.classes
 
     def called() -> Iterator[pa.RecordBatch]:
@@ -237,7 +250,7 @@ def _count(
     neurons = agreement.Neurons(classes)
     with files.scratch(folder / "neurons") as work:
         query = agreement.neurons_query(len(classes))
-        # Closed at once where an error ends it.
+        # An error must close the query at once.
         with contextlib.closing(
             sql.run(query, agreement.CALLED, called(), work)
         ) as batches:
@@ -309,7 +322,7 @@ def _write(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Some lines for people, of what `compare` returns."""
+    """Returns some lines for people about what `compare` found."""
     lines = []
     for name in "ab":
         side = result[name]
@@ -330,8 +343,8 @@ def summary(result: dict[str, Any]) -> str:
     lines.append(line)
     if positions and positions["apart"]["count"]:
         lines.append(
-            f"of these, {_elsewhere(positions['apart'])}: is it another coordinate "
-            "space, or are the ids of another set?"
+            f"of these, {_elsewhere(positions['apart'])}: do the files use different "
+            "coordinates, or do the ids name other synapses?"
         )
     for what in ("synapses", "neurons"):
         numbers = result[what]
@@ -347,18 +360,34 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    output = flags.DEFINE_string("output", None, "Folder to write to.", required=True)
+    output = flags.DEFINE_string(
+        "output", None, "Write the comparison into this folder.", required=True
+    )
     by = flags.DEFINE_enum(
-        "by", None, list(joining.KEYS), "What rows have in common; id if it can be."
+        "by",
+        None,
+        list(joining.KEYS),
+        "Find the same synapse in both tables by its id or by its position. By default "
+        "by id, if the tables share ids.",
     )
     tolerance = flags.DEFINE_float(
-        "tolerance_nm", None, "Grid that positions are rounded to.", lower_bound=0.001
+        "tolerance_nm",
+        None,
+        "Round positions to a grid of this size in nm before they are compared. By "
+        "default the voxel size.",
+        lower_bound=0.001,
     )
     voxel_size = flags.DEFINE_list(
-        "voxel_size_nm_zyx", None, "Of a file whose positions are voxels."
+        "voxel_size_nm_zyx",
+        None,
+        "Give the voxel size, Z,Y,X in nm, if positions of a file are voxels (columns "
+        "z, y, x).",
     )
     largest = flags.DEFINE_integer(
-        "largest", 100, "Rows of disagreements.feather.", lower_bound=0
+        "largest",
+        100,
+        "Write this many of the synapses that differ most into disagreements.feather.",
+        lower_bound=0,
     )
 
     def run(first: str, second: str) -> None:
@@ -366,7 +395,7 @@ def main() -> None:
         if voxel_size.value is not None:
             size = command.three_numbers("voxel_size_nm_zyx", voxel_size.value, True)
         if tolerance.value is not None and not math.isfinite(tolerance.value):
-            raise UserError(f"--tolerance_nm={tolerance.value}: not possible")
+            raise UserError(f"--tolerance_nm={tolerance.value}: give a number of nm")
         a, b = published.open(first, size), published.open(second, size)
         if size and not (a.in_voxels or b.in_voxels):
             raise UserError(

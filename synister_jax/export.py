@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes predictions as the files that other tools of the field read.
+r"""Writes predictions as the files that other tools of the field read.
 
     python -m synister_jax.export --predictions=DIR/predictions.feather \
         --to=flyem|fafbseg|cave|codex|neuprint|banc|synister --output=FOLDER
@@ -7,9 +7,9 @@
         --confusion=RUN/evaluation/test/step-<n>/metrics.json
     … --to=synister --voxel_size_nm_zyx=40,4,4 --predict=3
 
---output is always a folder, with the published names of the files in it and
-export.json, which says what they were made of and, in the end, that they are all there.
-docs/exports.md says what is in each file and who reads it.
+--output is a folder. The files in it have their published names. export.json says what
+they were made from, and is finished when all of them are complete. docs/exports.md says
+what is in each file and who reads it.
 """
 
 import dataclasses
@@ -51,11 +51,17 @@ def export(
     options: ExportOptions,
     drop_classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Writes the files of consumer `to`; returns the content of export.json.
+    """Writes the files for the consumer `to`, and returns the content of export.json.
+
+    Args:
+      path: the predictions: a Feather file, or a folder of Parquet files.
+      to: a key of `CONSUMERS`.
+      drop_classes: the classes that are left out of the files.
 
     Raises:
-      UserError: an option that is missing or does not count; a folder whose files are
-        not of this table and these options; see `export_files.prepare`.
+      UserError: an option is missing or is not for this consumer; the folder holds
+        files that were made from another table or with other options; or the table
+        cannot be exported (see `export_files.prepare`).
     """
     consumer = CONSUMERS[to]
     takes = consumer.takes
@@ -91,7 +97,7 @@ def export(
 
 
 def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None:
-    """Of the volume, where `predict` left its record beside the table."""
+    """Returns the voxel size that predictions.json next to the table names, if any."""
     path = source.path.parent / "predictions.json"
     if not path.exists():
         return None
@@ -103,23 +109,49 @@ def _voxel_size_nm_zyx(source: Predictions) -> tuple[float, float, float] | None
 
 
 def main() -> None:
-    path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
-    to = flags.DEFINE_enum(
-        "to", None, list(CONSUMERS), "Who is to read it.", required=True
+    path = flags.DEFINE_string(
+        "predictions",
+        None,
+        "Export these predictions: a Feather file, or a folder of Parquet files.",
+        required=True,
     )
-    output = flags.DEFINE_string("output", None, "Folder for the files.", required=True)
+    to = flags.DEFINE_enum(
+        "to",
+        None,
+        list(CONSUMERS),
+        "Write the files that this tool, database or project reads.",
+        required=True,
+    )
+    output = flags.DEFINE_string(
+        "output", None, "Write the files into this folder.", required=True
+    )
     size = flags.DEFINE_list(
-        "voxel_size_nm_zyx", None, "Voxels that positions are to be in."
+        "voxel_size_nm_zyx",
+        None,
+        "Write positions in voxels of this size: Z,Y,X in nm. By default the voxel "
+        "size of the volume, if predictions.json is next to the table.",
     )
     confusion = flags.DEFINE_string(
-        "confusion", None, "metrics.json of the test part, or CSV (rows true)."
+        "confusion",
+        None,
+        "Use this confusion matrix of the same network: metrics.json of the test part, "
+        "or a CSV whose rows are the true classes. --to=flyem needs it, and "
+        "--to=neuprint takes it.",
     )
-    split = flags.DEFINE_string("split", None, "Split whose parts FlyEM is told.")
+    split = flags.DEFINE_string(
+        "split", None, "Tell FlyEM which part of this split each synapse belongs to."
+    )
     predict = flags.DEFINE_integer(
-        "predict", None, "The original's number of the prediction."
+        "predict",
+        None,
+        "Write the predictions under this number, which the original system gives to "
+        "every prediction.",
     )
     drop_classes = flags.DEFINE_list(
-        "drop_classes", [], "Classes to leave out; nothing is rescaled."
+        "drop_classes",
+        [],
+        "Leave these classes out of the files. The probabilities of the others stay as "
+        "they are.",
     )
 
     def run() -> None:

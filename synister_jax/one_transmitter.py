@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which neurons, hemilineages or cell types seem to release more than one transmitter?
+r"""Tests which neurons, hemilineages or cell types release more than one transmitter.
 
     python -m synister_jax.one_transmitter --predictions=DIR/predictions.feather \
         --by=hemilineage --confusion=RUN/evaluation/test/step-N/metrics.json \
         --output=hemilineages.feather
 
-Tests each group against one transmitter, given how the network confuses them and how
-alike the units of a group are; a false discovery rate limits the errors over all of
-them. docs/one_transmitter.md says what that assumes and what `several` can mean.
+The command tests for each group whether its calls can come from one transmitter. It
+knows how often the network takes one transmitter for another, and how much the calls
+within a group depend on each other. A false discovery rate limits the errors over all
+groups. docs/one_transmitter.md says what the test assumes, and what the verdict
+`several` can mean.
 """
 
 import math
@@ -26,10 +28,12 @@ from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 from synister_jax.tables.synapses import GROUP_COLUMNS
 
-# What the units of a group are: calls of `evaluate` at that level are confused so. A
-# brain region is not here: nobody expects one transmitter of it.
+# The units of a group: the synapses of a neuron, or the neurons of a hemilineage or
+# cell type. `evaluate` measures the confusion of both. Brain regions are not tested,
+# because nobody expects one transmitter there.
 UNITS = {"neuron": "synapses", "hemilineage": "neurons", "cell_type": "neurons"}
-# Where metrics.json has the correlation of the calls, and what the units come in.
+# The key of metrics.json for the correlation of the units' calls, and the key for the
+# groups in which these units come.
 _CORRELATION = {
     "synapses": "synapses_within_neurons",
     "neurons": "neurons_within_hemilineages",
@@ -45,13 +49,16 @@ def units(
     folder: pathlib.Path | None = None,
     n_min: int = 1,
 ) -> tuple[pa.Array, np.ndarray]:
-    """The groups, ascending, and how many of their units are called what, [n, k].
+    """Counts how the units of every group are called.
 
-    Of a neuron its predicted synapses; of a hemilineage or cell type its neurons, each
-    by majority vote (`vote_tallies.calls_of_neurons`).
+    The units of a neuron are its predicted synapses. The units of a hemilineage or cell
+    type are its neurons, each called by majority (`vote_tallies.calls_of_neurons`).
 
     Args:
-      n_min: neurons of fewer predicted synapses are no units.
+      n_min: leave out neurons that have fewer predicted synapses.
+
+    Returns:
+      The n groups in ascending order, and the counts by class, int64 [n, k].
 
     Raises:
       UserError: no row names a group.
@@ -69,37 +76,42 @@ def units(
     if small := int(((predicted > 0) & (predicted < n_min)).sum()):
         print(
             f"{small:,} of {len(neurons.groups):,} neurons have fewer than {n_min} "
-            "predicted synapses and are no units: their calls err more often than the "
-            "confusion says"
+            "predicted synapses and are not counted: their calls are wrong more often "
+            "than the confusion matrix says"
         )
     return names, counts
 
 
 def least_synapses(confusion: Confusion) -> int:
-    """Predicted synapses of a neuron as large as those that the confusion is of.
+    """Returns how many predicted synapses a neuron needs to be counted.
 
-    A tenth of them are smaller. 1, with a warning, where the source does not say.
+    The confusion matrix was measured on neurons, of which a tenth are smaller than this
+    number. If the matrix does not say how large they were, the function warns and
+    returns 1.
     """
     if least := confusion.measured.get("neurons", {}).get("tenth_of_synapses"):
         return least
     print(
-        f"warning: {confusion.name} does not say how large its neurons are; neurons of "
-        "few synapses, whose calls err more often, can pass for another transmitter: "
-        "give --n_min"
+        f"warning: {confusion.name} does not say how large its neurons are. Neurons "
+        "with few synapses are called wrongly more often, and can look like another "
+        "transmitter: give --n_min"
     )
     return 1
 
 
 def model(confusion: Confusion, level: str, correlation: float | None) -> CallModel:
-    """How calls of units of `level` scatter: by a confusion in counts or fractions.
+    """Returns how the calls of a group with one transmitter scatter over the classes.
 
     Args:
-      correlation: as given by --correlation; None: that of metrics.json. Where that has
-        none of neurons, 0 with a warning.
+      confusion: counts, or rows that sum to 1, of units at this level.
+      level: "synapses" or "neurons".
+      correlation: how much the calls of the units of a group depend on each other, from
+        0 to below 1. None takes the value of metrics.json. If metrics.json has no value
+        for neurons, the function warns and takes 0.
 
     Raises:
-      UserError: the correlation is needed and unknown, or the confusion is of neither
-        counts nor rows that sum to 1, or of fewer than two classes.
+      UserError: the correlation is needed and unknown; or the confusion matrix has
+        neither counts nor rows that sum to 1, or fewer than two classes.
     """
     counts, clusters = confusion.counts, None
     measured = confusion.measured
@@ -120,19 +132,20 @@ def model(confusion: Confusion, level: str, correlation: float | None) -> CallMo
     if correlation is None:
         if level == "synapses" or fractions:
             raise UserError(
-                f"{confusion.name} does not say how alike the calls of {level} of a "
-                "group are; give --correlation, from 0 to below 1"
+                f"{confusion.name} does not say how much the calls of the {level} of a "
+                "group depend on each other; give --correlation, from 0 to below 1"
             )
         print(
-            f"warning: {confusion.name} does not say how alike the calls of neurons of "
-            "a hemilineage are; taken as independent (--correlation=0), so that errors "
-            "which neurons of a group share can pass for a second transmitter"
+            f"warning: {confusion.name} does not say how much the calls of the neurons "
+            "of a hemilineage depend on each other. They are taken as independent "
+            "(--correlation=0): errors that the neurons of a group share can look like "
+            "a second transmitter"
         )
         correlation = 0.0
     if not 0 <= correlation < 1:
         raise UserError(
-            f"a correlation of {correlation:g} (--correlation, or of "
-            f"{confusion.name}) is not possible: it is from 0 to below 1"
+            f"a correlation of {correlation:g} (from --correlation or "
+            f"{confusion.name}) is not possible: give a number from 0 to below 1"
         )
     if fractions:
         return mixtures.from_fractions(counts, correlation)
@@ -146,16 +159,29 @@ def judge(
     fdr: float,
     draws: int,
 ) -> pa.Table:
-    """Tests groups by their calls [n, k].
+    """Tests every group by the calls of its units.
 
-    Columns: `units`; `count_<class>`; `single_neurotransmitter`, the likeliest, and its
-    `single_log_likelihood` (nats); `first_neurotransmitter`,
-    `second_neurotransmitter` and `second_share` of the likeliest mixture (second null
-    and share 0 where none is likelier than the single one); `statistic`, the
-    log-likelihood ratio of the two; `p_value`; `q_value` (Benjamini and Hochberg, over
-    all groups that are tested); `verdict`: `several` (q ≤ fdr), `one` (not rejected,
-    which proves nothing), `too_few` (no calls of so few units could be rejected) or
-    `not_predicted`; `rule`. What is undefined is null.
+    Args:
+      counts: int64 [n, k], the calls of n groups by class.
+      model: how the calls of a group with one transmitter scatter.
+      classes: the k names.
+      fdr: the false discovery rate.
+      draws: the number of groups that are simulated for each class and size.
+
+    Returns:
+      A table with one row for each group. A value that is not defined is null.
+
+      - `units`, `count_<class>`: the number of units, and of those of each call.
+      - `single_neurotransmitter`, `single_log_likelihood`: the likeliest single
+        transmitter, and its log-likelihood in nats.
+      - `first_neurotransmitter`, `second_neurotransmitter`, `second_share`: the
+        likeliest mixture of two. The second is null and its share 0 if no mixture is
+        likelier than the single transmitter.
+      - `statistic`: the log-likelihood ratio of the mixture and the single transmitter.
+      - `p_value`, and `q_value` by Benjamini and Hochberg over all tested groups.
+      - `verdict`: `several` (q ≤ fdr), `one` (not rejected, which proves nothing),
+        `too_few` (with so few units no calls could be rejected) or `not_predicted`.
+      - `rule`: how the test was made.
     """
     total = counts.sum(axis=1)
     least = mixtures.least_units(model, fdr, draws)
@@ -197,7 +223,7 @@ def judge(
 
 
 def summary(table: pa.Table, fdr: float, draws: int) -> str:
-    """What was found, and whether the draws were enough to find it, in lines."""
+    """Returns lines that say what was found, and whether there were enough draws."""
     counts = {
         e["values"]: e["counts"] for e in table["verdict"].value_counts().to_pylist()
     }
@@ -205,54 +231,77 @@ def summary(table: pa.Table, fdr: float, draws: int) -> str:
     tested = counts.get("one", 0) + counts.get("several", 0)
     if counts.get("too_few") and not tested:
         lines.append(
-            "nothing was tested: with so few units, or so high a correlation, one "
-            "class can have any calls"
+            "nothing was tested: with so few units, or so high a correlation, a group "
+            "with one transmitter can have any calls"
         )
-    # So many must have the smallest p-value for Benjamini and Hochberg to reject any.
+    # Benjamini and Hochberg reject a group only if this many have the smallest p-value.
     needed = math.ceil(tested / (draws + 1) / fdr)
     if needed > 1:
         lines.append(
-            f"of {tested:,} tested, fewer than {needed:,} cannot be found with "
-            f"{draws:,} draws; --draws={draws * 10 + 9} takes ten times as long"
+            f"if fewer than {needed:,} of the {tested:,} tested groups have several "
+            f"transmitters, {draws:,} draws cannot find them; "
+            f"--draws={draws * 10 + 9} can, and takes ten times as long"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
-    path = flags.DEFINE_string("predictions", None, "Prediction table.", required=True)
-    by = flags.DEFINE_enum("by", "neuron", list(UNITS), "What is tested.")
+    path = flags.DEFINE_string(
+        "predictions",
+        None,
+        "Read these predictions: a Feather file, or a folder of Parquet files.",
+        required=True,
+    )
+    by = flags.DEFINE_enum(
+        "by", "neuron", list(UNITS), "Group the synapses by this, and test each group."
+    )
     confusion = flags.DEFINE_string(
         "confusion",
         None,
-        "metrics.json of the test part, or CSV of counts or of rows P(called | true).",
+        "Take from this file how often the network calls one class for another: "
+        "metrics.json of the test part, or a CSV of counts or of P(called | true), "
+        "whose rows are the true classes.",
         required=True,
     )
     correlation = flags.DEFINE_float(
-        "correlation", None, "Of calls within a group, if not that of metrics.json."
+        "correlation",
+        None,
+        "Take this correlation of the calls within a group, from 0 to below 1, instead "
+        "of the one in metrics.json.",
     )
-    fdr = flags.DEFINE_float("fdr", 0.05, "False discovery rate, above 0 and below 1.")
+    fdr = flags.DEFINE_float(
+        "fdr", 0.05, "Allow this false discovery rate, above 0 and below 1."
+    )
     draws = flags.DEFINE_integer(
-        "draws", DRAWS, "Groups simulated for each class and size.", lower_bound=99
+        "draws",
+        DRAWS,
+        "Simulate this many groups for each class and size. More draws find rarer "
+        "groups and take longer.",
+        lower_bound=99,
     )
     n_min = flags.DEFINE_integer(
         "n_min",
         None,
-        "Neurons of fewer predicted synapses are no units of a hemilineage or cell "
-        "type; by default a tenth of the neurons of metrics.json are smaller.",
+        "With --by=hemilineage or cell_type, leave out neurons that have fewer "
+        "predicted synapses than this. By default the size that a tenth of the neurons "
+        "in metrics.json do not reach.",
         lower_bound=1,
     )
     output = flags.DEFINE_string(
-        "output", None, "Feather or Parquet to write.", required=True
+        "output",
+        None,
+        "Write the verdicts into this file, NAME.feather or NAME.parquet.",
+        required=True,
     )
 
     def test() -> None:
         if not 0 < fdr.value < 1:
-            raise UserError(f"--fdr={fdr.value:g}: it is above 0 and below 1")
+            raise UserError(f"--fdr={fdr.value:g}: give a rate above 0 and below 1")
         synapses.check_writable(output.value)
         files.require_other(output.value, path.value)
         level = UNITS[by.value]
         if level == "synapses" and n_min.value is not None:
-            raise UserError("--n_min means nothing by neuron; leave it out")
+            raise UserError("--n_min means nothing with --by=neuron; leave it out")
         source = predictions.open(path.value)
         matrix = confusions.load(confusion.value, level).for_classes(source.classes)
         expected = model(matrix, level, correlation.value)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""One self-contained HTML page about a run, about predictions, or about both.
+r"""Writes one HTML page about a run, about predictions, or about both.
 
     python -m synister_jax.report --workdir=RUN --predictions=DIR/predictions.feather \
         --output=report.html
 
-The page asks nothing of any server, prints, and shows its pictures and the first rows
-of its tables without JavaScript too.
+The page needs no server and no other file, and it can be printed. Without JavaScript it
+still shows its pictures and the first rows of its tables.
 """
 
 import pathlib
@@ -17,21 +17,35 @@ from synister_jax.evaluation import confusions, metrics, voting_rules
 
 
 def main() -> None:
-    workdir = flags.DEFINE_string("workdir", None, "Folder of a run.")
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Report on the run in this folder: training and evaluation."
+    )
     table = flags.DEFINE_string(
-        "predictions", None, "Predictions: Feather, or a folder of Parquet files."
+        "predictions",
+        None,
+        "Report on these predictions: a Feather file, or a folder of Parquet files.",
     )
     rule = flags.DEFINE_enum(
         "rule",
         metrics.RULE,
         list(voting_rules.RULES),
-        "How --predictions' neurons are called.",
+        "Call the neurons of --predictions by this rule.",
     )
     confusion = flags.DEFINE_string(
-        "confusion", None, "metrics.json or CSV, for the rules that need it."
+        "confusion",
+        None,
+        "Give this confusion matrix to the rules that need one: metrics.json of the "
+        "test part, or a CSV whose rows are the true classes.",
     )
-    shards = flags.DEFINE_string("shards", None, "Shards, if moved since training.")
-    output = flags.DEFINE_string("output", None, "HTML file to write.", required=True)
+    shards = flags.DEFINE_string(
+        "shards",
+        None,
+        "Read the crops of the run from this folder, if the shards were moved after "
+        "training.",
+    )
+    output = flags.DEFINE_string(
+        "output", None, "Write the page into this HTML file.", required=True
+    )
 
     def run() -> None:
         # JAX takes seconds to import: --help and wrong flags answer without it.

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On demand: neurons or positions in, their transmitters out.
+r"""Answers a request: names neurons or positions, and gets their transmitters.
 
     python -m synister_jax.request --neurons=16,27295 --source=fafb-catmaid \
         --workdir=RUN --volume=URI --output=DIR
     python -m synister_jax.request --positions=positions.csv --source=hemibrain \
         --workdir=RUN --volume=URI --output=DIR
 
-A neuron's presynaptic sites are asked of CATMAID, FlyWire or neuPrint, or looked up in
-a table (--source=none --synapses=TABLE). Positions are in the source's own coordinates
-(docs/sources.md). Writes DIR/predictions.csv in the original's columns, .feather and
-DIR/report.html with a bar chart for every neuron; every position has its row, in order,
-with a status. Kill it and rerun it: what is finished stays.
+The command asks CATMAID, FlyWire or neuPrint for the presynaptic sites of the neurons,
+or looks them up in a table (--source=none --synapses=TABLE). Positions are in the
+coordinates of the source; docs/sources.md lists them. The command writes
+
+    DIR/predictions.csv      one row for every position, in order, with a status and the
+                             columns of the original request tool
+    DIR/predictions.feather  the same as a prediction table
+    DIR/report.html          a page with a bar chart for every neuron
+
+You can kill the command and type it again: what is finished stays.
 """
 
 import io
@@ -28,11 +33,11 @@ from synister_jax.evaluation import group_calls
 from synister_jax.ondemand import answer_record, questions, sources
 from synister_jax.tables import predictions
 
-_SHOWN = 20  # neurons that are printed
+_SHOWN = 20  # so many neurons are printed
 
 
 class _Told:
-    """Prints how far each stage is."""
+    """Shows the progress of each stage."""
 
     def __init__(self) -> None:
         self._stage, self._done = "", 0
@@ -49,34 +54,66 @@ class _Told:
 
 def main() -> None:
     neurons = flags.DEFINE_string(
-        "neurons", None, "CSV with their ids (skid, bodyid, root_id, …), or ids: 16,27."
+        "neurons",
+        None,
+        "Predict the synapses of these neurons: ids separated by commas (16,27), or a "
+        "CSV with a column of ids (skid, bodyid, root_id or a similar name).",
     )
     positions = flags.DEFINE_string(
-        "positions", None, "CSV with x, y, z, and where there are any id and skid."
+        "positions",
+        None,
+        "Predict these positions: a CSV with the columns x, y and z. It may have the "
+        "columns id and skid, too.",
     )
     source = flags.DEFINE_enum(
         "source",
         None,
         list(sources.SOURCES),
-        "Where neurons and positions are from.",
+        "Say whose ids or coordinates these are. docs/sources.md describes each "
+        "source.",
         required=True,
     )
     table = flags.DEFINE_string(
-        "synapses", None, "Synapse table with the neurons of --source=none."
+        "synapses",
+        None,
+        "With --source=none, look up the neurons in this synapse table.",
     )
     credentials = flags.DEFINE_string(
-        "credentials", None, "Ini file of the source, where the environment has none."
+        "credentials",
+        None,
+        "Read the address and the token of the source from this ini file. Environment "
+        "variables, if they are set, come first.",
     )
     workdir = flags.DEFINE_string(
-        "workdir", None, "Folder of a trained run.", required=True
+        "workdir",
+        None,
+        "Predict with the network of the run in this folder.",
+        required=True,
     )
-    step = flags.DEFINE_string("step", "best", "Checkpoint: a number or `best`.")
+    step = flags.DEFINE_string(
+        "step",
+        "best",
+        "Use the checkpoint of this step, or `best` for the best on validation.",
+    )
     calibrated = flags.DEFINE_bool(
-        "calibrated", False, "With the temperature that calibrate.py fitted."
+        "calibrated",
+        False,
+        "Divide the logits by the temperature that `synister_jax.calibrate` fitted to "
+        "the checkpoint.",
     )
-    volume = flags.DEFINE_string("volume", None, "Volume.", required=True)
-    batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
-    output = flags.DEFINE_string("output", None, "Folder of the answer.", required=True)
+    volume = flags.DEFINE_string(
+        "volume",
+        None,
+        "Read the crops from this volume: a folder, or an address that starts with "
+        "https, gs or s3.",
+        required=True,
+    )
+    batch_size = flags.DEFINE_integer(
+        "batch_size", 32, "Classify this many crops at once.", lower_bound=1
+    )
+    output = flags.DEFINE_string(
+        "output", None, "Write the answer into this folder.", required=True
+    )
 
     def run() -> None:
         if (neurons.value is None) == (positions.value is None):
@@ -84,8 +121,8 @@ def main() -> None:
         looked_up = source.value == "none" and neurons.value is not None
         if looked_up != (table.value is not None):
             raise UserError(
-                "--synapses=TABLE is where --source=none looks up --neurons; "
-                + ("give it" if looked_up else "leave it out")
+                "--synapses=TABLE is where --source=none looks up the --neurons; "
+                f"{'give it' if looked_up else 'leave it out'}"
             )
         asked = _asked(neurons.value, positions.value)
         settings = sources.settings(
@@ -119,7 +156,11 @@ def main() -> None:
 
 
 def _step(folder: pathlib.Path, text: str) -> str:
-    """With `best`, an answer goes on with the step it began with: training may, too."""
+    """Returns the step to use. For `best`, an answer that was begun keeps its step.
+
+    Training may have found a better checkpoint meanwhile, and one answer must come from
+    one checkpoint.
+    """
     if text == "best" and (folder / answer_record.REQUEST).exists():
         return str(files.read_json(folder / answer_record.REQUEST).get("step", text))
     return text
@@ -143,7 +184,7 @@ def _asked(neurons: str | None, positions: str | None) -> questions.Asked:
 
 
 def _print_neurons(folder: pathlib.Path) -> None:
-    """The calls of the first neurons, in the order asked."""
+    """Prints the calls of the first neurons, in the order in which they were asked."""
     source = predictions.open(folder / "predictions.feather")
     owners = [table["neuron_id"].drop_null() for table in source.tables(["neuron_id"])]
     order = pa.chunked_array(owners, pa.int64()).unique().to_pylist()

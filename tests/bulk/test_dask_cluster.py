@@ -100,7 +100,7 @@ def test_what_a_unit_raises_is_one_line(
     assert "cannot write" in finished.stderr and in_the_way.name in finished.stderr
     assert "Traceback" not in finished.stderr
     in_the_way.rmdir()
-    subprocess.run(command, check=True, capture_output=True)
+    commands.run(*command, check=True)
     assert output_files(tmp_path) == output_files(alone)
 
 
@@ -204,7 +204,7 @@ def test_an_array_of_jobs(
 ) -> None:
     """Three processes at once, none of which has a plan to begin with."""
     command = command_like(alone, trained_run, volume_path, tmp_path)
-    early = subprocess.run([*command, "--units=2/3"], capture_output=True, text=True)
+    early = commands.run(*command, "--units=2/3")
     assert early.returncode == 0, early.stderr
     assert len(list(tmp_path.glob("parts/*.feather"))) == 10
     assert "without --units" in early.stdout
@@ -212,7 +212,7 @@ def test_an_array_of_jobs(
     jobs = [subprocess.Popen([*command, f"--units={i}/3"]) for i in range(2)]
     assert [job.wait() for job in jobs] == [0, 0]
     assert len(list(tmp_path.glob("parts/*.feather"))) == 30
-    subprocess.run(command, check=True, capture_output=True)
+    commands.run(*command, check=True)
     assert output_files(tmp_path) == output_files(alone)
 
 
@@ -233,7 +233,7 @@ def test_mistakes_are_one_line(
     message: str,
 ) -> None:
     command = [*command_like(alone, trained_run, volume_path, tmp_path), option]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = commands.run(*command)
     assert finished.returncode == 1
     assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr
 

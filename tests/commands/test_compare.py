@@ -279,7 +279,7 @@ def test_shuffled_ids_are_of_another_set(tmp_path: pathlib.Path, case: Case) -> 
     text = compare.summary(result)
     found = re.search(r"of these, (\d+) lie elsewhere in B \(typically (\d+)", text)
     assert found and int(found[1]) > 290 and int(found[2]) > 4000  # of 16,000 nm
-    assert "nm zyx away, in no one direction): is it another" in text
+    assert "nm zyx away, in no one direction): do the files use" in text
     # Positions that do not help either.
     columns = theirs(case.ids_b, case.q, id=shuffled)
     columns |= {axis: case.ids_b % 7 + 10**6 for axis in "xyz"}
@@ -287,7 +287,9 @@ def test_shuffled_ids_are_of_another_set(tmp_path: pathlib.Path, case: Case) -> 
     write(case.b, columns | {"x": shuffled, "y": shuffled})
     text = message(tmp_path, case)
     assert "by id: 300 ids in common, but of their synapses " in text
-    assert "another set; --by=id compares these 300 all the same; by position" in text
+    assert (
+        "other synapses; --by=id compares these 300 all the same; by position" in text
+    )
 
 
 def test_a_folder_of_others_is_refused(tmp_path: pathlib.Path, case: Case) -> None:
@@ -319,14 +321,14 @@ def test_voxels_for_nm_are_recognised(tmp_path: pathlib.Path, case: Case) -> Non
     text = message(tmp_path, case)
     assert "by id: 0 ids in common" in text and "1000000000001100" in text
     assert "by position: 0 positions" in text and "(1100, 1100, 1100)" in text
-    assert "theirs.feather looks as if in voxels (of about 37.3" in text
+    assert "theirs.feather look like voxels of about 37.3" in text
 
 
 def test_a_shift_is_recognised(tmp_path: pathlib.Path, case: Case) -> None:
     write(case.a, ours(case.ids_a, case.p, x_nm=case.ids_a * 4.0 + 10**7))
     text = message(tmp_path, case, by="position")
     assert "ours.feather lies in z 40000 to 55960, y 8000" in text
-    assert "are both in one coordinate space?" in text
+    assert "do both use the same coordinates?" in text
 
 
 def test_few_in_common_are_compared_when_asked(

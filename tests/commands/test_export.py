@@ -2,7 +2,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import pytest
 from pyarrow import feather, parquet
@@ -12,13 +11,12 @@ from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.exchange import export_files
 from synister_jax.exchange.export_files import ExportOptions
-from tests.helpers import prediction_tables
+from tests.helpers import commands, prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "synister_jax.export", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return commands.run("-m", "synister_jax.export", *arguments)
 
 
 def test_command(tmp_path: pathlib.Path) -> None:

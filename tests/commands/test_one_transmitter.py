@@ -154,7 +154,7 @@ def test_what_cannot_be_a_model(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="give --correlation"):
         one_transmitter.model(csv(tmp_path, SYNAPSES), "synapses", None)
     unknown = loaded(metrics(tmp_path, synapses_within=None), "synapses")
-    with pytest.raises(UserError, match="how alike the calls of synapses"):
+    with pytest.raises(UserError, match="how much the calls of the synapses"):
         one_transmitter.model(unknown, "synapses", None)
     with pytest.raises(UserError, match="a correlation of 1 .* is not possible"):
         one_transmitter.model(unknown, "synapses", 1.0)
@@ -236,7 +236,10 @@ def test_few_draws_are_said_to_be_few() -> None:
     text = one_transmitter.summary(found, 0.05, 999)
     assert text.startswith("3,000 one, 5 too_few\n")
     # 60 · 0.05 / 3,000 = 1 / 1,000
-    assert "fewer than 60 cannot be found" in text and "--draws=9999 " in text
+    assert (
+        "if fewer than 60 of the 3,000 tested groups" in text
+        and "--draws=9999 " in text
+    )
     assert "\n" not in one_transmitter.summary(found, 0.05, 99_999)
     few = found.filter(pc.field("verdict") == "too_few")
     assert "\nnothing was tested" in one_transmitter.summary(few, 0.05, 999)
@@ -275,7 +278,7 @@ def test_small_neurons_are_no_units(
     assert groups.to_pylist() == ["A", "B", "C", "D"]
     assert counts.sum(axis=1).tolist() == [3, 1, 0, 12]
     assert (
-        "have fewer than 20 predicted synapses and are no units"
+        "have fewer than 20 predicted synapses and are not counted"
         in capsys.readouterr().out
     )
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command, as people type it."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -63,12 +62,12 @@ def test_catmaid_is_asked_and_one_section_lies_between(
     ]
     links.append((17, *links[0][1:]))
     server = service_servers.Catmaid(links, empty=[18], token="secret")
-    environment = os.environ | {"CATMAID_URL": server.url}
+    environment = {"CATMAID_URL": server.url}
     asked = [*command, "--source=fafb-catmaid", "--neurons=18 17 16 19"]
     try:
-        refused = subprocess.run(asked, capture_output=True, text=True, env=environment)
+        refused = commands.run(*asked, environment=environment)
         environment["CATMAID_TOKEN"] = "secret"
-        done = subprocess.run(asked, capture_output=True, text=True, env=environment)
+        done = commands.run(*asked, environment=environment)
     finally:
         server.close()
     assert refused.returncode == 1 and "CATMAID_TOKEN" in refused.stderr

@@ -16,6 +16,7 @@ import pytest
 from pyarrow import feather
 from tensorboard.compat.proto import event_pb2
 
+import synister_jax
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.network import checkpoint, model, sharding
@@ -298,7 +299,7 @@ def test_a_run_leaves_what_others_need(
     assert about["classes"] == list(CLASSES)
     assert about["crop_shape_zyx"] == [4, 16, 16]
     assert about["crops_sha256"] == loaded.crops_sha256 != ""
-    assert about["code"].startswith("0.1.0")
+    assert about["code"].startswith(synister_jax.__version__)
     assert about["config"]["learning_rate"] == 1e-2
     pictures = {path.name for path in (tmp_path / "snapshots").iterdir()}
     assert "augmented-00000000.png" in pictures

@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 
 import pytest
 from absl import app
@@ -23,12 +24,15 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 app.define_help_flags()  # absl does it at its first run only
 
 
-def run(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, check: bool = False, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS`: `-m MODULE` or a script of the repository, and flags.
 
     Args:
       arguments: may begin with the interpreter, as in a list for `subprocess`.
       check: fail unless the exit code is 0.
+      environment: variables that the command gets besides those of this process.
     """
     given = [text for text in arguments if text != sys.executable]
     if given[0] == "-m":
@@ -46,6 +50,8 @@ def run(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str
         flagsaver.flagsaver(),  # forgets the flags that the command defines
     ):
         patch.setattr(sys, "argv", [path, *given])
+        for name, value in (environment or {}).items():
+            patch.setenv(name, value)
         patch.syspath_prepend(str(pathlib.Path(path).parent))  # tools import tools
         code = _exit_code(path)
     if check:

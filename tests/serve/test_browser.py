@@ -2,12 +2,9 @@
 """The page of the service in a real browser, with a server and worker as people run."""
 
 import contextlib
-import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +14,7 @@ import pytest
 from pyarrow import feather
 
 from synister_jax.tables import synapses
-from tests.helpers import html_pages, serving
+from tests.helpers import commands, html_pages, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
 expect = sync_api.expect
@@ -55,13 +52,7 @@ class Site:
         """What it prints."""
         if module == "synister_jax.serve":
             flags = (f"--models={self.models}", *flags)
-        return subprocess.run(
-            [sys.executable, "-m", module, *flags],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        return commands.run("-m", module, *flags, check=True).stdout
 
     def again(self) -> None:
         """After the server has ended: at the same address."""

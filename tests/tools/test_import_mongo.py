@@ -13,6 +13,7 @@ from pyarrow import feather
 
 from synister_jax.tables import predictions, reading, synapses
 from synister_jax.tables.mongo import address, databases
+from tests.helpers import commands
 from tests.helpers.small_data import ROOT
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
@@ -26,8 +27,7 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str) -> str:
     """What the command prints, once it has succeeded."""
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = commands.run(*command(*arguments), check=True)
     assert not done.stderr
     return done.stdout
 
@@ -83,7 +83,7 @@ def run(*arguments: str) -> str:
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], code: int, message: str) -> None:
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    done = commands.run(*command(*arguments))
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr and "pass@" not in done.stderr
@@ -132,8 +132,7 @@ def test_there_and_back(
         assert found["neuron_id"].equals(given["neuron_id"]) == (layout is TEST_SET)
         if layout is TEST_SET:
             by_neuron = f"--predictions={output}", f"--output={tmp_path / 'n.feather'}"
-            aggregate = [sys.executable, "-m", "synister_jax.aggregate", *by_neuron]
-            done = subprocess.run(aggregate, cwd=ROOT, capture_output=True, text=True)
+            done = commands.run("-m", "synister_jax.aggregate", *by_neuron)
             assert "18 groups from" in done.stdout, done.stderr
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,14 +8,13 @@ from pyarrow import feather
 
 from synister_jax.em import volumes
 from synister_jax.tables import reading, synapses
+from tests.helpers import commands
 from tests.helpers.export_v3 import write_export
 from tests.helpers.small_data import ROOT, shared_data
 
 
 def run(*options: str, tool: str = "tools/import_synapses.py") -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, tool, *options], cwd=ROOT, capture_output=True, text=True
-    )
+    done = commands.run(tool, *options)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from synister_jax.network import checkpoint, inference, sharding
-from tests.helpers.small_data import ROOT
 
 torch = pytest.importorskip("torch")
-from tests.helpers import torch_networks  # noqa: E402
+from tests.helpers import commands, torch_networks  # noqa: E402
 
 SETUP = """[Training]
 synapse_types = gaba, acetylcholine, dopamine
@@ -39,12 +36,7 @@ def get_config():
 
 
 def run(*options: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "tools/import_torch.py", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = commands.run("tools/import_torch.py", *options)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -16,6 +16,7 @@ import pytest
 import tensorstore as ts
 
 from synister_jax.tables import reading
+from tests.helpers import commands
 from tests.helpers.service_servers import Answer, NeuPrint, make_certificate
 from tests.helpers.small_data import ROOT
 
@@ -59,17 +60,20 @@ def volume(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def start(
-    server: NeuPrint, tmp_path: pathlib.Path, *flags: str
-) -> subprocess.Popen[str]:
-    environment = os.environ | {
+def environment(server: NeuPrint, tmp_path: pathlib.Path) -> dict[str, str]:
+    return {
         "REQUESTS_CA_BUNDLE": str(tmp_path / "certificate.pem"),
         "NEUPRINT_SERVER": server.url,
         "NEUPRINT_APPLICATION_CREDENTIALS": "neuprint-token",
     }
+
+
+def start(
+    server: NeuPrint, tmp_path: pathlib.Path, *flags: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, TOOL, *flags],
-        env=environment,
+        env=os.environ | environment(server, tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -77,9 +81,8 @@ def start(
 
 
 def run(server: NeuPrint, tmp_path: pathlib.Path, *flags: str) -> tuple[int, str, str]:
-    process = start(server, tmp_path, *flags)
-    output, errors = process.communicate(timeout=60)
-    return process.returncode, output, errors
+    done = commands.run(str(TOOL), *flags, environment=environment(server, tmp_path))
+    return done.returncode, done.stdout, done.stderr
 
 
 def checksum(path: pathlib.Path) -> str:
