@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neurotransmitters of synapses from electron microscopy, on JAX."""
+"""Predicts the neurotransmitters of synapses in electron microscopy, with JAX."""
 
 from importlib import metadata
 

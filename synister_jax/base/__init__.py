@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every room uses: errors, progress, flags, files, SQL, pictures."""
+"""What every room uses: errors, progress, flags, files, SQL and pictures."""

@@ -16,12 +16,12 @@ def _parse_flags(argv: Sequence[str], positional: Sequence[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS:
-            # A config file that cannot be read fails at its first use only.
+            # A config file is read when it is used for the first time.
             config: Any = flags.FLAGS["config"].value
             config.keys()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         _exit(f"flags: {error.args[0]}", 2)
-    except Exception as error:  # whatever goes wrong in the user's config file
+    except Exception as error:  # the config file of the user may raise anything
         _exit(f"--config: {type(error).__name__}: {error}", 2)
     given = arguments[1:]
     if len(given) > len(positional):
@@ -47,10 +47,15 @@ def _exit(message: str, code: int, abandon_threads: bool = False) -> NoReturn:
 def three_numbers(
     flag: str, texts: Sequence[str], positive: bool = False
 ) -> tuple[float, float, float]:
-    """The finite numbers of a flag that takes three, as `--scale_nm_zyx=40,4,4`.
+    """Returns the numbers of a flag that takes three, such as `--scale_nm_zyx=40,4,4`.
+
+    Args:
+      flag: the name of the flag, for the message.
+      texts: its value, split at the commas.
+      positive: whether the numbers must be positive.
 
     Raises:
-      UserError: there are not three, or they are not all possible.
+      UserError: there are not three, or one is not finite or not positive.
     """
     given = f"--{flag}={','.join(texts)}"
     try:
@@ -58,14 +63,16 @@ def three_numbers(
     except ValueError:
         raise UserError(f"{given}: the flag takes three numbers") from None
     if not all(map(math.isfinite, numbers)) or (positive and min(numbers) <= 0):
-        raise UserError(f"{given}: not possible")
+        what = "positive" if positive else "finite"
+        raise UserError(f"{given}: give {what} numbers")
     return first, second, third
 
 
 def subcommand(names: Sequence[str]) -> str:
-    """Takes the first word off the command line; exit code 2 unless it is of `names`.
+    """Takes the first word off the command line and returns it.
 
-    Call it before flags are defined: each subcommand has its own.
+    Call this before the flags are defined, because each subcommand has its own flags.
+    Exits with code 2 if the word is not one of `names`.
     """
     given = sys.argv[1] if len(sys.argv) > 1 else ""
     if given not in names:
@@ -79,25 +86,28 @@ def run(
     abandon_threads: bool = False,
     positional: Sequence[str] = (),
 ) -> None:
-    """Parses flags, runs `main`; exit code 0 done, 1 a `UserError`, 2 wrong flags.
+    """Parses the flags, runs `main`, and exits.
+
+    The exit code is 0 if the command is done, 1 after a `UserError`, 2 for wrong flags,
+    and 130 after Ctrl-C.
 
     Args:
-      abandon_threads: after a `UserError` leave at once, whatever other threads do:
-        those of a save that failed may wait for ever.
-      positional: names of the arguments without a flag, which `main` is given.
+      abandon_threads: leave at once after a `UserError`, without waiting for other
+        threads. The threads of a save that failed may wait for ever.
+      positional: the names of the arguments without a flag, which `main` receives.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+            logging.set_verbosity(logging.WARNING)  # Orbax logs every file
         try:
             main(*argv[1:])
         except UserError as error:
             _exit(str(error), 1, abandon_threads)
-        except BrokenPipeError:  # as of `| head`; nothing more can be said there
+        except BrokenPipeError:  # `| head` has closed the output
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
         except KeyboardInterrupt:
-            _exit("interrupted; the same command goes on", 130)
+            _exit("interrupted; the same command continues", 130)
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, positional))

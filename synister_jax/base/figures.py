@@ -10,20 +10,21 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-# Names of files, splits and classes are anyone's, also with a dollar sign.
+# Names of files, splits and classes may contain a dollar sign.
 matplotlib.rcParams["text.parse_math"] = False
 
 from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-# Of Okabe and Ito, for eyes that see colours differently; light enough for text.
+# Colours of Okabe and Ito, which colour-blind people can tell apart, made lighter so
+# that text on them can be read.
 _PART_COLOURS = {"train": "#8cc5e8", "validation": "#f2c14e", "test": "#e39aa8"}
 _FRAME = "#cf222e"
-# The same, seen on black and on white: the chart of the calibration says nothing of
-# paper or ink, so that any matplotlib style will do.
+# Colours that are visible on black and on white: the chart of the calibration sets
+# neither background nor ink, so that it works with any matplotlib style.
 _BLUE, _ORANGE, _GREY = "#3a8fc9", "#e08214", "#808080"
-# Colours that nothing else has, for the ones that the page knows.
+# Colours that no figure uses otherwise. In a page they are replaced by its own colours.
 _INK, _GRID = "#010203", "#010204"
 _LINES = [f"#01020{5 + number:x}" for number in range(6)]
 _MEANINGS = {_INK: "currentColor", _GRID: "var(--line)"} | {
@@ -50,10 +51,13 @@ def confusion(
     title: str,
     axis_names: tuple[str, str] = ("true", "predicted"),
 ) -> Figure:
-    """Counts by (row, column); colour is the row's fraction, text adds counts.
+    """Draws a confusion matrix, coloured by the fraction of each row.
 
     Args:
-      axis_names: what the rows and what the columns are.
+      counts: int [k, k].
+      classes: the k names.
+      title: the title of the figure.
+      axis_names: what the rows are, and what the columns are.
     """
     rows = counts.sum(axis=1, keepdims=True)
     fraction = counts / np.maximum(rows, 1)
@@ -82,7 +86,12 @@ def confusion(
 def curves(
     lines: Sequence[Mapping[str, float]], endings: Sequence[str] = ("loss", "accuracy")
 ) -> Figure:
-    """A run's metrics.jsonl against step: a chart for each ending of names."""
+    """Draws the numbers of metrics.jsonl against the step, a chart for each ending.
+
+    Args:
+      lines: the lines of the file.
+      endings: a chart shows the numbers whose names end in this.
+    """
     figure, grid = plt.subplots(
         1,
         len(endings),
@@ -108,12 +117,17 @@ def curves(
 
 
 def checkpoints(entries: Sequence[Mapping[str, Any]], best_step: int) -> Figure:
-    """Accuracies of evaluated checkpoints, in ascending order, against step."""
+    """Draws the accuracies of evaluated checkpoints against the step.
+
+    Args:
+      entries: the checkpoints of summary.json, in ascending order.
+      best_step: the step that is marked.
+    """
     figure, axes = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
     steps = [entry["step"] for entry in entries]
     for what, marker in (("synapse", "o"), ("neuron", "s")):
         for name, style in (("accuracy", "-"), ("mean_class_accuracy", "--")):
-            # A part without labelled neurons has no number of theirs.
+            # A part without labelled neurons has no accuracy of neurons.
             values = [entry[f"{what}_{name}"] for entry in entries]
             shown = [np.nan if value is None else value for value in values]
             label = f"{what} {name.replace('_', ' ')}"
@@ -129,11 +143,13 @@ def checkpoints(entries: Sequence[Mapping[str, Any]], best_step: int) -> Figure:
 def augmented(
     records: np.ndarray, crops: np.ndarray, names: Sequence[str], sections: int = 5
 ) -> Figure:
-    """A row an example: its record's middle section, then sections of its crop.
+    """Draws a row for each example: the middle of its record, and sections of its crop.
 
     Args:
-      records: uint8 [n, *record], whose margin is drawn around a frame of the crop.
+      records: uint8 [n, *record]. A frame shows where the crop is in the record.
       crops: float32 [n, *crop] in [-1, 1], as the network gets them.
+      names: the title of each row.
+      sections: how many sections of the crop are shown.
     """
     figure, grid = plt.subplots(
         len(records),
@@ -161,21 +177,25 @@ def augmentations(
     voxel_size_nm_zyx: Sequence[float],
     sections: int = 16,
 ) -> Figure:
-    """Several augmentations of each example, and the sections of the first of them.
+    """Draws several augmentations of each example.
 
-    Two rows an example. Above the middle sections of its record and of each crop, and
-    the first crop cut along z, where a displaced section is a step; below the first
-    crop's sections side by side, at most `sections` of them.
+    Each example has two rows. The upper row shows the middle section of the record and
+    of every crop, and the first crop cut along z, where a displaced section is visible
+    as a step. The lower row shows the sections of the first crop side by side.
 
     Args:
-      records: uint8 [n, *record], whose margin is drawn around a frame of the crop.
+      records: uint8 [n, *record]. A frame shows where the crop is in the record.
       crops: float32 [n, variants, *crop] in [-1, 1], as the network gets them.
+      names: the title of each example.
+      voxel_size_nm_zyx: the shape of the cut along z.
+      sections: show at most this many sections side by side.
     """
     n, variants, depth, height, width = crops.shape
     shown = np.linspace(0, depth - 1, min(depth, sections)).round().astype(int)
     columns, inches = variants + 2, 1.5
-    gap = ((0, 0), (0, 0), (0, width // 20))  # white, right of each section
-    strip = columns * height / ((width + width // 20) * len(shown))  # height, columns
+    gap = ((0, 0), (0, 0), (0, width // 20))  # a white gap right of each section
+    # The height of the lower row, in columns.
+    strip = columns * height / ((width + width // 20) * len(shown))
     figure = plt.figure(
         figsize=(inches * columns, (inches * (1 + strip) + 0.6) * n),
         layout="constrained",
@@ -208,7 +228,7 @@ def augmentations(
 
 
 def _framed(axes: Axes, record: np.ndarray, crop_shape_zyx: Sequence[int]) -> None:
-    """The record's middle section, a frame where the crop is without augmentation."""
+    """Draws the middle section of the record, and a frame where the crop is in it."""
     axes.imshow(record[len(record) // 2], cmap="gray", vmin=0, vmax=255)
     height, width = crop_shape_zyx[1:]
     corner = (
@@ -219,10 +239,15 @@ def _framed(axes: Axes, record: np.ndarray, crop_shape_zyx: Sequence[int]) -> No
 
 
 def balance(measured: Mapping[str, Any], fractions: Sequence[float]) -> Figure:
-    """Parts of a split by class, and what they share (leakage.measure).
+    """Draws the parts of a split by class, and what the parts share.
 
-    Left the share of each class's synapses with their number, and lines where the
-    `fractions` of train, validation and test end; right its neurons; below the leaks.
+    The left chart shows the synapses of each class, and lines where train, validation
+    and test should end. The right chart shows its neurons. The text below says what is
+    in several parts.
+
+    Args:
+      measured: the result of `leakage.measure`.
+      fractions: the wanted fractions of train, validation and test.
     """
     classes: Mapping[str, Mapping[str, Any]] = measured["classes"]
     figure, (left, right) = plt.subplots(
@@ -279,11 +304,12 @@ def calibration(
     title: str,
     interval: Callable[[int, int], Sequence[float] | None],
 ) -> Figure:
-    """Reliability before and after the temperature, and the coverage curve.
+    """Draws the reliability before and after the temperature, and the coverage curve.
 
     Args:
-      measured: as calibrate.py writes it: before, after, curve, and what is abstained.
-      interval: (right, count) → the 95 % interval of that share.
+      measured: the content of the JSON file that `calibrate` writes.
+      title: the title of the figure.
+      interval: a function from (right, count) to the 95 % interval of that share.
     """
     figure = plt.figure(figsize=(10.5, 4.3), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(4, 1), wspace=0.04)
@@ -309,9 +335,9 @@ def _reliability(
     bins: Sequence[Mapping[str, Any]],
     interval: Callable[[int, int], Sequence[float] | None],
 ) -> None:
-    """Above the share right in each bin of confidence, below the number of rows.
+    """Draws the share that is right in each bin of confidence, and the rows below it.
 
-    A dot lies at the mean confidence, in its 95 % interval.
+    A dot marks the mean confidence of a bin, and a line its 95 % interval.
     """
     filled = [b for b in bins if b["count"]]
     middles = [(b["low"] + b["high"]) / 2 for b in filled]
@@ -340,7 +366,7 @@ def _reliability(
 
 
 def _coverage(axes: Axes, measured: Mapping[str, Any]) -> None:
-    """Precision of what is kept against the share that is kept."""
+    """Draws which share of the kept calls is right against the share that is kept."""
     points = measured["curve"]
     axes.plot(
         [p["coverage"] for p in points],
@@ -365,13 +391,15 @@ def _coverage(axes: Axes, measured: Mapping[str, Any]) -> None:
 
 
 def inline_svg(draw: Callable[[], Figure], name: str) -> str:
-    """The figure as an SVG element that takes its colours from the page's CSS.
+    """Returns the figure as an SVG element that takes its colours from the page's CSS.
 
-    Text stays text. Ink is the colour of the text around it, paper is see-through,
-    grids are var(--line), lines var(--c0) to var(--c5).
+    Text stays text. Lines and text have the colour of the surrounding text, and the
+    background is transparent. Grids have the colour var(--line), and curves have
+    var(--c0) to var(--c5).
 
     Args:
-      name: of its own among the figures of a page, for the ids within.
+      draw: makes the figure.
+      name: a name that no other figure of the page has, for the ids inside.
     """
     with plt.rc_context(_IN_PAGE | {"svg.hashsalt": name}):
         figure = draw()
@@ -379,7 +407,7 @@ def inline_svg(draw: Callable[[], Figure], name: str) -> str:
         unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
         plt.close(figure)
-    # Names of groups, which the next figure of the page has again.
+    # These ids of groups would be in the next figure of the page, too.
     text = re.sub(r' id="[\w.]+_\d+"', "", buffer.getvalue())
     for colour, meaning in _MEANINGS.items():
         text = text.replace(colour, meaning)
@@ -387,15 +415,15 @@ def inline_svg(draw: Callable[[], Figure], name: str) -> str:
 
 
 def grey_png(section: np.ndarray) -> bytes:
-    """A section [y, x] uint8 as PNG, a pixel a voxel."""
+    """Returns a section, uint8 [y, x], as a PNG with one pixel for each voxel."""
     buffer = io.BytesIO()
-    # As colours: a grey colour map would be off by one here and there.
+    # Three colour channels, because a grey colour map changes some values by one.
     plt.imsave(buffer, np.repeat(section[..., None], 3, axis=2), format="png")
     return buffer.getvalue()
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as PNG; it is closed."""
+    """Returns the figure as PNG, and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either whole or absent: write to a temporary name, then rename."""
+"""Files that are either complete or absent: write under another name, then rename."""
 
 import collections
 import contextlib
@@ -23,13 +23,17 @@ from synister_jax.base.errors import UserError
 def replacing(
     path: str | os.PathLike[str], several_writers: bool = False
 ) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path`, renamed to `path` if all went well.
+    """Yields a temporary path next to `path`, and renames it to `path` at the end.
 
-    Leftovers of a killed run have the same temporary name and are overwritten.
+    A killed process leaves its file under the temporary name. The next process
+    overwrites that file.
 
     Args:
-      several_writers: other processes may write the same at the same time: each has a
-        temporary name of its own, and leftovers stay.
+      several_writers: other processes may write the same file at the same time. Then
+        each uses its own temporary name, and what killed processes leave stays.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     path = pathlib.Path(path)
     own = f".{uuid.uuid4().hex}" if several_writers else ""
@@ -42,7 +46,7 @@ def replacing(
         os.replace(partial, path)
     except BaseException as error:
         if several_writers and isinstance(error, FileNotFoundError) and path.exists():
-            return  # another wrote it, and cleared what was left
+            return  # another process wrote it and removed the temporary files
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if not isinstance(error, OSError):
@@ -52,9 +56,12 @@ def replacing(
 
 @contextlib.contextmanager
 def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty folder beside `path` that becomes `path` if all went well.
+    """Yields an empty folder next to `path`, and renames it to `path` at the end.
 
-    What is there until then stays, and leftovers of a killed run are removed.
+    Until then the old folder stays. What a killed process left is removed.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
     replaced = path.with_name(path.name + ".replaced")
@@ -67,7 +74,7 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
                 shutil.rmtree(leftover)
         partial.mkdir()
         yield partial
-        os.sync()  # the files before their names, as in `replacing`
+        os.sync()  # the files must be on the disk before their names
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -81,7 +88,7 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _not_written(path: pathlib.Path, error: OSError) -> UserError:
     reason = error.strerror or error
-    return UserError(f"cannot write {path} ({reason}); mend that and rerun")
+    return UserError(f"cannot write {path} ({reason}); fix that and run it again")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -99,10 +106,13 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str], unique_keys: bool = False) -> Any:
-    """Raises `UserError` naming the file when it is absent or is not JSON.
+    """Returns the content of a JSON file.
 
     Args:
-      unique_keys: refuse an object with a key twice; else the last one counts.
+      unique_keys: refuse an object that has a key twice. Otherwise the last one counts.
+
+    Raises:
+      UserError: the file does not exist or is not JSON.
     """
     hook = _unique if unique_keys else None
     try:
@@ -131,13 +141,13 @@ def write_feather(
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
-    """Holds the folder for one process; it is free when that ends, however it ends.
+    """Locks the folder for this process. A killed process loses its lock, too.
 
     Args:
-      wait: wait for another process that holds it.
+      wait: wait while another process holds the lock.
 
     Raises:
-      UserError: another process holds it, or the lock cannot be opened.
+      UserError: another process holds the lock, or the lock cannot be opened.
     """
     path = folder / ".lock"
     try:
@@ -157,12 +167,12 @@ def locked(folder: pathlib.Path, wait: bool = False) -> Iterator[None]:
                 print(f"waiting for another process in {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks
+            pass  # this file system has no locks
         yield
 
 
 def sha256_of_columns(table: pa.Table, names: Sequence[str]) -> str:
-    """Of the rows as text: neither chunks nor where they came from matter."""
+    """Returns the sha256 of the rows as text. Chunks and file formats do not matter."""
     sink = pa.BufferOutputStream()
     csv.write_csv(table.select(names), sink)
     return hashlib.sha256(sink.getvalue()).hexdigest()
@@ -175,9 +185,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def scratch(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """An empty folder beside `path` for what is not kept; gone afterwards.
+    """Yields an empty folder next to `path` for temporary files, and removes it.
 
-    Leftovers of a killed run have the same name and are removed.
+    A killed process leaves the folder. The next process removes it.
     """
     path = pathlib.Path(path)
     folder = path.with_name(path.name + ".tmp")
@@ -193,13 +203,13 @@ def scratch(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 def require_other(
     output: str | os.PathLike[str], source: str | os.PathLike[str]
 ) -> None:
-    """Raises `UserError` where `output` would replace what it is made from."""
+    """Raises `UserError` if `output` would replace the file that it is made from."""
     if pathlib.Path(output).resolve() == pathlib.Path(source).resolve():
-        raise UserError(f"--output={output} is what is read; name another file")
+        raise UserError(f"--output={output} is the input; name another file")
 
 
 def remove(path: pathlib.Path) -> None:
-    """A file, or a folder with all that is in it; nothing where there is none."""
+    """Removes a file, or a folder with everything in it. It may be absent."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -207,13 +217,18 @@ def remove(path: pathlib.Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Creates `path` and proves that it can be written to, or raises `UserError`."""
+    """Creates the folder, checks that files can be written there, and returns it.
+
+    Raises:
+      UserError: the folder cannot be created or written to.
+    """
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{os.getpid()}"
         probe.touch()
-        probe.unlink(missing_ok=True)  # of another host's process of that number
+        # A process on another host may have the same number and have removed it.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to {path} ({error.strerror}); choose another folder"

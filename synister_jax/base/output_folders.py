@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of several files, with a record that says what they are made from.
 
-The record is there before the first of the files, so that after a kill, too, it is
-known whose they are. `require_same` is for a folder that one command fills over several
-starts, `claim` and `finish` for one whose files are made anew by each start; there the
-folder is complete where the record says `finished`.
+The record is written before the first file. So after a kill it is still known what made
+the files. Use `require_same` for a folder that a command fills over several starts. Use
+`claim` and `finish` for a folder whose files each start makes again; such a folder is
+complete if its record says `finished`.
 """
 
 import json
@@ -18,25 +18,26 @@ from synister_jax.base.errors import UserError
 
 
 class OtherContents(UserError):
-    """A folder is made from something else than what is asked of it now."""
+    """A folder was made from other things than the command names now."""
 
 
 def require_same(record: pathlib.Path, made_from: dict[str, Any]) -> None:
-    """Writes what a folder is made from, or refuses one that is made from other things.
+    """Records what a folder is made from, or refuses a folder made from other things.
 
     Args:
-      record: a JSON file in the folder; what it says beyond `made_from` may differ.
+      record: a JSON file in the folder. It may have more keys than `made_from`.
+      made_from: what the files of the folder are made from.
 
     Raises:
-      OtherContents: names the first entry that differs.
-      UserError: the record is not what was written.
+      OtherContents: an entry differs; the message names the first one.
+      UserError: the record is not a JSON object.
     """
     if not record.exists():
         files.write_json(record, made_from)
         return
     there = files.read_json(record)
     if not isinstance(there, dict):
-        raise UserError(f"{record} is not what was written; remove it and rerun")
+        raise UserError(f"{record} was changed; remove it and run the command again")
     for key, value in made_from.items():
         if there.get(key) != value:
             raise OtherContents(
@@ -53,38 +54,43 @@ def claim(
 ) -> None:
     """Makes the folder of `record` ready for the files `names`, or refuses it.
 
-    What is in it from earlier runs of the same `made_from` is to be replaced, and what
-    a killed one left half-written is removed. All else in the folder stays.
+    Files of earlier runs with the same `made_from` will be replaced. Temporary files of
+    killed runs are removed. Everything else in the folder stays.
 
     Args:
-      made_from: what the files are made of.
-      names: all that may be written, also working files.
-      sources: files and folders that are read.
+      record: a JSON file in the folder.
+      made_from: what the files are made from.
+      names: all files that may be written, also temporary ones.
+      sources: the files and folders that are read.
 
     Raises:
-      UserError: one of `names` is a source, or is there and made from something else.
+      UserError: one of `names` is a source, or exists and was made from other things.
     """
     folder = record.parent
     for source in sources:
-        files.require_other(folder, source)  # a folder of Parquet files
+        files.require_other(
+            folder, source
+        )  # the source may be a folder of Parquet files
         for name in (record.name, *names):
             files.require_other(folder / name, source)
     files.make_folder(folder)
-    made_from = json.loads(json.dumps(made_from))  # as it is read back
+    made_from = json.loads(
+        json.dumps(made_from)
+    )  # lists for tuples, as when it is read back
     earlier: dict[str, Any] = {}
     if record.exists():
         earlier = files.read_json(record)
         if not isinstance(earlier, dict) or not {*made_from, "files"} <= earlier.keys():
             raise UserError(
-                f"{record} is there, and not from this command; choose another --output"
+                f"{record} exists and another command wrote it; choose another --output"
             )
     known = dict.fromkeys([*names, *earlier.get("files", ())])
     half = [f"{name}.partial" for name in known]
     there = [name for name in (*known, *half) if os.path.lexists(folder / name)]
     if there and not earlier:
         raise UserError(
-            f"{folder} has a {there[0]}, and no {record.name} says that it may be "
-            "replaced; choose another --output"
+            f"{folder} has a {there[0]}, and no {record.name} which says that it may "
+            "be replaced; choose another --output"
         )
     if there:
         require_same(record, made_from)
@@ -99,8 +105,8 @@ def finish(
     """Writes the record of a complete folder, and returns it.
 
     Args:
-      content: `made_from`, and what else there is to say.
-      names: of the files, as far as they were written.
+      content: `made_from`, and everything else that the record says.
+      names: the files. Those that do not exist are left out of the record.
     """
     there = [name for name in names if (record.parent / name).exists()]
     content = json.loads(json.dumps(content)) | {"files": there, "finished": True}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQL over more rows than fit in memory: DuckDB does it, on disk where it must."""
+"""SQL over more rows than fit in memory. DuckDB uses the disk if it must."""
 
 import contextlib
 import os
@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from synister_jax.base.errors import UserError
 
-# What DuckDB holds before it goes to disk; more is hardly faster (100 million rows of
-# 28 bytes sorted in 26 s with this, in 24 s with twice as much, on two cores).
+# DuckDB uses this much memory before it goes to disk. More is hardly faster: on two
+# cores it sorts 100 million rows of 28 bytes in 26 s with this, and in 24 s with twice
+# as much.
 MEMORY = "1GB"
 
 
@@ -24,34 +25,34 @@ def run(
     folder: pathlib.Path | None,
     threads: int | None = None,
 ) -> Generator[pa.RecordBatch, None, None]:
-    """The rows of `query`, an SQL statement over `batches`, which it calls `rows`.
-
-    One batch at least, though it may be empty.
+    """Yields the rows of a query, in at least one batch, which may be empty.
 
     Args:
-      folder: where the disk has room for all of them once more; nothing stays there.
-        None: all that the query holds must fit in memory.
-      threads: with 1, floats are added in the order of the rows, and sums are the same
-        bit for bit each time; by default one for each core.
+      query: an SQL statement that calls the rows of `batches` `rows`.
+      schema: the schema of `batches`.
+      folder: a folder on a disk with room for all rows once more. Nothing stays there.
+        None: the query must fit in memory.
+      threads: by default one for each core. With 1, numbers are added in the order of
+        the rows, so that sums are the same bit for bit every time.
 
     Raises:
-      UserError: the disk is full, or without a folder the memory; and whatever
-        `batches` raises.
+      UserError: the disk is full, or the memory if there is no folder.
+      Exception: whatever `batches` raises.
     """
     raised: list[BaseException] = []
 
     def watched() -> Iterator[pa.RecordBatch]:
         try:
             yield from batches
-        except BaseException as error:  # DuckDB would make its own of it
+        except BaseException as error:  # DuckDB would replace it by an error of its own
             raised.append(error)
             raise
 
-    # Each thread needs memory of its own: 128 of them run out of this.
+    # Every thread needs some memory: 128 threads need more than MEMORY.
     threads = threads or min(8, os.cpu_count() or 1)
     config: dict[str, str | bool | int | float | list[str]] = {}
     config |= {"memory_limit": MEMORY, "threads": str(threads)}
-    config["preserve_insertion_order"] = "false"  # only ORDER BY says what comes first
+    config["preserve_insertion_order"] = "false"  # only ORDER BY gives an order
     with _spill(folder) as spill:
         config["temp_directory"] = "" if spill is None else str(spill)
         try:
@@ -69,18 +70,18 @@ def run(
             if raised:
                 raise raised[0] from None
             raise UserError(
-                f"cannot query in {folder or 'memory'}: {error}; mend that, rerun"
+                f"cannot query in {folder or 'memory'}: {error}; fix that and try again"
             ) from None
 
 
 @contextlib.contextmanager
 def _spill(folder: pathlib.Path | None) -> Iterator[pathlib.Path | None]:
-    """The folder for what does not fit in memory; it is gone before and after."""
+    """Yields a path for what does not fit in memory, and removes it afterwards."""
     if folder is None:
         yield None
         return
     spill = folder / "query.tmp"
-    shutil.rmtree(spill, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(spill, ignore_errors=True)  # a killed process may have left it
     try:
         yield spill
     finally:

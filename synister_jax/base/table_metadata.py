@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a table says of itself: JSON under one key of its schema's metadata."""
+"""What a table says about itself: JSON under one key of the metadata of its schema."""
 
 import json
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ _KEY = b"synister_jax"
 
 
 def described(table: pa.Table, about: Mapping[str, Any]) -> pa.Table:
-    """The table with `about`, and no other metadata."""
+    """Returns the table with `about` as its only metadata."""
     return table.replace_schema_metadata(entry(about))
 
 
 def entry(about: Mapping[str, Any]) -> dict[bytes, bytes]:
-    """The metadata of a schema that says `about`."""
+    """Returns the metadata of a schema that says `about`."""
     return {_KEY: json.dumps(about).encode()}
 
 
 def of(table: pa.Table | pa.Schema) -> dict[str, Any]:
-    """What the table says of itself; empty where it says nothing.
+    """Returns what the table says about itself, or an empty dictionary.
 
-    Tables that went through pandas or polars have lost it.
+    A table that went through pandas or polars has lost its metadata.
     """
     schema = table if isinstance(table, pa.Schema) else table.schema
     found = (schema.metadata or {}).get(_KEY)

@@ -32,27 +32,41 @@ from synister_jax.tables.synapse_stream import SynapseStream
 
 
 def units_of(text: str | None, count: int) -> range:
-    """The units of `--units=I/N`, I from 0: the I-th of N runs of neighbours."""
+    """Returns the work units of `--units=I/N`: share I of N, with I from 0.
+
+    Args:
+      text: the value of the flag; None stands for all units.
+      count: the number of units of the plan.
+
+    Raises:
+      UserError: the text is not I/N.
+    """
     if text is None:
         return range(count)
     index, _, shares = text.partition("/")
     if not (index.isdecimal() and shares.isdecimal() and int(index) < int(shares)):
-        raise UserError(f"--units={text}: give I/N with I from 0 to N - 1, as 3/16")
+        raise UserError(
+            f"--units={text}: give I/N with I from 0 to N - 1, for example 3/16"
+        )
     i, n = int(index), int(shares)
     return range(count * i // n, count * (i + 1) // n)
 
 
 def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str, int]]:
-    """(workdir, step) of every step in every run; the latest step where none is given.
+    """Returns (workdir, step) for every run and every step.
+
+    Args:
+      workdirs: the folders of the runs.
+      steps: numbers or `best`. Without any, the latest checkpoint of each run is taken.
 
     Raises:
-      UserError: a run without such a checkpoint.
+      UserError: a folder is not a run, or a run has no such checkpoint.
     """
     members = []
     step: int | None
     for workdir in workdirs:
         folder = pathlib.Path(workdir)
-        checkpoint.load_config(folder)  # whether it is a run at all
+        checkpoint.load_config(folder)  # refuses a folder that is not a run
         for text in steps or (None,):
             if text == "best":
                 step = checkpoint.best_step(folder)
@@ -69,7 +83,7 @@ def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str,
 def _source(
     options: Options,
 ) -> tuple[SynapseStream, grids.Grid | None]:
-    """The rows to predict, and the grid whose points they are, if it is one."""
+    """Returns the rows to predict, and the grid if they are the points of one."""
     if options.roi_nm_zyx is not None:
         grid = grids.Grid.of(options.roi_nm_zyx, options.step_nm_zyx or [])
         name = f"grid {options.roi_nm_zyx} every {options.step_nm_zyx}"
@@ -81,7 +95,7 @@ def _source(
 
 @dataclasses.dataclass(frozen=True)
 class _Prediction:
-    """All that is open while the command runs."""
+    """Everything that is open while the command runs."""
 
     inputs: Inputs
     classifier: inference.Classifier
@@ -93,10 +107,12 @@ class _Prediction:
 
     @classmethod
     def open(cls, options: Options) -> "_Prediction":
-        """Opens run, table and volume, and plans; what is quick to refuse comes first.
+        """Opens the run, the table and the volume, and plans the work.
+
+        Mistakes that are found quickly are found first.
 
         Raises:
-          UserError: an option is wrong, or something cannot be opened.
+          UserError: an option is wrong, or a file cannot be opened.
         """
         source, grid = _source(options)
         size = None
@@ -105,7 +121,8 @@ class _Prediction:
         units_of(options.units, 0)
         if options.cluster is not None:
             dask_cluster.check(options.cluster)
-            jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+            # The workers need the accelerators.
+            jax.config.update("jax_platforms", "cpu")
         members = members_of(options.workdirs, options.steps)
         fitted = None
         if options.calibrated:
@@ -132,15 +149,15 @@ class _Prediction:
 
 
 def predict(options: Options) -> None:
-    """Plans, executes what is left to do, and merges; prints what happens.
+    """Plans the work, computes the units that are not done, and merges the results.
 
     Raises:
-      UserError: an option is wrong, something cannot be opened, read or written. What
-        is finished stays.
+      UserError: an option is wrong, or a file cannot be opened, read or written. The
+        finished units stay.
     """
     prediction = _Prediction.open(options)
     plan = prediction.plan
-    # A warning only: every row is answered, those outside too.
+    # This only warns, because rows outside the volume get an answer, too.
     if plan.about["doubt"]:
         print(f"warning: {plan.about['doubt']}", file=sys.stderr)
     if options.dry_run:
@@ -151,15 +168,15 @@ def predict(options: Options) -> None:
     if options.units is not None:
         shown = f"units {mine.start} to {mine.stop - 1}" if mine else "none"
         print(
-            f"{shown} of {len(plan)} units: done; when all are, run the same "
-            "command without --units to merge them"
+            f"{shown} of {len(plan)} units: done. When all units are done, run the "
+            "same command without --units to merge them"
         )
         return
     _merge(prediction, options)
 
 
 def _execute(prediction: _Prediction, mine: range, options: Options) -> None:
-    """Does those of the units that are not done, here or on the cluster's workers."""
+    """Computes the units that are not done, here or on the workers of a cluster."""
     plan = prediction.plan
     left = unit_results.unfinished(plan, mine, options.retry_missing)
     rows = sum(map(plan.size, mine))
@@ -201,5 +218,5 @@ def _merge(prediction: _Prediction, options: Options) -> None:
     if record["unreadable_chunks"]:
         print(
             f"{record['unreadable_chunks']:,} chunks could not be read, see "
-            f"{options.output}/unreadable_chunks.csv; --retry_missing tries again"
+            f"{options.output}/unreadable_chunks.csv; --retry_missing reads them again"
         )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The electron-microscopy volume: opened, described, read crop by crop."""
+"""The electron-microscopy volume: how it is opened, described, and read in crops."""

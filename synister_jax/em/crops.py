@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crops of a volume: where they lie, and their voxels, chunk by chunk."""
+"""Crops of a volume: where they are, which chunks they need, and their voxels."""
 
 import collections
 import math
@@ -19,16 +19,21 @@ MISSING_DATA = "missing_data"
 
 Corner = tuple[int, ...]  # first voxel of a chunk, (z, y, x)
 
-# What TensorStore says of a chunk that is absent, cut short or not decodable. Any
-# other error (network, permission) stops the command: TensorStore has already sent
-# the request again, `volumes.RETRIES`, wherever that may help.
+# TensorStore's errors for a chunk that is absent, incomplete or not decodable. Any
+# other error (network, permission) stops the command, because TensorStore has already
+# repeated the request (`volumes.RETRIES`) if that can help.
 _UNREADABLE = ("NOT_FOUND", "FAILED_PRECONDITION", "DATA_LOSS", "OUT_OF_RANGE")
 
 
 def starts_vx_zyx(
     positions_nm_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
 ) -> np.ndarray:
-    """`spaces.crop_starts_vx_zyx` in the volume, [n, 3] int64."""
+    """Returns the first voxel of the crop around each position, [n, 3] int64.
+
+    Args:
+      positions_nm_zyx: [n, 3] in nm, in the volume frame.
+      shape_zyx: the shape of a crop in voxels.
+    """
     return spaces.crop_starts_vx_zyx(
         positions_nm_zyx,
         shape_zyx,
@@ -40,7 +45,12 @@ def starts_vx_zyx(
 def border_status(
     starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
 ) -> np.ndarray:
-    """`ok`, `partly_outside` or `outside` for each box, [n] of str objects."""
+    """Returns `ok`, `partly_outside` or `outside` for each crop, [n] of str objects.
+
+    Args:
+      starts_vx_zyx: the first voxel of each crop, [n, 3].
+      shape_zyx: the shape of a crop in voxels.
+    """
     stops = starts_vx_zyx + np.asarray(shape_zyx)
     bounds = np.asarray(volume.shape_zyx)
     inside = ((starts_vx_zyx >= 0) & (stops <= bounds)).all(axis=1)
@@ -52,20 +62,25 @@ def border_status(
 def chunk_codes(
     starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
 ) -> np.ndarray:
-    """Place along a Z-order curve of the chunk that a crop's centre is in, [n] int64.
+    """Returns a code for the chunk that holds the centre of each crop, [n] int64.
 
-    Crops in the order of their codes visit neighbouring chunks together: with a cache
-    of some of them each chunk is decoded about once.
+    The code is the place of the chunk along a Z-order curve. If crops are read in the
+    order of their codes, crops in neighbouring chunks are read together. Then each
+    chunk is decoded about once, although the cache holds only some chunks.
+
+    Args:
+      starts_vx_zyx: the first voxel of each crop, [n, 3].
+      shape_zyx: the shape of a crop in voxels.
     """
     centres = starts_vx_zyx + np.asarray(shape_zyx) // 2
     places = np.clip(centres, 0, np.asarray(volume.shape_zyx) - 1)
-    origin = np.asarray(volume.store.chunk_layout.grid_origin)  # 0 or less
+    origin = np.asarray(volume.store.chunk_layout.grid_origin)  # 0 or negative
     z, y, x = ((places - origin) // np.asarray(volume.chunk_shape_zyx)).T
     return _spread(z) << 2 | _spread(y) << 1 | _spread(x)
 
 
 def _spread(cells: np.ndarray) -> np.ndarray:
-    """Bit i of 21 becomes bit 3·i; by halves, so in five steps."""
+    """Moves bit i of a 21-bit number to bit 3·i. Five steps halve the distances."""
     code = cells.astype(np.int64)
     code = (code | code << 32) & 0x001F00000000FFFF
     code = (code | code << 16) & 0x001F0000FF0000FF
@@ -77,9 +92,15 @@ def _spread(cells: np.ndarray) -> np.ndarray:
 def order(
     starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
 ) -> np.ndarray:
-    """Permutation [n] by `chunk_codes`, then by position: a function of its arguments.
+    """Returns the order in which the crops are read, a permutation [n].
 
-    Neighbours within a chunk read the same chunks around it.
+    The crops are sorted by `chunk_codes`, and within a chunk by their positions,
+    because neighbours need the same chunks. The same arguments always give the same
+    order.
+
+    Args:
+      starts_vx_zyx: the first voxel of each crop, [n, 3].
+      shape_zyx: the shape of a crop in voxels.
     """
     z, y, x = np.transpose(starts_vx_zyx)
     return np.lexsort((x, y, z, chunk_codes(starts_vx_zyx, shape_zyx, volume)))
@@ -88,7 +109,7 @@ def order(
 def count_chunks(
     starts_vx_zyx: np.ndarray, shape_zyx: Sequence[int], volume: Volume
 ) -> int:
-    """How many chunks the crops need, those that several need counted once."""
+    """Returns how many chunks the crops need. A chunk of several crops counts once."""
     chunk = np.asarray(volume.chunk_shape_zyx)
     origin = np.asarray(volume.store.chunk_layout.grid_origin)
     low = np.maximum(starts_vx_zyx, 0)
@@ -105,10 +126,10 @@ def count_chunks(
 
 
 class Crop(NamedTuple):
-    """A crop as read; where nothing is unreadable it is whole."""
+    """A crop and the chunks of it that cannot be read. Their voxels are 0."""
 
     voxels: np.ndarray  # uint8 [z, y, x]
-    unreadable: tuple[Corner, ...]  # chunks that it needs and that cannot be had
+    unreadable: tuple[Corner, ...]  # first voxels of the chunks
 
 
 def read(
@@ -119,11 +140,17 @@ def read(
 ) -> Iterator[Crop]:
     """Yields the crop of each start, in the order given.
 
-    Voxels outside the volume and voxels of unreadable chunks (missing, or not to be
-    decoded) are 0. Reads run ahead of the consumer by at most `bytes_in_flight`.
+    Voxels outside the volume are 0. Voxels of unreadable chunks, which are missing or
+    cannot be decoded, are 0, too.
+
+    Args:
+      volume: the volume.
+      starts_vx_zyx: the first voxel of each crop, [n, 3].
+      shape_zyx: the shape of a crop in voxels.
+      bytes_in_flight: read ahead crops of at most this many bytes, at least one crop.
 
     Raises:
-      UserError: the volume is gone, out of reach, or may not be read.
+      UserError: the volume no longer exists, cannot be reached, or may not be read.
     """
     ahead = max(1, bytes_in_flight // math.prod(shape_zyx))
     bounds = np.asarray(volume.shape_zyx)
@@ -166,17 +193,18 @@ def _finish(
 def _read_present_chunks(
     volume: Volume, box: np.ndarray
 ) -> tuple[np.ndarray, tuple[Corner, ...]]:
-    """The box, 0 in the chunks that cannot be read, and these."""
+    """Reads the box chunk by chunk. Returns its voxels and the unreadable chunks."""
     found = np.zeros(box[1] - box[0], np.uint8)
     chunk = np.asarray(volume.chunk_shape_zyx)
-    # The grid's origin is not 0 where the container's domain did not start at 0.
+    # The origin of the grid is not 0 if the container's domain does not start at 0.
     origin = np.asarray(volume.store.chunk_layout.grid_origin)
     first, last = (box[0] - origin) // chunk, (box[1] - 1 - origin) // chunk
     reads = []
     for cell in np.ndindex(*(last - first + 1)):
         corner = origin + (first + cell) * chunk
         low, high = np.maximum(box[0], corner), np.minimum(box[1], corner + chunk)
-        # The cache remembers that a chunk was missing, long after it is back.
+        # The cache still says that a chunk is missing when the chunk is back, so the
+        # source is asked.
         future = volume.start_reading(low, high, fresh=True)
         reads.append((corner, box_of(low - box[0], high - box[0]), future))
     unreadable = []
@@ -192,14 +220,17 @@ def _read_present_chunks(
 
 
 def _raise_unless_chunk(volume: Volume, error: Exception) -> None:
-    # TensorStore's Python errors carry their status code as text only.
+    # TensorStore's Python errors have their status code only in their text.
     reason = volumes.reason(error)
     if reason.startswith(_UNREADABLE):
         return
-    advice = "what is written is kept, run again when it can be read"
+    advice = (
+        "results that are already written are kept, run again when the volume can be "
+        "read"
+    )
     if reason.startswith("PERMISSION_DENIED"):
         advice = (
-            "check your credentials (of a chunk that is missing, too, a store may say "
-            "this to those who must not list its files)"
+            "check your credentials (a store may also give this error for a missing "
+            "chunk, if you may not list its files)"
         )
     raise UserError(f"cannot read volume {volume.uri}: {reason}; {advice}") from None

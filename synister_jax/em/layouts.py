@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Voxel size and offset in nm, as the metadata of N5 and Zarr containers state them."""
+"""Reads the voxel size and the offset in nm from the metadata of N5 and Zarr arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,18 +21,24 @@ Triple = tuple[float, ...]
 def physical_nm(
     driver: str, metadata: dict[str, Any], axes_zyx: Sequence[int], uri: str
 ) -> tuple[Triple | None, Triple]:
-    """(voxel size, offset) as (z, y, x); the size is None where nothing states it.
+    """Returns (voxel size, offset) in nm, each as (z, y, x).
 
-    Understood, in this order: `resolution`, `offset`, `units` (funlib, daisy);
-    `pixelResolution` with `downsamplingFactors` (n5-viewer); `multiscales` of the
-    group above (OME-Zarr 0.4 and 0.5).
+    The voxel size is None if the metadata does not state it. The function looks for
+    these conventions, in this order:
+
+    - `resolution`, `offset` and `units` (funlib, daisy)
+    - `pixelResolution` with `downsamplingFactors` (n5-viewer)
+    - `multiscales` of the group that holds the array (OME-Zarr 0.4 and 0.5)
 
     Args:
-      metadata: of the array; for Zarr with `attributes`, `name` and `parent`.
-      axes_zyx: place of z, y and x among the axes of the array on disk.
+      driver: the driver of TensorStore, such as "n5".
+      metadata: the metadata of the array. For Zarr it also has the keys `attributes`,
+        `name` and `parent`.
+      axes_zyx: the places of z, y and x among the axes of the array on disk.
+      uri: the address of the volume, for messages.
 
     Raises:
-      UserError: there is such metadata but it makes no sense.
+      UserError: the metadata follows one of the conventions but cannot be understood.
     """
     attributes = metadata if driver == "n5" else metadata.get("attributes", {})
     parent = metadata.get("parent", {})
@@ -61,7 +67,7 @@ def physical_nm(
     except (AttributeError, KeyError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"volume {uri}: cannot understand its voxel size, offset or units "
-            f"({error!r}); mend the container's metadata"
+            f"({error!r}); correct the metadata of the container"
         ) from None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coordinate spaces of the sources, and how they become nm in a volume's frame."""
+"""Converts coordinates of the sources to nm in the volume frame."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,33 +9,33 @@ import numpy as np
 
 from synister_jax.base.errors import UserError
 
-if TYPE_CHECKING:  # what a table needs of a volume, without opening one
+if TYPE_CHECKING:  # only the type is needed here
     from synister_jax.em.volumes import Volume
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """What to do to coordinates of a source, axis by axis of the volume (z, y, x).
+    """A coordinate space of a source, and how it becomes nm in a volume frame.
 
-    Axis a of the volume takes the source's coordinate `order_zyx[a]`; where
-    `flip_zyx[a]`, it counts from the far end (length in voxels - 1 - coordinate); then
-    nm = coordinate · `scale_nm_zyx[a]` + `offset_nm_zyx[a]`.
+    Axis a of the volume (z, y, x) takes the source's coordinate `order_zyx[a]`. If
+    `flip_zyx[a]` is true, the coordinate is replaced by (length of the axis in voxels -
+    1 - coordinate). Then nm = coordinate · `scale_nm_zyx[a]` + `offset_nm_zyx[a]`.
     """
 
-    frame: str  # the volume that the result belongs to
+    frame: str  # the volume whose frame the result is in
     scale_nm_zyx: tuple[float, ...] = (1.0, 1.0, 1.0)
     offset_nm_zyx: tuple[float, ...] = (0.0, 0.0, 0.0)
     order_zyx: tuple[str, ...] = ("z", "y", "x")
     flip_zyx: tuple[bool, ...] = (False, False, False)
-    # Fractions of a voxel are cut off before anything else.
+    # Whether the fraction of a coordinate is cut off first.
     whole_voxels: bool = False
 
 
-# funkelab/synistereq (repositories) and funkelab/synister_data (NOTES.md, consolidate)
-# say how each service's coordinates reach the containers; htem/synister_banc for BANC.
+# The sources of these numbers are funkelab/synistereq (repositories) and
+# funkelab/synister_data (NOTES.md, consolidate), and for BANC htem/synister_banc.
 SPACES: Mapping[str, Space] = {
     "volume": Space("the volume"),
-    # One section lies between CATMAID's FAFB v14 and the N5 container.
+    # CATMAID's FAFB v14 and the N5 container differ by one section (40 nm).
     "fafb-catmaid": Space("FAFB v14 N5", offset_nm_zyx=(-40.0, 0.0, 0.0)),
     "hemibrain-neuprint": Space(
         "hemibrain export N5",
@@ -53,11 +53,12 @@ def to_volume(
     coordinates: Mapping[str, np.ndarray],
     shape_zyx: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Positions in nm in the volume's frame, [n, 3] float64 as (z, y, x).
+    """Returns positions in nm in the volume frame, [n, 3] float64 as (z, y, x).
 
     Args:
-      coordinates: `x`, `y`, `z`, [n] float64 each, as the source gives them.
-      shape_zyx: of the volume in voxels; needed where an axis is flipped.
+      space: the space of the coordinates.
+      coordinates: `x`, `y` and `z` as the source gives them, each [n] float64.
+      shape_zyx: the shape of the volume in voxels. It is needed if an axis is flipped.
 
     Raises:
       UserError: an axis is flipped and the shape is not given.
@@ -79,10 +80,10 @@ def to_volume(
 
 
 def describe(space: Space, shape_zyx: Sequence[int] | None) -> dict[str, Any]:
-    """What `to_volume` did, for a table's metadata."""
+    """Returns what `to_volume` does with these arguments, for a table's metadata."""
     record = dataclasses.asdict(space)
     if any(space.flip_zyx):
-        assert shape_zyx is not None  # `to_volume` refuses to flip without it
+        assert shape_zyx is not None  # `to_volume` needs the shape to flip
         record["shape_zyx"] = [int(size) for size in shape_zyx]
     return record
 
@@ -93,10 +94,17 @@ def crop_starts_vx_zyx(
     voxel_size_nm_zyx: Sequence[float],
     offset_nm_zyx: Sequence[float] = (0, 0, 0),
 ) -> np.ndarray:
-    """First voxel of each crop, [n, 3] int64, for positions [n, 3] in nm.
+    """Returns the first voxel of the crop around each position, [n, 3] int64.
 
-    The original's rule: `rint((position - size//2 * voxel) / voxel)`, half to even,
-    in the container's frame; for even sizes the synapse lies at index size/2.
+    This is the rule of the original: `rint((position - size//2 * voxel) / voxel)`. Here
+    rint rounds halves to even, and the position is relative to the offset of the
+    volume. If the size is even, the synapse is at index size/2 of the crop.
+
+    Args:
+      positions_nm_zyx: [n, 3] in nm.
+      crop_shape_zyx: the size of a crop in voxels.
+      voxel_size_nm_zyx: the voxel size in nm.
+      offset_nm_zyx: the position of voxel (0, 0, 0) in nm.
     """
     voxel = np.asarray(voxel_size_nm_zyx)
     half = np.asarray(crop_shape_zyx) // 2 * voxel
@@ -105,7 +113,7 @@ def crop_starts_vx_zyx(
 
 
 def outside(positions_nm_zyx: np.ndarray, volume: "Volume") -> np.ndarray:
-    """[n] bool: positions that lie in no voxel of the volume (NaN: True)."""
+    """Returns which positions are outside the volume, [n] bool. NaN is outside."""
     voxel = np.asarray(volume.voxel_size_nm_zyx)
     index = np.rint((positions_nm_zyx - volume.offset_nm_zyx) / voxel)
     return ~((index >= 0) & (index < volume.shape_zyx)).all(axis=1)
@@ -114,12 +122,19 @@ def outside(positions_nm_zyx: np.ndarray, volume: "Volume") -> np.ndarray:
 def doubt(
     positions_nm_zyx: np.ndarray, volume: "Volume", least_share: float = 0.5
 ) -> str | None:
-    """What seems wrong with the unit or the order of positions in a volume, or None.
+    """Returns what seems wrong with the unit or the order of the axes, or None.
 
-    A guess is made where one simple change puts nine tenths of the positions inside
-    that lie outside. Where these are less than half, only those count that lie outside
-    by the volume's length and more (others are neighbours of it), and they must be more
-    than `least_share` of all.
+    The function tries three simple changes of the positions that are outside the
+    volume. It names the first change that moves at least 90 % of them into the volume.
+
+    If at most half of all positions are outside, positions near the volume do not
+    count. Then only positions further away than a length of the volume are
+    changed, and they must be more than `least_share` of all positions.
+
+    Args:
+      positions_nm_zyx: [n, 3] in nm. Positions that are not finite are ignored.
+      volume: the volume that the positions should be in.
+      least_share: a fraction between 0 and 1.
     """
     positions, lost = _lost(positions_nm_zyx, volume)
     if len(lost) * 2 <= len(positions):
@@ -145,10 +160,12 @@ def doubt(
 
 
 def look_like_voxels(positions_nm_zyx: np.ndarray, volume: "Volume") -> bool:
-    """All of 100 or more positions lie where their voxel indices would.
+    """Returns whether the positions seem to be voxel indices instead of nm.
 
-    Only told of volumes whose voxels are larger than 3 nm on every axis: there that
-    corner is a twenty-seventh of the volume or less.
+    This is true if there are at least 100 finite positions, and all would be possible
+    voxel indices. It is always false if the voxels are 3 nm or smaller along an axis.
+    With larger voxels, the positions that are possible indices fill a corner of at most
+    1/27 of the volume.
     """
     positions, _ = _lost(positions_nm_zyx, volume)
     corner = positions - volume.offset_nm_zyx < volume.shape_zyx
@@ -159,6 +176,6 @@ def look_like_voxels(positions_nm_zyx: np.ndarray, volume: "Volume") -> bool:
 def _lost(
     positions_nm_zyx: np.ndarray, volume: "Volume"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(finite positions, those of them outside)."""
+    """Returns the finite positions, and the finite positions outside the volume."""
     positions = positions_nm_zyx[np.isfinite(positions_nm_zyx).all(axis=1)]
     return positions, positions[outside(positions, volume)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EM volumes as (z, y, x) through TensorStore.
+"""Opens, reads and writes EM volumes with TensorStore, with the axes (z, y, x).
 
-Everything that depends on how a container orders its axes happens in `open` and
-`write_n5`; the rest of the project sees (z, y, x) only.
+Containers have different orders of axes. Only `open` and `write_n5` deal with these
+orders. The rest of the project always uses (z, y, x).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from synister_jax.base import files
 from synister_jax.base.errors import UserError, redact
 from synister_jax.em import layouts
 
-# Which file names a container by its presence, and TensorStore's driver for it.
+# The file by which a container is recognised, and TensorStore's driver for it.
 _METADATA = {
     "attributes.json": "n5",
     "zarr.json": "zarr3",
@@ -28,7 +28,7 @@ _METADATA = {
     "info": "neuroglancer_precomputed",
 }
 
-# The format may stand before a URI, as the field writes precomputed://gs://…
+# A URI may begin with the format, as in precomputed://gs://…
 _PREFIXES = {
     "n5": ("n5",),
     "zarr": ("zarr", "zarr3"),
@@ -37,48 +37,54 @@ _PREFIXES = {
     "precomputed": ("neuroglancer_precomputed",),
 }
 
-# A request that fails for a reason that may pass is sent again after 0.5, 1, 2, … s,
-# some 50 s in all; TensorStore's own limits take a quarter of an hour.
+# A request that fails for a temporary reason is sent again after 0.5, 1, 2, … s, for
+# about 50 s in all. With TensorStore's own limits this takes a quarter of an hour.
 RETRIES = {"max_retries": 7, "initial_delay": "500ms", "max_delay": "16s"}
 
-# A server that takes the call and stays silent, too, is one that fails: TensorStore
-# would wait for it for ever. It has these settings in the environment only.
+# Without these limits, TensorStore waits for ever for a server that accepts a
+# connection and sends nothing. They can only be set in the environment.
 _PATIENCE_SECONDS = {
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "15",
 }
 
-# What TensorStore raises, whatever is wrong.
+# The exceptions that TensorStore raises.
 ERRORS = (ValueError, NotImplementedError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """A uint8 volume whose index (0, 0, 0) lies at `offset_nm_zyx`."""
+    """A uint8 volume whose voxel (0, 0, 0) is at the position `offset_nm_zyx`."""
 
     uri: str
     voxel_size_nm_zyx: tuple[float, ...]
     offset_nm_zyx: tuple[float, ...]
     store: ts.TensorStore  # domain [0, shape), axes z, y, x
-    # The same array; but it asks the source whether what is cached still holds.
+    # The same array. Its reads ask the source whether cached chunks are still valid.
     fresh: ts.TensorStore
-    # The container's own file that says what is in it, where the format has one.
+    # The container's metadata file, if the format has one.
     metadata: tuple[ts.KvStore, str] | None
 
     @property
     def shape_zyx(self) -> tuple[int, ...]:
+        """The shape in voxels."""
         return tuple(self.store.shape)
 
     @property
     def chunk_shape_zyx(self) -> tuple[int, ...]:
+        """The shape of a chunk in voxels."""
         shape = self.store.chunk_layout.read_chunk.shape
-        assert shape is not None  # of every driver that reads chunks
+        assert shape is not None  # every driver that reads chunks has it
         return tuple(int(size or 0) for size in shape)
 
     def read(
         self, start_vx_zyx: Sequence[int], stop_vx_zyx: Sequence[int]
     ) -> np.ndarray:
-        """The box [start, stop), which must lie inside; an unreadable chunk raises."""
+        """Reads the box [start, stop), uint8 (z, y, x).
+
+        The box must be inside the volume. A chunk that cannot be read raises one of
+        `ERRORS`.
+        """
         return self.start_reading(start_vx_zyx, stop_vx_zyx).result()
 
     def start_reading(
@@ -87,12 +93,20 @@ class Volume:
         stop_vx_zyx: Sequence[int],
         fresh: bool = False,
     ) -> ts.Future:
-        """As `read`, without waiting: the future's result is the box."""
+        """Starts to read a box like `read`, and returns a future for the box.
+
+        Args:
+          fresh: ask the source whether the cached chunks are still valid.
+        """
         store = self.fresh if fresh else self.store
         return store[box_of(start_vx_zyx, stop_vx_zyx)].read()
 
     def check_present(self) -> None:
-        """Raises UserError where the volume itself is gone, not only a chunk of it."""
+        """Checks that the volume still exists, after a chunk could not be read.
+
+        Raises:
+          UserError: the metadata file of the volume cannot be read.
+        """
         if self.metadata is None:
             return
         base, name = self.metadata
@@ -103,18 +117,18 @@ class Volume:
             there, why = False, reason(error)
         if not there:
             raise UserError(
-                f"volume {self.uri} is no longer there: {why}; what is written is "
-                "kept, run again when it is back"
+                f"volume {self.uri} is no longer there: {why}; results that are "
+                "already written are kept, run again when the volume is back"
             )
 
 
 def box_of(start: Sequence[int], stop: Sequence[int]) -> tuple[slice, ...]:
-    """The index of [start, stop) in an array."""
+    """Returns the slices that select the box [start, stop) in an array."""
     return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
 
 
 def reason(error: Exception) -> str:
-    """TensorStore's error without the spec and the web page that it quotes in full."""
+    """Returns TensorStore's message without the spec and the web page quoted in it."""
     quoted = r" \[(tensorstore_spec|http_response_body)='.*?'\](?= \[|$)"
     return re.sub(quoted, "", str(error), flags=re.DOTALL)
 
@@ -127,24 +141,26 @@ def open(
     """Opens an N5, Zarr 2, Zarr 3 or precomputed volume.
 
     Args:
-      uri: a local path, a TensorStore key-value URL (`file://`, `http://`,
-        `https://`, `gs://`, `s3://`) of the array itself, either with or without its
-        format before it (`precomputed://gs://…`, `n5://`, `zarr://`), or a TensorStore
-        spec as JSON text.
-      voxel_size_nm_zyx: what the caller believes; compared with the container, and
-        used where the container does not say.
-      cache_bytes: memory for decoded chunks.
+      uri: the address of the array itself. This is a local path, a TensorStore
+        key-value URL (`file://`, `http://`, `https://`, `gs://`, `s3://`), or a
+        TensorStore spec as JSON text. A path or a URL may begin with the format
+        (`precomputed://gs://…`, `n5://`, `zarr://`).
+      voxel_size_nm_zyx: the voxel size that the caller expects. It must equal the voxel
+        size of the container, and is used if the container does not state its own.
+      cache_bytes: the memory for decoded chunks.
 
     Raises:
-      UserError: nothing there, out of reach, compressed in a way that TensorStore
-        lacks, not three-dimensional uint8, unknown or different voxel size.
+      UserError: the volume does not exist or cannot be reached. Or TensorStore does not
+        know its compression. Or it is not a three-dimensional uint8 array. Or its voxel
+        size is unknown or not the expected one.
     """
     context = _context(cache_bytes)
     spec, metadata, metadata_file = _find(uri, context)
     driver = spec["driver"]
     fresh_spec = spec
     if driver in _METADATA.values():
-        # A missing chunk must be an error here: TensorStore would read it as zeros.
+        # Without this option, TensorStore reads a missing chunk as zeros. It must be an
+        # error instead.
         spec = spec | {"fill_missing_data_reads": False, "recheck_cached_data": "open"}
         fresh_spec = spec | {"recheck_cached_data": True}
     store, axes, offset_vx_zyx = _as_zyx(_open_store(spec, context, uri), driver, uri)
@@ -167,9 +183,9 @@ def open(
 
 
 def storage_seconds() -> float:
-    """Time that this process's reads of files and buckets took so far, added up.
+    """Returns the total time of this process's reads from files and buckets, in s.
 
-    TensorStore measures them; reads over http it does not.
+    TensorStore measures this time. It does not measure reads over http.
     """
     total = 0.0
     for metric in ts.experimental_collect_matching_metrics("/tensorstore/kvstore/"):
@@ -185,7 +201,15 @@ def write_n5(
     offset_nm_zyx: Sequence[float] = (0, 0, 0),
     chunk_shape_zyx: Sequence[int] = (16, 128, 128),
 ) -> None:
-    """Writes a uint8 array (z, y, x) as an N5 data set (on disk x, y, z)."""
+    """Writes an array as an N5 data set, whose axes on disk are (x, y, z).
+
+    Args:
+      path: the folder of the data set. An existing data set is replaced.
+      array_zyx: uint8.
+      voxel_size_nm_zyx: the voxel size in nm.
+      offset_nm_zyx: the position of voxel (0, 0, 0) in nm.
+      chunk_shape_zyx: the shape of a chunk in voxels.
+    """
     path = pathlib.Path(path)
     store = ts.open(
         {
@@ -207,17 +231,22 @@ def write_n5(
     store.T.write(array_zyx).result()
     attributes_path = path / "attributes.json"
     attributes = files.read_json(attributes_path)
-    # TensorStore writes neither: N5 readers want the version, daisy reads the offset.
+    # TensorStore does not write these two. N5 readers need the version, and daisy reads
+    # the offset.
     attributes["n5"] = "2.0.0"
     attributes["offset"] = [float(v) for v in offset_nm_zyx[::-1]]
     files.write_json(attributes_path, attributes)
 
 
 def create_zarr(path: str | pathlib.Path, metadata: dict[str, Any]) -> ts.TensorStore:
-    """A new Zarr 2 array in the folder `path`, to be written to.
+    """Creates a Zarr 2 array in the folder `path`, and returns it for writing.
+
+    Args:
+      path: the folder.
+      metadata: the metadata of the array, as TensorStore's driver `zarr` takes it.
 
     Raises:
-      UserError: it cannot be created.
+      UserError: the array cannot be created.
     """
     spec = {
         "driver": "zarr",
@@ -229,11 +258,18 @@ def create_zarr(path: str | pathlib.Path, metadata: dict[str, Any]) -> ts.Tensor
 
 
 def written(path: str | pathlib.Path, future: ts.Future | ts.WriteFutures) -> Any:
-    """Waits for what TensorStore writes to `path`; its errors become `UserError`."""
+    """Waits until TensorStore has written to `path`, and returns the result.
+
+    Raises:
+      UserError: TensorStore raises ValueError or NotImplementedError. An OSError is
+        passed on.
+    """
     try:
         return future.result()
     except (ValueError, NotImplementedError) as error:
-        raise UserError(f"cannot write {path}: {error}; mend that and rerun") from None
+        raise UserError(
+            f"cannot write {path}: {error}; fix that and run again"
+        ) from None
 
 
 def _context(cache_bytes: int) -> ts.Context:
@@ -259,7 +295,7 @@ def _open_store(spec: dict[str, Any], context: ts.Context, uri: str) -> ts.Tenso
 def _find(
     uri: str, context: ts.Context
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[ts.KvStore, str] | None]:
-    """The TensorStore spec of `uri`, the container's own metadata, and their file."""
+    """Returns the TensorStore spec of `uri`, the metadata and the metadata file."""
     if uri.lstrip().startswith("{"):
         return _find_of_spec(uri, context)
     prefix, separator, rest = uri.partition("://")
@@ -267,7 +303,7 @@ def _find(
     place = rest if drivers else uri
     url = place if "://" in place else pathlib.Path(place).resolve().as_uri()
     base = _open_kvstore(url, context, uri)
-    # Where there are two, that of the prefix.
+    # If the folder has two metadata files, the file of the prefix is used.
     by_prefix = sorted(_METADATA.items(), key=lambda item: item[1] not in drivers)
     for name, driver in by_prefix:
         metadata = _read_metadata(base, name, uri)
@@ -275,22 +311,23 @@ def _find(
             continue
         if drivers and driver not in drivers:
             raise UserError(
-                f"{uri} is no {prefix} volume: {name} there says that it is {driver}; "
-                f"leave {prefix}:// out"
+                f"{uri} is not a {prefix} volume: its file {name} says that it is "
+                f"{driver}; leave {prefix}:// out"
             )
         is_group = (driver == "n5" and "dimensions" not in metadata) or (
             driver == "zarr3" and metadata.get("node_type") == "group"
         )
         if is_group:
             raise UserError(
-                f"{uri} is a {driver} container, not an array in it; name the data "
-                "set too, for example volumes/raw/s0"
+                f"{uri} is a {driver} container, not an array; add the path of the "
+                "array in the container, for example volumes/raw/s0"
             )
         spec = {"driver": driver, "kvstore": base.spec().to_json()}
         return spec, metadata, (base, name)
     raise UserError(
         f"no volume at {uri}: none of {', '.join(_METADATA)} (N5, Zarr 3, Zarr 2, "
-        "precomputed) is there, or you have no permission to read it"
+        "precomputed) is there, or you have no permission to read them; check the "
+        "address and your permissions"
     )
 
 
@@ -314,8 +351,8 @@ def _find_of_spec(
 
 
 def _open_kvstore(kvstore: Any, context: ts.Context, uri: str) -> ts.KvStore:
-    # TensorStore takes an array's path with and without the slash at its end; names
-    # of files below it need one.
+    # TensorStore accepts the path of an array with or without a slash at its end. The
+    # metadata files are only found below a path with a slash.
     if isinstance(kvstore, str):
         kvstore = kvstore.rstrip("/") + "/"
     elif isinstance(kvstore, dict) and kvstore.get("path"):
@@ -327,7 +364,7 @@ def _open_kvstore(kvstore: Any, context: ts.Context, uri: str) -> ts.KvStore:
 
 
 def _read_metadata(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
-    """The container's metadata; for Zarr with `parent`, the attributes of its group."""
+    """Returns the container's metadata. For Zarr, `parent` is that of the group."""
     metadata = _read_json(base, name, uri)
     if name == ".zarray" and metadata:
         metadata["attributes"] = _read_json(base, ".zattrs", uri)
@@ -345,15 +382,15 @@ def _read_metadata(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
 
 
 def _read_json(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
-    """{} where there is no such file, or none that may be read."""
+    """Returns the content of a JSON file, or {} if it is absent or may not be read."""
     try:
         read = base.read(name).result()
         found = json.loads(read.value) if read.state == "value" else {}
     except json.JSONDecodeError as error:
         raise UserError(f"{name} of volume {uri} is not valid JSON: {error}") from None
     except ERRORS as error:
-        # A public bucket that keeps its list of files to itself says this of every
-        # file that is not there.
+        # A public bucket that does not let users list its files gives this error for
+        # every file that does not exist.
         if str(error).startswith("PERMISSION_DENIED"):
             return {}
         raise UserError(
@@ -368,17 +405,23 @@ def _read_json(base: ts.KvStore, name: str, uri: str) -> dict[str, Any]:
 def _as_zyx(
     store: ts.TensorStore, driver: str, uri: str
 ) -> tuple[ts.TensorStore, list[int], tuple[int, ...]]:
-    """The store as (z, y, x) from 0, its axes' places before, its origin in voxels."""
+    """Returns the store as (z, y, x) from 0, and what it was on disk.
+
+    The second value has the places of z, y and x among the axes on disk. The third is
+    the origin of the domain on disk, in voxels (z, y, x).
+    """
     if driver == "neuroglancer_precomputed":
         if store.shape[-1] != 1:
-            raise UserError(f"volume {uri} has several channels; one is needed")
+            raise UserError(
+                f"volume {uri} has several channels; give a volume with one"
+            )
         store = store[ts.d["channel"][0]]
     if store.rank != 3:
         raise UserError(
             f"volume {uri} has {store.rank} dimensions {tuple(store.shape)}; "
             "three (z, y, x) are needed"
         )
-    # What the container names its axes, or else the custom of its format.
+    # If the container does not name its axes, the order is the usual one of its format.
     named = list(store.domain.labels)
     if sorted(named) != ["x", "y", "z"]:
         named = ["x", "y", "z"] if driver == "n5" else ["z", "y", "x"]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How right predictions are, and which transmitter a group of synapses has."""
+"""Measures how accurate predictions are, and calls the transmitter of a group."""

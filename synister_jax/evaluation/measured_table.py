@@ -17,22 +17,33 @@ from synister_jax.tables import predictions, synapses
 
 @dataclasses.dataclass(frozen=True)
 class NeuronSelections:
-    """Of neurons so large and so sure; see `metrics.measure`."""
+    """The selections of neurons that are also measured on their own.
+
+    `metrics.measure` measures every pair of the two limits.
+
+    Attributes:
+      n_mins: keep neurons with at least this many predicted synapses.
+      cutoffs: keep neurons whose call has at least this share of the votes.
+    """
 
     n_mins: tuple[int, ...] = metrics.N_MIN
     cutoffs: tuple[float, ...] = metrics.CUTOFFS
 
     @classmethod
     def of(cls, n_mins: Sequence[str], cutoffs: Sequence[str]) -> "NeuronSelections":
-        """Of the flags' texts; `UserError` for what is not possible."""
+        """Reads the texts of the flags --n_min and --cutoff.
+
+        Raises:
+          UserError: a text is not a number, or the number is out of its range.
+        """
         try:
             found = cls(tuple(map(int, n_mins)), tuple(map(float, cutoffs)))
         except ValueError as error:
             raise UserError(f"--n_min or --cutoff: {error}") from None
         if min(found.n_mins, default=1) < 1:
-            raise UserError(f"--n_min={','.join(n_mins)}: numbers from 1 up")
+            raise UserError(f"--n_min={','.join(n_mins)}: give numbers from 1 up")
         if not all(0 <= cutoff <= 1 for cutoff in found.cutoffs):
-            raise UserError(f"--cutoff={','.join(cutoffs)}: shares, from 0 to 1")
+            raise UserError(f"--cutoff={','.join(cutoffs)}: give shares from 0 to 1")
         return found
 
 
@@ -42,13 +53,17 @@ def evaluate_table(
     part: tuple[str, str] | None = None,
     variants: NeuronSelections = NeuronSelections(),
 ) -> dict[str, Any]:
-    """Measures a table of predictions that fits into memory; returns metrics.json.
+    """Measures a table of predictions and returns the content of metrics.json.
 
     Args:
-      part: (split, part): only its rows.
+      path: the table, which must fit into memory.
+      output: the folder for metrics.json and the pictures.
+      part: (split, part) to measure only these rows.
+      variants: the neurons that are also measured on their own.
 
     Raises:
-      UserError: it is none, has no such part, or no row with a known transmitter.
+      UserError: the file is no prediction table, has no such part, or has no row with a
+        known transmitter.
     """
     table = predictions.load(path)
     what = f"all rows of {path.name}"
@@ -71,7 +86,15 @@ def write(
     table: pa.Table,
     variants: NeuronSelections,
 ) -> dict[str, Any]:
-    """Pictures, then metrics.json; says the accuracies."""
+    """Writes the pictures and then metrics.json, and prints the accuracies.
+
+    Args:
+      folder: the folder for metrics.json and the pictures.
+      what: the words that name the measured rows in titles and in the printed line.
+      identity: the entries of metrics.json that say what was measured.
+      table: the predictions.
+      variants: the neurons that are also measured on their own.
+    """
     from synister_jax.base import figures  # takes half a second to import
 
     measured = metrics.measure(table, variants.n_mins, variants.cutoffs)

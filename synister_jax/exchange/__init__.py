@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other tools' prediction files: written, read and compared."""
+"""Prediction files of other tools: written, read and compared."""

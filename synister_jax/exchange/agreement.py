@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two predictions of the same synapses agree, counted a piece at a time."""
+"""Measures how far two tables of predictions agree on the same synapses.
+
+Table A and table B are joined by synapse. The joined rows are counted batch by batch,
+so that the tables do not have to fit into memory.
+"""
 
 import collections
 import dataclasses
@@ -14,15 +18,20 @@ from synister_jax.evaluation import accuracy
 from synister_jax.exchange.joining import Side
 from synister_jax.tables import synapses
 
-# Of joined rows with positions: where so many lie elsewhere, in no one direction, ids
-# mean other synapses. A net shift of less than that share of the distance is none.
+# If more than this share of the joined rows has another position in B, and the shifts
+# have no common direction, then the same id means different synapses in A and in B.
+# Shifts have a common direction if their sum is at least this share of the distance.
 _NEARLY_ALL, _ONE_DIRECTION = 0.95, 0.5
-# A row a synapse that both predict: the indices of its calls.
+# One row for each synapse that both tables predict: its neuron, and the indices of the
+# classes that A and B call.
 CALLED = pa.schema([("neuron", pa.int64()), ("a", pa.int32()), ("b", pa.int32())])
 
 
 class Agreement:
-    """Counts over joined synapses; all numbers are over those that both predict."""
+    """The counts over joined synapses, from which the measures of agreement follow.
+
+    All measures use only the synapses that both tables predict.
+    """
 
     def __init__(
         self,
@@ -32,11 +41,16 @@ class Agreement:
         grid_nm_zyx: Sequence[float],
         largest: int,
     ) -> None:
-        """
+        """Starts with empty counts.
+
         Args:
-          classes: all, in the order in which ties are broken.
-          grid_nm_zyx: positions further apart on an axis are counted as apart.
-          largest: how many of the rows that differ most to keep.
+          classes: the classes of A and of B together. If two classes have the same
+            probability, the first of them in this order is called.
+          of_a: the classes of A.
+          of_b: the classes of B.
+          grid_nm_zyx: [3] nm. Two positions are counted as apart if they differ by
+            more than this on any axis.
+          largest: how many of the rows that differ most are kept.
         """
         self.classes = list(classes)
         self._own = [np.isin(classes, own) for own in (of_a, of_b)]
@@ -59,10 +73,16 @@ class Agreement:
     def add(
         self, left: pa.Table, right: pa.Table, neuron: pa.ChunkedArray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Counts joined rows (joining.pairs).
+        """Counts one batch of joined rows.
+
+        Args:
+          left: the n rows of A, as `joining.pairs` yields them.
+          right: the n rows of B, in the same order.
+          neuron: int64 [n], the neuron of each row.
 
         Returns:
-          which rows both predict, bool [n], and of these the calls in A and in B.
+          A bool array [n] that says which rows both tables predict; and for these rows
+          the indices of the classes that A calls and that B calls.
         """
         self.joined += len(left)
         self._compare_positions(left, right)
@@ -85,7 +105,7 @@ class Agreement:
             for value, own in zip(values, self._own, strict=True)
         )
         called = [
-            np.where(own, x, -1).argmax(axis=1)  # the first of equals
+            np.where(own, x, -1).argmax(axis=1)  # ties: the first class
             for x, own in zip((p, q), self._own, strict=True)
         ]
         self.confusion += accuracy.confusion(called[0], called[1], len(self.classes))
@@ -109,7 +129,7 @@ class Agreement:
 
     @property
     def scattered(self) -> bool:
-        """Nearly all joined rows lie elsewhere in B, here and there."""
+        """Whether nearly all rows are shifted in B, without a common direction."""
         apart = self._apart > _NEARLY_ALL * self._positions
         return apart and not in_one_direction(self._apart_shift, self._apart_distance)
 
@@ -121,7 +141,7 @@ class Agreement:
         p: np.ndarray,
         q: np.ndarray,
     ) -> None:
-        """Of these rows and those kept so far the ones that differ most."""
+        """Keeps the rows that differ most, among these rows and the kept rows."""
         distance = np.abs(p - q).sum(axis=1) / 2
         order = np.argsort(-distance, kind="stable")[: self._most]
         at = order[distance[order] > 0]
@@ -146,17 +166,19 @@ class Agreement:
         self._kept = table.take(pa.array(order[: self._most])).combine_chunks()
 
     def largest(self) -> pa.Table:
-        """The rows that differ most, the most different first.
+        """Returns the rows that differ most. The most different row comes first.
 
-        `id_a`, `id_b`, the position (A's, else B's), `neuron_id`, `called_a`,
-        `called_b`, `total_variation` (½ Σ |p − q| over all classes, 0 for a class that
-        a side lacks) and `a_<class>_prob`, `b_<class>_prob`. Equal rows are not in it.
+        The columns are `id_a`, `id_b`, the position (from A, or from B where A has no
+        position), `neuron_id`, `called_a`, `called_b`, `total_variation`,
+        `a_<class>_prob` and `b_<class>_prob`. `total_variation` is ½ Σ |p − q| over
+        all classes; a class that a table lacks has probability 0 there. Rows with
+        equal probabilities are left out.
         """
         assert self._kept is not None
         return self._kept
 
     def numbers(self) -> dict[str, Any]:
-        """`synapses`, `probabilities` and `positions` of comparison.json."""
+        """Returns `synapses`, `probabilities` and `positions` for comparison.json."""
         count = self.predicted["both"]
         correlation = self._moments.correlation()
         probabilities = {
@@ -192,21 +214,36 @@ def in_one_direction(
     shift_nm_zyx: Sequence[float] | np.ndarray,
     distance_nm_zyx: Sequence[float] | np.ndarray,
 ) -> bool:
-    """Whether signed differences add up, of their sums or means [3] and absolute ones.
+    """Returns whether the shifts between positions have a common direction.
 
-    By chance they would add up to about 1/√n of the absolute ones.
+    The net shift of n rows in random directions is only about 1/√n of the distance.
+
+    Args:
+      shift_nm_zyx: [3], the sum or the mean of the signed differences.
+      distance_nm_zyx: [3], the sum or the mean of the absolute differences.
     """
     net = np.linalg.norm(shift_nm_zyx)
     return bool(net >= _ONE_DIRECTION * np.linalg.norm(distance_nm_zyx))
 
 
 def _predicted(values: np.ndarray) -> np.ndarray:
-    """[n] bool. Published tables have 0 throughout where there is no prediction."""
+    """Returns bool [n]: which rows of `values` [n, classes] have a prediction.
+
+    Published tables have probability 0 for every class of a row without a prediction.
+    """
     return ~np.isnan(values).any(axis=1) & (values > 0).any(axis=1)
 
 
 def of_confusion(counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """`count`, `agreement`, `per_class`, `confusion` and `confusion_by_row`."""
+    """Returns the measures of agreement that follow from a confusion matrix.
+
+    Args:
+      counts: int [classes, classes]; rows are the calls in A, columns the calls in B.
+      classes: the names of the rows and columns.
+
+    Returns:
+      `count`, `agreement`, `per_class`, `confusion` and `confusion_by_row`.
+    """
     in_a, in_b, both = counts.sum(axis=1), counts.sum(axis=0), np.diag(counts)
     return {
         "count": int(counts.sum()),
@@ -231,10 +268,10 @@ def _ratio(part: Any, whole: Any) -> float | None:
 
 
 class _Moments:
-    """Means, variances and covariances of columns, added batch by batch.
+    """The means, variances and covariances of columns, updated batch by batch.
 
-    Deviations from the mean are added up, as in Chan, Golub and LeVeque (1983): sums of
-    squares would lose the digits of a rare class.
+    The update adds up deviations from the mean, as in Chan, Golub and LeVeque (1983).
+    Sums of squares would lose the digits of a rare class.
     """
 
     def __init__(self, columns: int) -> None:
@@ -244,7 +281,7 @@ class _Moments:
         self._products = np.zeros(columns)
 
     def add(self, p: np.ndarray, q: np.ndarray) -> None:
-        """[n, columns] each."""
+        """Adds a batch. `p` and `q` have shape [n, columns]."""
         if not len(p):
             return
         values = np.stack([p, q])
@@ -260,7 +297,10 @@ class _Moments:
         self._count = total
 
     def correlation(self) -> list[float | None]:
-        """Pearson's; None where a column does not vary (by more than 1e-9)."""
+        """Returns the Pearson correlation of each column.
+
+        The value is None where the standard deviation of a column is at most 1e-9.
+        """
         varies = np.all(self._squares > self._count * 1e-18, axis=0)
         scale = np.sqrt(self._squares.prod(axis=0))
         return [
@@ -270,7 +310,14 @@ class _Moments:
 
 
 def neurons_query(classes: int) -> str:
-    """SQL over rows as `CALLED`: votes by neuron, most synapses first."""
+    """Returns the SQL query that counts the votes of each neuron.
+
+    The query reads a table `rows` with the columns of `CALLED`. The neuron with the
+    most synapses comes first.
+
+    Args:
+      classes: the number of classes.
+    """
     votes = ", ".join(
         f"count(*) FILTER ({side} = {i}) AS {side}{i}"
         for side in "ab"
@@ -282,7 +329,7 @@ def neurons_query(classes: int) -> str:
 
 @dataclasses.dataclass
 class Neurons:
-    """Majority votes by neuron, from the rows of `neurons_query`."""
+    """The majority votes of neurons, counted from the rows of `neurons_query`."""
 
     classes: Sequence[str]
     _different: list[pa.Table] = dataclasses.field(default_factory=list)
@@ -291,6 +338,7 @@ class Neurons:
         self._confusion = np.zeros((len(self.classes),) * 2, np.int64)
 
     def add(self, batch: pa.RecordBatch) -> None:
+        """Counts one batch of the rows that `neurons_query` gives."""
         names = np.asarray(self.classes)
         count = batch["synapses"].to_numpy()
         columns: dict[str, Any] = {"neuron_id": batch["neuron"], "synapses": count}
@@ -299,7 +347,7 @@ class Neurons:
             votes = np.stack(
                 [batch[f"{side}{i}"].to_numpy() for i in range(len(names))], axis=1
             )
-            called.append(votes.argmax(axis=1))  # the first of equals
+            called.append(votes.argmax(axis=1))  # ties: the first class
             columns[f"called_{side}"] = pa.array(names[called[-1]], pa.string())
             columns[f"fraction_{side}"] = votes.max(axis=1) / count
         self._confusion += accuracy.confusion(called[0], called[1], len(names))
@@ -309,7 +357,15 @@ class Neurons:
     def numbers(
         self, sides: tuple[Side, Side], ids_differ: int
     ) -> dict[str, Any] | None:
-        """`neurons` of comparison.json."""
+        """Returns `neurons` for comparison.json.
+
+        Args:
+          sides: A and B.
+          ids_differ: the number of joined rows whose `neuron_id` differs.
+
+        Returns:
+          None if neither table has neurons.
+        """
         if not any(side.with_neuron for side in sides):
             return None
         return {
@@ -320,10 +376,11 @@ class Neurons:
         }
 
     def different(self) -> pa.Table:
-        """Neurons that are called differently, most synapses first.
+        """Returns the neurons that A and B call differently, most synapses first.
 
-        `neuron_id`, `synapses`, and for either side `called_…` and `fraction_…`, the
-        share of the synapses that voted for it.
+        The columns are `neuron_id`, `synapses`, and for each table `called_…` and
+        `fraction_…`. The fraction is the share of the neuron's synapses that voted for
+        the called class.
         """
         schema = pa.schema(
             [

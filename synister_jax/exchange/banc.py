@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BANC's tables of synapses and of neurons.
+"""Writes predictions as the BANC project's tables of synapses and of neurons.
 
-Columns, types and units are in docs/exports.md.
+docs/exports.md gives the columns, their types and their units.
 """
 
 import pathlib
@@ -42,8 +42,8 @@ def _write(
 
 
 def _write_synapses(source: Predictions, folder: pathlib.Path) -> None:
-    """BANC's banc_nt_prediction.parquet, and its calls as a CAVE reference table."""
-    classes = np.array([*source.classes, None], object)  # [-1]: not predicted
+    """Writes banc_nt_prediction.parquet, and the calls as a CAVE reference table."""
+    classes = np.array([*source.classes, None], object)  # index -1: no prediction
 
     def convert(table: pa.Table) -> pa.Table:
         columns = export_files.fixed(table, NAMES)
@@ -72,7 +72,7 @@ def _write_synapses(source: Predictions, folder: pathlib.Path) -> None:
 
 
 def _write_neurons(source: Predictions, folder: pathlib.Path) -> None:
-    """BANC's banc_neurotransmitter_prediction.csv, by its rule."""
+    """Writes banc_neurotransmitter_prediction.csv, by the rule of the BANC project."""
     neurons = group_calls.of(source, "neuron", "banc", folder=folder)
     types = export_files.calls_of_types(
         source, folder, neurons["cell_type"], "banc", None

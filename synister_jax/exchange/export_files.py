@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the files that other tools read have in common: names, ids, how to write them.
+"""Holds what the exports to all other tools share: checks, ids, writing of files.
 
-Each family of tools has a module beside this one, whose consumers `export` lists;
-docs/exports.md says what is in each file. In all of them classes are found by name; a
-class that a file always has and the network has not is 0 where there is a prediction;
-probabilities are NaN (CSV: blank) where there is none; an id that is not known is 0,
-because of a null pandas makes the whole column floats, which lose digits of large ids.
+Each family of tools has its own module in this folder. The command `export` lists the
+tools. docs/exports.md says what is in each file. These rules hold for all files:
+
+- Classes are matched by name.
+- A file may have a class that the network lacks. Its probability is 0 where the synapse
+  has a prediction.
+- Probabilities are NaN (blank in CSV) where the synapse has no prediction.
+- An unknown id is 0. With a null, pandas would read the whole column as floats, which
+  lose the last digits of large ids.
 """
 
 import contextlib
@@ -34,13 +38,14 @@ Convert = Callable[[pa.Table], pa.Table]
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """What a consumer may have to be told; None where it was not given.
+    """The options of an export. An option that the user did not give is None.
 
     Attributes:
-      voxel_size_nm_zyx: of the volume, for files with voxels.
-      confusion: file of the network's confusion matrix.
-      split: whose parts a file with one such column names.
-      predict: the original's number of the prediction.
+      voxel_size_nm_zyx: the voxel size of the volume in nm, for files that give
+        positions in voxels.
+      confusion: the file of the network's confusion matrix.
+      split: the split whose parts are written, for files with a single split column.
+      predict: the number of the prediction, as the original synister counts them.
     """
 
     voxel_size_nm_zyx: tuple[float, float, float] | None = None
@@ -50,7 +55,7 @@ class ExportOptions:
 
 
 class Write(Protocol):
-    """Writes a consumer's files; returns what the user should be told of them."""
+    """Writes the files of a consumer; returns messages about them for the user."""
 
     def __call__(
         self,
@@ -66,12 +71,14 @@ class Consumer:
     """A tool that reads predictions, and how its files are written.
 
     Attributes:
-      names: class → what the tool calls it, in the tool's order.
-      files: all files that may be written.
-      takes: the options that count, and whether each is needed.
-      needs_neurons: it finds a synapse's neuron, or has a row for each neuron.
-      write: writes the files of predictions that `prepare` has passed; what `takes`
-        needs is there.
+      names: class → the tool's name of the class, in the tool's order.
+      files: the names of all files that `write` can write.
+      takes: option → whether the tool requires the option. The tool ignores options
+        that are not listed.
+      needs_neurons: whether the tool needs `neuron_id`, because its files name the
+        neuron of each synapse or have a row for each neuron.
+      write: writes the files. The predictions have passed `prepare`, and all required
+        options are given.
     """
 
     names: Mapping[str, str]
@@ -84,20 +91,28 @@ class Consumer:
 def prepare(
     source: Predictions, to: str, consumer: Consumer, drop_classes: Sequence[str]
 ) -> Predictions:
-    """The table as the consumer can have it: checked, without the dropped classes.
+    """Checks the predictions for a consumer, and leaves out the dropped classes.
 
-    A dropped class is as though the network did not have it: rows are called among the
-    others, and no probability is rescaled.
+    A dropped class is treated as if the network did not have this class. The call of a
+    row is the most probable of the kept classes. The kept probabilities are not
+    rescaled.
+
+    Args:
+      source: the predictions.
+      to: the consumer's name, for messages.
+      consumer: the tool that reads the files.
+      drop_classes: the classes to leave out.
 
     Raises:
-      UserError: a class that the consumer has no column for, or is not there to drop;
-        no row names a neuron, where the consumer needs them.
+      UserError: The predictions do not have a class that should be dropped. The
+        consumer has no column for a class, or one column for several classes. All
+        classes are dropped. The consumer needs neurons and no row names a neuron.
     """
     for name in drop_classes:
         if name not in source.classes:
             raise UserError(
-                f"--drop_classes={name}: {source.path} is of the classes "
-                f"{', '.join(source.classes)}"
+                f"--drop_classes={name}: {source.path} has no such class; its classes "
+                f"are {', '.join(source.classes)}"
             )
     classes = [name for name in source.classes if name not in drop_classes]
     names = consumer.names
@@ -105,17 +120,19 @@ def prepare(
         if name not in names:
             raise UserError(
                 f"--to={to} has no column for {name!r} (it has {', '.join(names)}): "
-                f"choose another, or leave it out with --drop_classes={name}"
+                f"choose another --to, or leave the class out with "
+                f"--drop_classes={name}"
             )
     if not classes or len({names[name] for name in classes}) < len(classes):
         raise UserError(
-            f"--to={to} cannot tell the classes {', '.join(classes) or '(none)'} "
-            "apart: choose others with --drop_classes"
+            f"--to={to} cannot distinguish the classes "
+            f"{', '.join(classes) or '(none)'}: choose other classes with "
+            "--drop_classes"
         )
     if consumer.needs_neurons and not any_value(source, "neuron_id"):
         raise UserError(
             f"{source.path} names no neuron (neuron_id is empty), and --to={to} needs "
-            "them: predict a table that has neuron_id"
+            "neurons: predict a table of synapses that has neuron_id"
         )
     gone = [predictions.probability_column(name) for name in drop_classes]
     kept = [field for field in source.schema if field.name not in gone]
@@ -125,7 +142,7 @@ def prepare(
 
 
 def any_value(source: Predictions, column: str) -> bool:
-    """Whether a row of the column is not null."""
+    """Returns whether the column has a value that is not null."""
     tables = source.tables([column])
     return any(table[column].null_count < len(table) for table in tables)
 
@@ -133,9 +150,18 @@ def any_value(source: Predictions, column: str) -> bool:
 def write(
     path: pathlib.Path, source: Predictions, convert: Convert, silent: bool = False
 ) -> int:
-    """Writes all rows, streamed through `convert`; returns how many it gave.
+    """Writes all predictions, converted batch by batch, into one file.
 
-    The name says how: .feather, .parquet, .csv or .csv.gz. Whole or not at all.
+    If writing fails, no incomplete file is left.
+
+    Args:
+      path: the file; its ending sets the format (.feather, .parquet, .csv or .csv.gz).
+      source: the predictions.
+      convert: turns a batch of predictions into rows of the file.
+      silent: whether to hide the progress bar.
+
+    Returns:
+      The number of rows written.
     """
     rows = 0
     progress = Progress(path.name, source.rows, "rows", silent=silent)
@@ -150,14 +176,14 @@ def write(
 
 
 def write_table(path: pathlib.Path, table: pa.Table, source: Predictions) -> None:
-    """Writes what was made of `source` and is in memory, as `write` does."""
+    """Writes a table in memory that was made from `source`; see `write` for formats."""
     table = _described(table, source)
     with _sink(path, table.schema) as sink:
         sink.write_table(table)
 
 
 def _described(table: pa.Table, source: Predictions) -> pa.Table:
-    """With the metadata of the predictions: run, step, volume, classes."""
+    """Returns the table with the metadata of `source`: run, step, volume, classes."""
     return table.replace_schema_metadata(source.schema.metadata)
 
 
@@ -167,12 +193,13 @@ def _sink(path: pathlib.Path, schema: pa.Schema) -> Iterator[Any]:
         with synapses.writer(path, schema) as sink:
             yield sink
         return
-    # A header by us: Arrow would put its names in quotes.
+    # The header is written here, because Arrow would put the names in quotes.
     options = csv.WriteOptions(include_header=False, quoting_style="needed")
     with contextlib.ExitStack() as opened:
         partial = opened.enter_context(files.replacing(path))
         file: io.BufferedIOBase = opened.enter_context(partial.open("wb"))
-        if path.suffix == ".gz":  # without name and time: the same bytes every time
+        if path.suffix == ".gz":
+            # No name and time: equal predictions must give equal bytes.
             zipped = gzip.GzipFile("", "wb", 6, file, mtime=0)
             file = opened.enter_context(zipped)
         file.write((",".join(schema.names) + "\n").encode())
@@ -180,30 +207,39 @@ def _sink(path: pathlib.Path, schema: pa.Schema) -> Iterator[Any]:
 
 
 def blank(values: np.ndarray) -> pa.Array:
-    """With nulls, which CSV leaves blank, for NaN."""
+    """Returns the values with null for NaN. CSV files leave a null blank."""
     return pa.array(values, from_pandas=True)
 
 
 def ids(table: pa.Table, column: str) -> pa.ChunkedArray | pa.Array:
-    """int64, 0 where unknown, or for a table without the column."""
+    """Returns the ids as int64 [n]; 0 where unknown or if the column is missing."""
     if column not in table.column_names:
         return pa.array(np.zeros(len(table), np.int64))
     return pc.fill_null(table[column], 0)
 
 
 def score(table: pa.Table, column: str) -> np.ndarray:
-    """float32 [n], NaN where unknown, or for a table without the column."""
+    """Returns the column as float32 [n]; NaN where unknown or if it is missing."""
     if column not in table.column_names:
         return np.full(len(table), np.nan, np.float32)
     return pc.fill_null(table[column], np.nan).to_numpy().astype(np.float32)
 
 
 def probability(table: pa.Table, name: str) -> np.ndarray:
+    """Returns the probability of the class `name`, float [n]."""
     return table[predictions.probability_column(name)].to_numpy()
 
 
 def fixed(table: pa.Table, names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """A float32 column for every class that the consumer has, NaN if not predicted."""
+    """Returns a float32 column [n] for every class that the consumer has.
+
+    Rows without a prediction are NaN. A class that the network lacks is 0 in all other
+    rows.
+
+    Args:
+      table: a batch of predictions.
+      names: class → the consumer's name of the class.
+    """
     absent = np.where(predictions.called(table) >= 0, 0, np.nan).astype(np.float32)
     classes = predictions.classes(table)
     return {
@@ -219,7 +255,18 @@ def calls_of_types(
     rule: str,
     confusion: Confusion | None,
 ) -> pa.Table:
-    """The row of `aggregate` of each neuron's cell type; nulls for one without."""
+    """Returns the call of each neuron's cell type, as `aggregate` computes it.
+
+    Args:
+      source: the predictions.
+      folder: the folder of the export, which also takes temporary files.
+      cell_type: string [n], the cell type of each neuron.
+      rule: the rule by which votes become a call.
+      confusion: the network's confusion matrix, for rules that need it.
+
+    Returns:
+      One row for each neuron; all values are null for a neuron without a cell type.
+    """
     if not any_value(source, "cell_type"):
         fields = [
             ("neurotransmitter", pa.string()),
@@ -237,6 +284,9 @@ def calls_of_types(
 def translated(
     called: pa.ChunkedArray | pa.Array, names: Mapping[str, str]
 ) -> pa.ChunkedArray | pa.Array:
-    """The consumer's names for those of classes; what is none stays."""
+    """Returns the consumer's name of each called class.
+
+    Values that are no class stay as they are.
+    """
     index = pc.index_in(called, value_set=pa.array([*names]))
     return pc.coalesce(pa.array([*names.values()]).take(index), called)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlyEM's tables of T-bars and bodies, as flyem-snapshot reads them.
+"""Writes predictions as FlyEM's tables of T-bars and bodies, for flyem-snapshot.
 
-Columns, types and units are in docs/exports.md.
+docs/exports.md gives the columns, their types and their units.
 """
 
 import pathlib
@@ -19,10 +19,11 @@ from synister_jax.exchange.export_files import Consumer, ExportOptions
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
-# FlyEM says "unknown" for "neither" (flyem-snapshot, `translate-names`).
+# FlyEM calls the class "neither" "unknown" (flyem-snapshot, `translate-names`).
 NAMES = {name: name for name in synapses.CLASSES} | {"neither": "unknown"}
-# The optic lobe's consensus trusts no call of these without an experiment
-# (flyem-snapshot, `override-celltype-before-consensus` and its specification).
+# The consensus of the optic lobe accepts these transmitters only from an experiment,
+# not from a call (flyem-snapshot, `override-celltype-before-consensus` and its
+# specification).
 NEEDS_EXPERIMENT = ("dopamine", "octopamine", "serotonin")
 _NO_REGION = "<unspecified>"  # FlyEM's word for synapses outside all regions
 
@@ -46,21 +47,27 @@ def _write_synapses(
     voxel_size_nm_zyx: Sequence[float],
     split: str | None,
 ) -> list[str]:
-    """FlyEM's tbar-neurotransmitters.feather; returns what there is to say.
+    """Writes FlyEM's tbar-neurotransmitters.feather; returns messages for the user.
 
     Args:
-      split: whose parts become the column `split`; None: the only one there is.
+      split: the split whose parts become the column `split`. With None, the only split
+        of the table is used, if the table has any.
 
     Raises:
-      UserError: no such split, or several to choose from.
+      UserError: The table does not have this split, or has several splits and the user
+        did not choose.
     """
     names = [name for name in source.schema.names if name.startswith("split_")]
     known = [name.removeprefix("split_") for name in names]
     if split is None and len(known) > 1:
-        raise UserError(f"say which of the splits {', '.join(known)} with --split")
+        raise UserError(
+            f"the predictions have several splits ({', '.join(known)}): choose a split "
+            "with --split"
+        )
     if split is not None and split not in known:
         raise UserError(
-            f"--split={split}: {source.path} has {', '.join(known) or 'none'}"
+            f"--split={split}: {source.path} has no such split; its splits are: "
+            f"{', '.join(known) or 'none'}"
         )
     column = f"split_{split or known[0]}" if known else None
     regions = _regions(source)
@@ -89,10 +96,10 @@ def _write_synapses(
 def _write_neurons(
     source: Predictions, folder: pathlib.Path, confusion: Confusion
 ) -> None:
-    """FlyEM's body-neurotransmitters.feather and neurotransmitter-confusion.csv.
+    """Writes body-neurotransmitters.feather and neurotransmitter-confusion.csv.
 
     Args:
-      confusion: of the classes of `source`, in any order.
+      confusion: the confusion matrix of the classes of `source`, in any order.
     """
     found = bodies(source, folder, confusion)
     neurons = found.pop("neurons")
@@ -101,7 +108,7 @@ def _write_neurons(
     export_files.write_table(folder / "body-neurotransmitters.feather", table, source)
     names = [NAMES[name] for name in source.classes]
     columns = {"ground_truth": pa.array(names)}
-    # A class that was not seen has no row; FlyEM's table has zeros there.
+    # The rates of a class without synapses are NaN; FlyEM's table has zeros there.
     rates = np.nan_to_num(confusion.for_classes(source.classes).by_row())
     columns |= dict(zip(names, rates.T, strict=True))
     export_files.write_table(
@@ -112,11 +119,21 @@ def _write_neurons(
 def bodies(
     source: Predictions, folder: pathlib.Path, confusion: Confusion
 ) -> dict[str, pa.ChunkedArray]:
-    """FlyEM's columns of n neurons, after `neurons`, the table they are of.
+    """Returns FlyEM's columns for the n neurons of the predictions.
 
-    The ground truth is that of the neuron's type if its synapses name one, else that
-    of its own; it overrides the type's call in the consensus. Several transmitters of
-    one neuron are none that the column could hold.
+    The ground truth is the known transmitter of the neuron's cell type. If the type has
+    none, the ground truth is the known transmitter of the neuron. The column holds only
+    one transmitter, so several known transmitters count as none. In the consensus the
+    ground truth replaces the call of the type.
+
+    Args:
+      source: the predictions.
+      folder: the folder of the export, which also takes temporary files.
+      confusion: the confusion matrix of the classes of `source`, in any order.
+
+    Returns:
+      The columns, of n rows each. The entry `neurons` is the table of the neurons
+      themselves, as `group_calls.of` returns it.
     """
     neurons = group_calls.of(source, "neuron", "flyem", confusion, folder)
     types = export_files.calls_of_types(
@@ -129,8 +146,8 @@ def bodies(
     return {
         "neurons": neurons,
         "total_nt_predictions": neurons["predicted"].cast(pa.int32()),
-        # Where nothing is predicted, or the confusion has no row of the call, FlyEM
-        # says 0 and "unclear".
+        # FlyEM writes 0 and "unclear" if no synapse has a prediction. FlyEM writes 0
+        # also if the confusion matrix has no row for the called class.
         "predicted_nt_confidence": neurons["score"].fill_null(0.0),
         "predicted_nt": export_files.translated(
             neurons["predicted_neurotransmitter"].fill_null(voting_rules.UNCLEAR),
@@ -147,13 +164,13 @@ def bodies(
 
 
 def _single(groups: pa.Table) -> pa.ChunkedArray:
-    """The known transmitter of each group; null for several, as gaba+octopamine."""
+    """Returns each group's known transmitter; null for several (gaba+octopamine)."""
     known = groups["neurotransmitter"]
     return pc.if_else(pc.match_substring(known, "+"), None, known)
 
 
 def _regions(source: Predictions) -> list[str]:
-    """The values of brain_region, in order: one dictionary for all of a file."""
+    """Returns all brain regions, sorted, because a file needs a single dictionary."""
     found: set[str] = set()
     for table in source.tables(["brain_region"]):
         found.update(pc.unique(table["brain_region"]).to_pylist())

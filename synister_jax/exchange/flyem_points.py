@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows as FlyEM's points: voxels, and point ids that are made of them."""
+"""Turns predictions into FlyEM points: voxel positions, and point ids made of them."""
 
 import pathlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from synister_jax.tables import ids_from_positions, synapses
 from synister_jax.tables.predictions import Predictions
 
 LEFT_OUT = "left-out.feather"
-INT32 = 2**31  # voxels beyond do not fit the type of x, y and z
+INT32 = 2**31  # voxel coordinates from here on do not fit the type of x, y and z
 
 
 def write(
@@ -22,7 +22,17 @@ def write(
     voxel_size_nm_zyx: Sequence[float],
     convert: export_files.Convert,
 ) -> list[str]:
-    """Writes rows that have a point id; the others as they are into `LEFT_OUT`."""
+    """Writes the rows that have a point id; copies all other rows into `LEFT_OUT`.
+
+    Args:
+      path: the file. `LEFT_OUT` is written into the same folder.
+      source: the predictions.
+      voxel_size_nm_zyx: [3] nm, the voxel size of the volume.
+      convert: turns a batch of predictions into the rows that have a point id.
+
+    Returns:
+      Messages for the user about rows without a point id and about repeated points.
+    """
     rows = export_files.write(path, source, convert)
     notes = []
     if rows < source.rows:
@@ -31,8 +41,8 @@ def write(
             left_out, source, lambda t: having(t, voxel_size_nm_zyx, False)[2]
         )
         notes.append(
-            "rows without a point id (no position, or one beyond 21 bits of voxels): "
-            f"{source.rows - rows:,}; they are in {left_out} instead"
+            "rows without a point id (no position, or a voxel coordinate beyond "
+            f"21 bits): {source.rows - rows:,}; these rows are in {left_out} instead"
         )
     schema = pa.schema([("point", pa.int64())])
     points = (
@@ -44,8 +54,8 @@ def write(
     [counted] = sql.run(query, schema, points, path.parent)
     if repeated := counted["n"][0].as_py():
         notes.append(
-            f"points with several rows: {repeated:,}; their rows share a point id, and "
-            "FlyEM's tools expect each once"
+            f"points with several rows: {repeated:,}; these rows share a point id, and "
+            "FlyEM's tools expect each point id only once"
         )
     return notes
 
@@ -53,7 +63,16 @@ def write(
 def having(
     table: pa.Table, voxel_size_nm_zyx: Sequence[float], with_id: bool = True
 ) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-    """(point ids, voxels, rows) of the rows that have a point id, or have none."""
+    """Returns the rows that have a point id, or the rows that have none.
+
+    Args:
+      table: a batch of predictions.
+      voxel_size_nm_zyx: [3] nm, the voxel size of the volume.
+      with_id: True for the rows with a point id, False for the rows without.
+
+    Returns:
+      The point ids, int64 [n]; the voxels, float64 [n, 3]; and the n rows.
+    """
     voxel = voxels(table, voxel_size_nm_zyx)
     point = ids_from_positions.neuprint(voxel)
     chosen = (point >= 0) == with_id
@@ -61,17 +80,21 @@ def having(
 
 
 def voxels(table: pa.Table, voxel_size_nm_zyx: Sequence[float]) -> np.ndarray:
-    """Whole numbers as float64 [n, 3], NaN where there is no position."""
+    """Returns the voxels (z, y, x): whole numbers, float64 [n, 3]; NaN if unknown."""
     return np.rint(synapses.positions_nm_zyx(table) / voxel_size_nm_zyx)
 
 
 def xyz(voxel_zyx: np.ndarray) -> dict[str, pa.Array]:
-    """Columns x, y, z int32, null for NaN."""
+    """Returns the columns x, y and z, int32 [n], of voxels [n, 3]; null for NaN."""
     z, y, x = (export_files.blank(values).cast(pa.int32()) for values in voxel_zyx.T)
     return {"x": x, "y": y, "z": z}
 
 
 def confidence(table: pa.Table) -> np.ndarray:
-    """FlyEM's confidence of a T-bar (synapses.OPTIONAL), float32 [n], NaN: unknown."""
+    """Returns FlyEM's confidence in each T-bar, float32 [n]; NaN where unknown.
+
+    This is `cleft_score`, or `connection_score` in a table without `cleft_score`
+    (see `synapses.OPTIONAL`).
+    """
     has_cleft = "cleft_score" in table.column_names
     return export_files.score(table, "cleft_score" if has_cleft else "connection_score")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlyWire's tables: of fafbseg, of CAVE and of Codex.
+"""Writes predictions as FlyWire's tables: for fafbseg, for CAVE and for Codex.
 
-Columns, types and units are in docs/exports.md.
+docs/exports.md gives the columns, their types and their units.
 """
 
 import pathlib
@@ -39,11 +39,11 @@ def _write_fafbseg(
     options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
-    """synapses.feather for fafbseg-py and R's fafbseg; returns what there is to say.
+    """Writes synapses.feather for fafbseg-py and R's fafbseg; returns messages.
 
-    fafbseg-py divides by the sum of a neuron's weights, and fails for all neurons where
-    that of one is zero: where no predicted synapse of a neuron has a cleft score above
-    0, all of its synapses weigh 1.
+    fafbseg-py divides by the sum of the weights of a neuron's synapses. If this sum is
+    zero for one neuron, fafbseg-py fails for all neurons. So if no predicted synapse of
+    a neuron has a cleft score above 0, all synapses of this neuron get the weight 1.
     """
     weightless = _weightless(source, folder)
 
@@ -62,18 +62,18 @@ def _write_fafbseg(
 
     export_files.write(folder / "synapses.feather", source, convert)
     if "cleft_score" not in source.schema.names:
-        return ["there are no cleft scores: every synapse weighs 1"]
+        return ["the predictions have no cleft scores: every synapse gets the weight 1"]
     if not len(weightless):
         return []
     count = len(weightless)
     return [
         f"neurons without a predicted synapse whose cleft score is above 0: {count:,}; "
-        f"their synapses weigh 1 each: {listed(weightless, count)}"
+        f"each of their synapses gets the weight 1: {listed(weightless, count)}"
     ]
 
 
 def _weightless(source: Predictions, folder: pathlib.Path) -> np.ndarray:
-    """Neurons, int64 [n], none of whose predicted synapses weighs anything."""
+    """Returns the neurons, int64 [n], whose predicted synapses all have weight 0."""
     schema = pa.schema([("neuron", pa.int64()), ("weight", pa.float32())])
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -91,7 +91,10 @@ def _weightless(source: Predictions, folder: pathlib.Path) -> np.ndarray:
 
 
 def _among(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    """Whether each is one of `ascending`; unlike np.isin without sorting it again."""
+    """Returns bool [n]: which values occur in `ascending`.
+
+    np.isin would sort `ascending` again in every call.
+    """
     place = np.searchsorted(ascending, values)
     found = place < len(ascending)
     found[found] = ascending[place[found]] == values[found]
@@ -99,7 +102,10 @@ def _among(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
 
 
 def _weights(table: pa.Table) -> np.ndarray:
-    """Cleft scores, float32 [n], 0 where unknown; 1 in a table without them."""
+    """Returns the cleft scores, float32 [n]; 0 where unknown.
+
+    In a table without cleft scores, every synapse gets 1.
+    """
     if "cleft_score" not in table.column_names:
         return np.ones(len(table), np.float32)
     return vote_tallies.weights(table)
@@ -111,7 +117,7 @@ def _write_cave(
     options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
-    """synapses_nt_v1.feather, FlyWire's table of CAVE with flat positions in nm."""
+    """Writes synapses_nt_v1.feather, FlyWire's CAVE table; positions are in nm."""
 
     def convert(table: pa.Table) -> pa.Table:
         z, y, x = (table[name] for name in synapses.POSITION)
@@ -145,7 +151,7 @@ def _write_codex(
     options: ExportOptions,
     confusion: Confusion | None,
 ) -> list[str]:
-    """neurons.csv.gz: the largest mean probability, and all of them."""
+    """Writes neurons.csv.gz: each neuron's mean probabilities and the largest mean."""
     neurons = group_calls.of(source, "neuron", "mean_probability", folder=folder)
     names = _CODEX
     columns = {

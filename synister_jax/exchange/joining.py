@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that two tables of predictions have in common, whatever their size.
+"""Finds the rows that two tables of predictions have in common.
 
-Both are sorted together out of core, so that rows of one key follow one another.
+The rows of both tables are sorted together, on disk where memory does not suffice. Rows
+with the same key then follow one another, so tables of any size can be joined.
 """
 
 import dataclasses
@@ -27,13 +28,16 @@ KEYS = {"id": ("id",), "position": _GRID}
 
 @dataclasses.dataclass
 class Side:
-    """One of the tables, and what joining found of it once all pairs were read."""
+    """One of the two tables, and the counts of its rows.
+
+    The counts are complete when all pairs have been read.
+    """
 
     source: Published
     rows: int = 0
     without_key: int = 0  # no id, or no position
-    with_neuron: int = 0  # complete when the first pairs come
-    duplicates: int = 0  # rows whose key an earlier row has; they are left out
+    with_neuron: int = 0  # complete as soon as the first pairs are there
+    duplicates: int = 0  # rows with the key of an earlier row; they are left out
     duplicate_examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     alone: int = 0  # rows whose key the other table lacks
     alone_examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -53,21 +57,28 @@ def pairs(
     classes: Sequence[str],
     folder: pathlib.Path,
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Rows of `a` and of `b` with the same key, side by side, in the order of the key.
+    """Yields the rows of `a` and of `b` that have the same key, sorted by key.
 
-    Each table has `id`, `z_nm`, `y_nm`, `x_nm`, `neuron_id` and the `classes`, NaN for
-    those that its side lacks. Of several rows with one key the first counts.
+    The two tables of a pair have equal length, and their rows correspond. Each table
+    has the columns `id`, `z_nm`, `y_nm`, `x_nm`, `neuron_id` and the `classes`. A class
+    that a side lacks is NaN. If several rows of a side have the same key, the first of
+    these rows is used.
 
     Args:
-      by: "id", or "position": positions that round to the same point of the grid.
-      folder: where the disk has room for both tables.
+      a: the first table; its counts are updated.
+      b: the second table; its counts are updated.
+      by: "id", or "position". Two positions are the same if they round to the same
+        point of the grid.
+      grid_nm_zyx: [3] nm, the spacing of the grid.
+      classes: the classes of `a` and of `b` together.
+      folder: a folder for temporary files; its disk must have room for both tables.
 
     Raises:
-      UserError: what reading raises; a grid too fine for its points to be counted; the
-        disk is full.
+      UserError: A table cannot be read. The grid is so fine that its points have no
+        int64 numbers. The disk is full.
     """
     keys = KEYS[by]
-    # Names of classes are anyone's, also "row".
+    # A class can have any name, also the name of another column ("row").
     numbered = [f"p{i}" for i in range(len(classes))]
     schema = pa.schema(
         [
@@ -125,7 +136,7 @@ def _rows(
                 if (np.abs(whole) >= _MOST).any():
                     raise UserError(
                         f"{side.source.name}: {name.replace('grid_', '')} of "
-                        f"{np.abs(values[known]).max():g} nm has no number on a grid "
+                        f"{np.abs(values[known]).max():g} nm is too large for a grid "
                         f"of {grid:g} nm; give a larger --tolerance_nm"
                     )
                 made[name] = whole.astype(np.int64)
@@ -146,13 +157,13 @@ def _rows(
 
 def _extend(side: Side, position_nm_zyx: np.ndarray) -> None:
     for bound, smaller in ((side.lowest_nm_zyx, True), (side.highest_nm_zyx, False)):
-        ufunc = np.fmin if smaller else np.fmax  # which pass over NaN
+        ufunc = np.fmin if smaller else np.fmax  # both ignore NaN
         initial = np.inf if smaller else -np.inf
         ufunc(bound, ufunc.reduce(position_nm_zyx, axis=1, initial=initial), out=bound)
 
 
 def _starts(table: pa.Table, keys: Sequence[str]) -> np.ndarray:
-    """[n] bool: the rows whose key the row before has not."""
+    """Returns bool [n]: the rows whose key differs from the key of the row before."""
     result = np.zeros(len(table), bool)
     result[:1] = True
     for name in keys:
@@ -164,7 +175,10 @@ def _starts(table: pa.Table, keys: Sequence[str]) -> np.ndarray:
 def _deduplicated(
     batches: Iterator[pa.RecordBatch], keys: Sequence[str], sides: tuple[Side, Side]
 ) -> Iterator[pa.Table]:
-    """Sorted rows, at most one a side and key; a key's rows come together."""
+    """Yields the sorted rows, with at most one row for each side and key.
+
+    Rows with the same key are always in the same table.
+    """
     waiting: pa.Table | None = None
     for batch in itertools.chain(batches, [None]):
         pieces = [] if waiting is None else [waiting]
@@ -177,7 +191,7 @@ def _deduplicated(
         first[1:] |= number[1:] != number[:-1]
         _count_duplicates(table, ~first, sides)
         table = table.filter(pa.array(first))
-        # The last key may go on in the next batch.
+        # The next batch can begin with more rows of the last key.
         end = len(table)
         if batch is not None:
             end = int(np.flatnonzero(_starts(table, keys))[-1])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Properties of neuPrint's synapses and neurons, as neo4j's importer reads them.
+"""Writes predictions as CSV files that neo4j's importer reads into neuPrint.
 
-Columns, types and units are in docs/exports.md.
+docs/exports.md gives the columns, their types and their units.
 """
 
 import pathlib
@@ -35,7 +35,11 @@ def _write(
 def _write_synapses(
     source: Predictions, folder: pathlib.Path, voxel_size_nm_zyx: Sequence[float]
 ) -> list[str]:
-    """Neuprint_Synapses.csv, properties of neuPrint's Synapse nodes; returns notes."""
+    """Writes Neuprint_Synapses.csv, the properties of neuPrint's Synapse nodes.
+
+    Returns:
+      Messages for the user.
+    """
 
     def convert(table: pa.Table) -> pa.Table:
         point, voxel, table = flyem_points.having(table, voxel_size_nm_zyx)
@@ -61,10 +65,11 @@ def _write_synapses(
 def _write_neurons(
     source: Predictions, folder: pathlib.Path, confusion: Confusion | None
 ) -> None:
-    """Neuprint_Neurons.csv, properties of neuPrint's Segment and Neuron nodes.
+    """Writes Neuprint_Neurons.csv, the properties of Segment and Neuron nodes.
 
-    With a confusion those of the optic lobe and the male CNS (FlyEM's rule), without
-    those of the male VNC (largest mean probability).
+    With a confusion matrix, the properties are those of the optic lobe and the male CNS
+    (FlyEM's rule). Without a confusion matrix, the properties are those of the male VNC
+    (the class with the largest mean probability).
     """
     if confusion is None:
         neurons = group_calls.of(source, "neuron", "mean_probability", folder=folder)
@@ -76,7 +81,7 @@ def _write_neurons(
     else:
         bodies = flyem.bodies(source, folder, confusion)
         neurons = bodies.pop("neurons")
-        del bodies["ground_truth"]  # is not exported to neuPrint
+        del bodies["ground_truth"]  # neuPrint has no such property
         properties = {_property(name, c): c for name, c in bodies.items()}
     body = neurons["neuron_id"]
     columns = {":ID(Body-ID)": body, "bodyId:long": body, **properties}
@@ -87,7 +92,7 @@ def _write_neurons(
 
 
 def _property(name: str, column: pa.ChunkedArray) -> str:
-    """predicted_nt → predictedNt:string, as neo4j's importer reads it."""
+    """Returns the header for neo4j's importer: predicted_nt → predictedNt:string."""
     first, *others = name.split("_")
     kinds = {pa.int32(): "int", pa.float64(): "float", pa.string(): "string"}
     return first + "".join(map(str.capitalize, others)) + ":" + kinds[column.type]

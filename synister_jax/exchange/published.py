@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of predictions as the field writes them, read as one kind of table.
+"""Reads the published prediction tables of many projects as one kind of table.
 
-A file is known by its columns, whatever it is called: ours; FlyEM's (`nt_<class>_prob`,
-`point_id`, `x`, `y`, `z`, `body`); the hemibrain's and FAFB's on Zenodo
-(`nts_<n>.<class>`, `id`, `x`, `y`, `z`, `body`); FlyWire's from CAVE (`gaba`, `ach`,
-`glut`, `oct`, `ser`, `da`, `id`, `pre_pt_position`, `pre_pt_root_id`); fafbseg's (full
-names, `id`, `pre`, `pre_x` …); BANC's (full names, `id`); and the original's answer to
-a request (full names, `position_id`, `skid`, `x`, `y`, `z`).
+A file is recognised by its columns. Its name does not matter. The known kinds are:
+
+- tables of synister_jax
+- FlyEM: `nt_<class>_prob`, `point_id`, `x`, `y`, `z`, `body`
+- hemibrain and FAFB on Zenodo: `nts_<n>.<class>`, `id`, `x`, `y`, `z`, `body`
+- FlyWire from CAVE: `gaba`, `ach`, `glut`, `oct`, `ser`, `da`, `id`,
+  `pre_pt_position`, `pre_pt_root_id`
+- fafbseg: full class names, `id`, `pre`, `pre_x`, …
+- BANC: full class names, `id`
+- the original synister's answer to a request: full class names, `position_id`, `skid`,
+  `x`, `y`, `z`
 """
 
 import dataclasses
@@ -22,7 +27,7 @@ import pyarrow.compute as pc
 from synister_jax.base.errors import UserError
 from synister_jax.tables import columns, file_formats, synapses
 
-# Of each kind the first that is there.
+# Within each kind, the first name that the file has is used.
 _IDS = ("synapse_id", "position_id", "point_id", "id", "connector_id", "offset")
 _NEURONS = ("neuron_id", "body", "skid", "pre_pt_root_id", "pre_root_id", "pre")
 _ROLES = {
@@ -39,8 +44,10 @@ _POSITIONS = (
     ("z", "y", "x"),
 )
 _CLASS_COLUMNS = (r"nts_[^.]*\.(.+)", r"nt_(.+)_prob")
-_FLYEM_NEITHER = "nt_unknown_prob"  # not "unknown" elsewhere, which is a class
-# Of CAVE; the last two are what flyem-snapshot's default translation writes.
+# In FlyEM's files "unknown" means "neither". In all other files "unknown" is a class.
+_FLYEM_NEITHER = "nt_unknown_prob"
+# The short names of CAVE. The last two are the misspelt names that the default
+# translation of flyem-snapshot writes.
 _SHORT = {
     "ach": "acetylcholine",
     "glut": "glutamate",
@@ -50,31 +57,31 @@ _SHORT = {
     "gluatmate": "glutamate",
     "dopmaine": "dopamine",
 }
-_NO_NEURON = (0, -1)  # of segmentations, and of the original's csv
-_TOLERANCE = 1e-2  # float16 and text of few digits
+_NO_NEURON = (0, -1)  # 0 in segmentations, -1 in the CSV of the original synister
+_TOLERANCE = 1e-2  # for probabilities rounded to float16 or to few digits
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A table of predictions of any size, to be read any number of times."""
+    """A table of predictions of any size, which can be read several times."""
 
     name: str
     classes: tuple[str, ...]  # full names, in the file's order
-    # Ours (id, z_nm, y_nm, x_nm, neuron_id, neurotransmitter, classes) to the file's,
-    # of those that the file has.
+    # Our column (id, z_nm, y_nm, x_nm, neuron_id, neurotransmitter, a class) → the
+    # file's column. Columns that the file lacks are left out.
     columns: Mapping[str, str]
-    in_voxels: bool  # its positions, as the file has them
+    in_voxels: bool  # whether the positions in the file are voxels, not nm
     voxel_size_nm_zyx: tuple[float, float, float] | None = None
 
     @property
     def has_positions(self) -> bool:
-        """Positions that can be told in nm."""
+        """Whether the table has positions that can be converted to nm."""
         known = not self.in_voxels or self.voxel_size_nm_zyx is not None
         return known and "z_nm" in self.columns
 
     @property
     def schema(self) -> pa.Schema:
-        """Of `tables`."""
+        """The columns of `tables` and their types."""
         return pa.schema(
             [
                 ("id", pa.int64()),
@@ -86,14 +93,14 @@ class Published:
         )
 
     def tables(self) -> Iterator[pa.Table]:
-        """All rows in their order, a piece at a time, as `schema`.
+        """Yields all rows in the order of the file, batch by batch, as `schema`.
 
-        Null where nothing is known, also positions in voxels without a voxel size;
-        probabilities are NaN there.
+        Unknown values are null, and unknown probabilities are NaN. Positions in voxels
+        are null if no voxel size is given.
 
         Raises:
-          UserError: the file is damaged; an id that is no integer, a number that is no
-            probability, named with its row (counted from 0).
+          UserError: The file is damaged. An id is not an integer, or a value is not a
+            probability; the message names the row, counted from 0.
         """
         rows = 0
         for batch in _batches(pathlib.Path(self.name), list(self.columns.values())):
@@ -122,8 +129,8 @@ class Published:
             row = int(np.flatnonzero(malformed)[0])
             raise UserError(
                 f"{self.name}, row {first_row + row}: {own} is "
-                f"{table[own][row].as_py()!r}; ids must be integers: floats have lost "
-                "digits of large ones"
+                f"{table[own][row].as_py()!r}; ids must be integers, because floats "
+                "lose the last digits of large ids"
             )
         if name == "neuron_id" and own != "neuron_id":
             missing = missing | np.isin(values, _NO_NEURON)
@@ -149,13 +156,17 @@ class Published:
         own = self.columns[name]
         kind = table[own].type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-            raise UserError(f"{self.name}: column {own} is {kind}, not probabilities")
+            raise UserError(
+                f"{self.name}: column {own} has the type {kind}; probabilities must be "
+                "numbers"
+            )
         values = columns.numbers(table[own]).astype(np.float32)
         bad = np.flatnonzero((values < -_TOLERANCE) | (values > 1 + _TOLERANCE))
         if len(bad):
             raise UserError(
                 f"{self.name}, row {first_row + bad[0]}: {own} is {values[bad[0]]:g}, "
-                "not a probability; give a table of synapses with a probability a class"
+                "which is not a probability; give a table of synapses with a "
+                "probability for each class"
             )
         return pa.array(values)
 
@@ -164,21 +175,27 @@ def open(
     path: str | os.PathLike[str],
     voxel_size_nm_zyx: tuple[float, float, float] | None = None,
 ) -> Published:
-    """A Feather, Parquet, CSV or .csv.gz file, or a folder of Parquet files.
+    """Opens a published table of predictions, and recognises its columns.
 
     Args:
-      voxel_size_nm_zyx: what a file's positions are multiplied by, if they are voxels:
-        columns x, y and z not beside `position_id`. All others are nm.
+      path: a Feather, Parquet, CSV or .csv.gz file, or a folder of Parquet files.
+      voxel_size_nm_zyx: the voxel size in nm, for files with positions in voxels. These
+        are files with the columns x, y and z but without `position_id`. The positions
+        of all other files are in nm.
 
     Raises:
-      UserError: absent or damaged, or not a table of predictions: says which columns it
-        has and which are known.
+      UserError: The file does not exist or is damaged. The file is not a table of
+        predictions; the message lists the columns that were found and recognised. Two
+        columns have the same name or belong to the same class.
     """
     path = pathlib.Path(path)
     schema = _schema(path)
     names = schema.names
     if len(set(names)) < len(names):
-        raise UserError(f"{path} has two columns of one name: {', '.join(names)}")
+        raise UserError(
+            f"{path} has several columns with the same name: {', '.join(names)}; "
+            "rename or remove the repeated columns"
+        )
     found: dict[str, str] = {}
     for ours, known in _ROLES.items():
         if there := [name for name in known if name in names]:
@@ -197,14 +214,14 @@ def open(
 
 
 def _usable(schema: pa.Schema, position: Sequence[str]) -> bool:
-    """False for a list of coordinates that is text, as CSV has it."""
+    """Returns False for a list of coordinates that is text, as in CSV files."""
     kind = schema.field(position[0]).type
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return position[0] != _POINT or any(is_list(kind) for is_list in lists)
 
 
 def _class_columns(names: Sequence[str], path: pathlib.Path) -> dict[str, str]:
-    """Full class names to the columns of their probabilities, in the file's order."""
+    """Returns full class name → column of its probability, in the file's order."""
     matches: list[tuple[str, str]] = []
     for pattern in _CLASS_COLUMNS:
         if not matches:
@@ -221,8 +238,8 @@ def _class_columns(names: Sequence[str], path: pathlib.Path) -> dict[str, str]:
             name = "neither"
         if name in found:
             raise UserError(
-                f"{path}: columns {found[name]} and {column} are both of the class "
-                f"{name}; remove one"
+                f"{path}: the columns {found[name]} and {column} both belong to the "
+                f"class {name}; remove one of these columns"
             )
         found[name] = column
     return found
@@ -234,25 +251,27 @@ def _not_predictions(
     shown = ", ".join(names[:40]) + (" …" if len(names) > 40 else "")
     return UserError(
         f"{path} is not a table of predictions: its columns are {shown or 'none'}; "
-        f"recognised of these: {', '.join(dict.fromkeys(recognised)) or 'none'}. It "
-        "needs two classes at least (nt_<class>_prob, nts_<n>.<class>, or gaba, "
+        f"recognised columns: {', '.join(dict.fromkeys(recognised)) or 'none'}. The "
+        "table needs at least two classes (nt_<class>_prob, nts_<n>.<class>, or gaba, "
         f"acetylcholine or ach, …) and an id ({', '.join(_IDS)}) or a position "
         "(z_nm, y_nm, x_nm; pre_z, pre_y, pre_x; pre_pt_position; z, y, x)"
     )
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-    """Those of a folder, or the file itself."""
+    """Returns the Parquet files of a folder, sorted, or the file itself."""
     if path.suffix == ".bz2":
-        raise UserError(f"{path} is packed; unpack it first: bunzip2 {path.name}")
+        raise UserError(f"{path} is compressed; unpack it first: bunzip2 {path.name}")
     paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not paths:
-        raise UserError(f"{path} is a folder without Parquet files")
+        raise UserError(
+            f"{path} is a folder without Parquet files; give a folder with *.parquet"
+        )
     return paths
 
 
 def _schema(path: pathlib.Path) -> pa.Schema:
-    """Of all its columns; those of text files are text."""
+    """Returns the schema of all columns; the columns of text files are strings."""
 
     def everything(names: Sequence[str]) -> dict[str, pa.DataType]:
         return dict.fromkeys(names, pa.string())
@@ -261,12 +280,15 @@ def _schema(path: pathlib.Path) -> pa.Schema:
     schema, _ = file_formats.open(paths[0], everything, "predictions")
     for other in paths[1:]:
         if not file_formats.open(other, everything, "predictions")[0].equals(schema):
-            raise UserError(f"{other} has other columns than {paths[0]}")
+            raise UserError(
+                f"{other} does not have the same columns as {paths[0]}; give a folder "
+                "whose files have the same columns"
+            )
     return schema
 
 
 def _batches(path: pathlib.Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Only these columns; in text files ids stay text."""
+    """Yields batches of these columns; the ids of text files stay strings."""
     text = {*_IDS, *_NEURONS, "neurotransmitter"}
     types = {n: pa.string() if n in text else pa.float64() for n in names}
     for each in _files(path):

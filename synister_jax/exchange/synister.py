@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original's files: its answer to a request, and its tables on Zenodo.
+"""Writes the files of the original synister: its answer to a request, its Zenodo table.
 
-Columns, types and units are in docs/exports.md.
+docs/exports.md gives the columns, their types and their units.
 """
 
 import pathlib
@@ -37,10 +37,11 @@ def _write_files(
     voxel_size_nm_zyx: Sequence[float],
     predict: int,
 ) -> None:
-    """The original's predictions.csv, and synapses.feather as published on Zenodo.
+    """Writes the original's predictions.csv, and synapses.feather as on Zenodo.
 
     Args:
-      predict: the original's number of the prediction: columns are `nts_<predict>.…`.
+      predict: the number of the prediction in the original synister, which is part of
+        the column names (`nts_<predict>.…`).
     """
 
     def published(table: pa.Table) -> pa.Table:
@@ -61,10 +62,13 @@ def _write_files(
 
 
 def request_columns(table: pa.Table) -> pa.Table:
-    """The columns of the original's answer to a request (synistereq).
+    """Returns the columns of the original's answer to a request (synistereq).
 
-    x, y, z are nm in the volume's frame, blank where there is nothing; `skid` is -1
-    for a synapse of no neuron.
+    `x`, `y` and `z` are nm in the volume frame. Unknown positions and probabilities are
+    null, which CSV files leave blank. `skid` is -1 for a synapse without a neuron.
+
+    Args:
+      table: a batch of predictions.
     """
     z, y, x = (export_files.blank(table[name].to_numpy()) for name in synapses.POSITION)
     skids = pc.fill_null(table["neuron_id"], -1)

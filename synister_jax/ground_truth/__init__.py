@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published labels of synapses, and their split into train, validation and test."""
+"""Imports published labels of synapses, and splits them into three parts."""

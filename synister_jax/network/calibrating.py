@@ -15,11 +15,16 @@ from synister_jax.tables import predictions, synapses
 
 
 def fit(workdir: pathlib.Path, step: int, precision_target: float) -> dict[str, Any]:
-    """Writes what is fitted on validation; returns what the JSON file says.
+    """Fits on validation, writes JSON and picture, and returns the content of the JSON.
+
+    `synister_jax.calibrate` says what the keys mean.
+
+    Args:
+      precision_target: the share of right calls that `abstain_below` must reach.
 
     Raises:
-      UserError: the checkpoint was not evaluated on validation, or on no labelled
-        synapse.
+      UserError: the checkpoint was not evaluated on validation, or validation has no
+        labelled synapse.
     """
     identity, probabilities, truth = _evaluated(
         workdir, step, saved_calibration.FITTED_ON
@@ -41,19 +46,21 @@ def fit(workdir: pathlib.Path, step: int, precision_target: float) -> dict[str, 
     if abstain_below is None:
         best = int(curve.precision.argmax())
         print(
-            f"step {step}: no threshold keeps {precision_target:g} right; the most is "
-            f"{curve.precision[best]:.3f}, of {curve.kept[best]:,} synapses at or "
-            f"above {curve.threshold[best]:.3f}"
+            f"step {step}: at no confidence is a share of {precision_target:g} right; "
+            f"the highest share is {curve.precision[best]:.3f}, of the "
+            f"{curve.kept[best]:,} synapses at or above {curve.threshold[best]:.3f}"
         )
     return measured
 
 
 def check(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
-    """Measures what was fitted on validation on another part; nothing is fitted.
+    """Measures on another part what was fitted on validation. Fits nothing.
+
+    Returns the content of the JSON file, which `synister_jax.calibrate` explains.
 
     Raises:
-      UserError: nothing was fitted, or not on the same crops; the checkpoint was not
-        evaluated on that part.
+      UserError: nothing was fitted, or it was fitted on other crops; or the checkpoint
+        was not evaluated on this part.
     """
     path, fitted = (
         saved_calibration.path_of(workdir, step),
@@ -63,8 +70,9 @@ def check(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
     for name in ("classes", "split", "crops", "parameters_sha256"):
         if identity[name] != fitted[name]:
             raise UserError(
-                f"{path} was fitted with {name} {fitted[name]}, {part} was evaluated "
-                f"with {identity[name]}; evaluate both again, calibrate, and check then"
+                f"{path} was fitted with {name} {fitted[name]}, but {part} was "
+                f"evaluated with {identity[name]}; evaluate both parts again, then "
+                "calibrate, then check"
             )
     names = ("temperature", "precision_target", "abstain_below")
     kept = {name: fitted[name] for name in names}
@@ -77,13 +85,13 @@ def check(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
 def _evaluated(
     workdir: pathlib.Path, step: int, part: str
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """(identity, probabilities [n, k], truth [n]) of the rows that count."""
+    """Returns (identity, probabilities [n, k], labels [n]) of the labelled rows."""
     folder = workdir / "evaluation" / part / f"step-{step}"
     again = (
         f"run python -m synister_jax.evaluate --workdir={workdir} --part={part} "
         f"--steps={step} first"
     )
-    # Written last: a folder with it is complete.
+    # metrics.json is written last: a folder that has it is complete.
     if not (folder / "metrics.json").exists():
         raise UserError(f"{folder}/metrics.json is not there; {again}")
     metrics = files.read_json(folder / "metrics.json")
@@ -112,14 +120,14 @@ def _require_one_evaluation(
     part: str,
     again: str,
 ) -> None:
-    """Raises `UserError` for files that were put together by hand."""
+    """Raises `UserError` if the files come from different evaluations."""
     expected = {"step": step, "part": part, "split": metrics.get("split")}
     for name, value in expected.items():
         for file, said in (("metrics.json", metrics), ("predictions.feather", about)):
             if said.get(name) != value:
                 raise UserError(
-                    f"{folder}/{file} is of {name} {said.get(name)}, not of {value}; "
-                    f"{again}"
+                    f"{folder}/{file} belongs to {name} {said.get(name)}, not to "
+                    f"{value}; {again}"
                 )
 
 
@@ -129,7 +137,7 @@ def _measure(
     classes: Sequence[str],
     fitted: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the files say beyond whose predictions they are; see the module."""
+    """Returns the measured keys of the JSON file; `synister_jax.calibrate` has them."""
     after = calibration.apply(probabilities, fitted["temperature"])
     curve = calibration.Curve.of(after, truth)
     threshold = fitted["abstain_below"]
@@ -173,8 +181,8 @@ def _write(path: pathlib.Path, picture: pathlib.Path, measured: dict[str, Any]) 
         precision = measured["precision"]
         shown = "none" if precision is None else f"{precision:.3f}"
         line += (
-            f"; at or above {measured['abstain_below']:.3f} are "
-            f"{measured['coverage']:.3f} of them, {shown} right (asked "
+            f"; {measured['coverage']:.3f} of them reach the confidence "
+            f"{measured['abstain_below']:.3f}, and {shown} of these are right (asked: "
             f"{measured['precision_target']:g})"
         )
     print(f"{line}; {path}", flush=True)

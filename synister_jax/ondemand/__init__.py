@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests answered: what is asked, where its synapses come from, the answer."""
+"""Answers to requests: the questions, the sources of synapses, and the answers."""

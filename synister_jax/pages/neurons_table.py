@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Called neurons for the report's page: a table to sort and filter, and its colours."""
+"""Prepares the table of called neurons for a page, and the colours of the classes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ import pyarrow as pa
 
 from synister_jax.tables import synapses
 
-MOST = 20_000  # neurons in one table of the page: two megabytes or so
-FIRST = 25  # rows that are there without JavaScript
-# As the original's report advises (synistereq): below, the majority may be chance.
+MOST = 20_000  # neurons in one table of a page, which take about two megabytes
+FIRST = 25  # rows that are shown without JavaScript
+# With fewer predicted synapses than this, the majority may be due to chance. The number
+# is from the report of the original synister (synistereq).
 FEW = 100
-# Columns of words: name in the page, name in the table, heading.
+# The text columns: name in the page, name in the table, heading.
 _WORDS = (
     ("known", "neurotransmitter", "known"),
     ("called", "predicted_neurotransmitter", "called"),
@@ -38,15 +39,19 @@ _SHORT = {
 
 @dataclasses.dataclass(frozen=True)
 class LegendEntry:
-    """A class as the page shows it, the same on every page."""
+    """A class as all pages show it: with its name, short name and colour."""
 
     name: str
     short: str
-    colour: int  # of the page's palette, 0 to 9
+    colour: int  # index into the palette of style.css, 0 to 9
 
 
 def legend(classes: Sequence[str]) -> list[LegendEntry]:
-    """The classes with their colours; names of no network that we know take turns."""
+    """Returns the classes with their short names and colours.
+
+    The classes of known networks always have the same colour. Classes with other names
+    take the free colours in turn.
+    """
     free = [n for n in range(10) if n not in map(_colour, classes)] or [0]
     return [
         LegendEntry(
@@ -63,21 +68,31 @@ def _colour(name: str) -> int | None:
 
 
 def doubts(counts: Sequence[int]) -> list[str]:
-    """Why the call of a neuron is uncertain, from its synapses called each class."""
+    """Returns the reasons why the call of a neuron is uncertain.
+
+    Args:
+      counts: how many of the neuron's synapses are called as each class.
+    """
     predicted = sum(counts)
     found = []
     if predicted < FEW:
         found.append(f"fewer than {FEW} predicted synapses")
     if 2 * max(counts) <= predicted:
-        found.append("no class with more than half of them")
+        found.append("no class has more than half of the predicted synapses")
     return found
 
 
 def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, Any]:
-    """What the page needs of a table of neurons (`group_calls.of`).
+    """Returns what a page needs to show a table of neurons.
 
-    The `MOST` neurons with the most predicted synapses, in that order; `data` goes into
-    the page as JSON, ids as text because JavaScript's numbers hold 15 digits only.
+    The page gets the `MOST` neurons with the most predicted synapses, in this order.
+    The entry `data` goes into the page as JSON. There ids are text, because numbers in
+    JavaScript are exact only up to 15 digits.
+
+    Args:
+      groups: the neurons, as `group_calls.of` returns them.
+      classes: the classes of the network.
+      rule: the rule that called the neurons.
     """
     ids = groups["neuron_id"].to_numpy()
     predicted = groups["predicted"].to_numpy()
@@ -102,7 +117,7 @@ def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, An
             None if value is None or not np.isfinite(value) else round(value, 4)
             for value in shown[name].to_pylist()
         ]
-    # Where classes lead together the rule took one of them.
+    # A margin of 0 means that several classes are equal and the rule chose one of them.
     is_called = synapses.index_in(shown["predicted_neurotransmitter"], classes) >= 0
     margin = shown["margin"].to_numpy()
     columns["tie"] = (is_called & (margin == 0)).astype(int).tolist()
@@ -130,7 +145,7 @@ def prepare(groups: pa.Table, classes: Sequence[str], rule: str) -> dict[str, An
 
 
 def _row(data: dict[str, Any], row: int) -> dict[str, Any]:
-    """A row for who reads the page without JavaScript."""
+    """Returns a row of the table that is shown without JavaScript."""
     result = {name: values[row] for name, values in data["columns"].items()}
     for name, values in data["words"].items():
         result[name] = None if result[name] < 0 else values[result[name]]
@@ -141,7 +156,12 @@ def _row(data: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 def _verdicts(groups: pa.Table, classes: Sequence[str]) -> dict[str, int]:
-    """Neurons with a known class: called so, called otherwise; and unclear ones."""
+    """Counts neurons by what can be said about their calls.
+
+    `known` counts the neurons with a known class and a call. `right` counts the right
+    calls among these neurons. `unclear` counts unclear calls. `nothing` counts the
+    neurons without a predicted synapse.
+    """
     known = synapses.labels(groups, classes)
     called = synapses.index_in(groups["predicted_neurotransmitter"], classes)
     both = (known >= 0) & (called >= 0)

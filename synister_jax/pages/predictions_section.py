@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report's page shows of a prediction table of any size."""
+"""Collects what the report shows about a prediction table of any size."""
 
 import collections
 import pathlib
@@ -14,25 +14,25 @@ from synister_jax.evaluation.confusions import Confusion
 from synister_jax.pages import neurons_table
 from synister_jax.tables import predictions
 
-_BINS = 20  # of the highest probability, 0 to 1
+_BINS = 20  # bins of the highest probability, from 0 to 1
 _MOST_HEMILINEAGES = 60
-_SAID_OF = 1_000_000  # rows: of fewer there is no progress to tell
+_SAID_OF = 1_000_000  # progress is shown for tables with at least this many rows
 
 
 class Counter:
-    """Counts over the rows: one pass, a piece at a time."""
+    """The counts over the rows of a table, collected batch by batch in one pass."""
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         k = len(classes)
         self.status: collections.Counter[str] = collections.Counter()
-        self.top = np.zeros((k, _BINS), np.int64)  # by the called class
-        self.sure = np.zeros(k, np.int64)  # of them at or above 0.9
-        self.hemilineages: dict[str, np.ndarray] = {}  # [k] synapses called each class
-        self.neurons = 0  # rows that name one
+        self.top = np.zeros((k, _BINS), np.int64)  # [called class, bin]
+        self.sure = np.zeros(k, np.int64)  # calls with a probability of at least 0.9
+        self.hemilineages: dict[str, np.ndarray] = {}  # [k] synapses by class
+        self.neurons = 0  # rows that name a neuron
 
     @classmethod
     def of(cls, source: predictions.Predictions) -> "Counter":
-        """Of all its rows."""
+        """Returns the counts over all rows of the table."""
         counter = cls(source.classes)
         columns = ["status", "hemilineage", "neuron_id"]
         columns += map(predictions.probability_column, source.classes)
@@ -44,6 +44,7 @@ class Counter:
         return counter
 
     def add(self, table: pa.Table) -> None:
+        """Counts one batch of the table."""
         for entry in table["status"].combine_chunks().value_counts().to_pylist():
             self.status[entry["values"]] += entry["counts"]
         called = predictions.called(table)
@@ -68,13 +69,18 @@ def content(
     confusion: Confusion | None = None,
     folder: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Streams the table twice: for the counts, and for the neurons.
+    """Returns what the template predictions.html.j2 needs.
+
+    The function reads the table twice: once for the counts, once for the neurons.
 
     Args:
-      folder: on a disk with room for what does not fit into memory.
+      source: the predictions.
+      rule: the rule that calls the neurons, a key of `voting_rules.RULES`.
+      confusion: the confusion matrix of the network, for the rules that need one.
+      folder: a folder on a disk with room for what does not fit into memory.
 
     Raises:
-      UserError: the rule cannot be used on these predictions.
+      UserError: The rule cannot be used on these predictions.
     """
     counter = Counter.of(source)
     found: dict[str, Any] = {
@@ -97,7 +103,7 @@ def content(
 
 
 def _histograms(counter: Counter) -> list[dict[str, Any]]:
-    """For each class: its synapses, the share at or above 0.9, heights of bars."""
+    """Returns each class's synapses, their share at 0.9 or more, and bar heights."""
     return [
         {
             "count": int(bins.sum()),
@@ -113,7 +119,13 @@ def hemilineages(
     neurons: pa.Table | None,
     source: predictions.Predictions,
 ) -> dict[str, Any]:
-    """The largest hemilineages, with the calls of their neurons and synapses."""
+    """Returns the largest hemilineages, with the calls of their neurons and synapses.
+
+    Args:
+      of_synapses: hemilineage → int64 [k], how many synapses are called as each class.
+      neurons: the called neurons, or None if no row names a neuron.
+      source: the predictions.
+    """
     order = sorted(of_synapses, key=lambda name: (-of_synapses[name].sum(), name))
     called: collections.Counter[tuple[str | None, str | None]] = collections.Counter()
     if neurons is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A self-contained HTML page: a template of this folder, with its style and script."""
+"""Renders self-contained HTML pages from the templates, style and script here."""
 
 import base64
 import hashlib
@@ -12,20 +12,25 @@ import jinja2
 
 import synister_jax
 
-# Characters that have no width or turn the order of others round (Unicode's Cf): a
-# name with one could look like another name.
+# Characters without width, and characters that reverse the text order (category Cf of
+# Unicode). With such a character a name could look like another name.
 _INVISIBLE = re.compile(r"[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
-    """`content` in a template of the package, with the report's style and script."""
+    """Returns the page that a template makes of `content`, with style and script.
+
+    Args:
+      template: the file name of a template in this folder.
+      content: the values that the template uses.
+    """
     script = _text("script.js")
     digest = hashlib.sha256(script.encode()).digest()
     common = {
         "version": synister_jax.__version__,
         "style": _text("style.css"),
         "script": script,
-        # The page's own script and no other: names in tables come from anywhere.
+        # Names in tables can contain anything, so only the page's own script may run.
         "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
     }
     environment = jinja2.Environment(
@@ -45,7 +50,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Text with its invisible characters spelled out; anything else as it is."""
+    """Returns text with invisible characters as ‹U+…›, and other values unchanged."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return _INVISIBLE.sub(lambda found: f"‹U+{ord(found[0]):04X}›", value)

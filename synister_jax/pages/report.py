@@ -19,23 +19,24 @@ def render(
     folder: pathlib.Path | None = None,
     shards: pathlib.Path | None = None,
 ) -> str:
-    """The page as text.
+    """Returns the page as text.
 
     Args:
-      workdir: a run; what was trained on, curves, and what `evaluate` left there.
-      predictions_path: predictions of any size whose neurons are listed.
-      rule: by which they are called (`voting_rules.RULES`).
-      confusion: of the network, for the rules that need it.
-      folder: on a disk with room for what does not fit into memory.
-      shards: of the run, where they have moved since training.
+      workdir: a run. The page shows what it was trained on, its curves, and what
+        `evaluate` and `calibrate` wrote.
+      predictions_path: predictions of any size. The page lists their neurons.
+      rule: the rule that calls the neurons, a key of `voting_rules.RULES`.
+      confusion: the confusion matrix of the network, for the rules that need one.
+      folder: a folder on a disk with room for what does not fit into memory.
+      shards: the shards of the run, if they were moved after training.
 
     Raises:
-      UserError: neither is given, or one is not what it should be.
+      UserError: neither a run nor predictions are given, or one of them cannot be read.
     """
     if workdir is None and predictions_path is None:
         raise UserError("give --workdir, --predictions or both")
     if workdir is None and shards is not None:
-        raise UserError("--shards means nothing without --workdir; leave it out")
+        raise UserError("--shards has no effect without --workdir; leave --shards out")
     content: dict[str, Any] = {"run": None, "predictions": None}
     if workdir is not None:
         content["run"] = run_section.content(workdir, shards)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report's page shows of a run: training, calibration, evaluated parts."""
+"""Collects what the report shows about a run: training, evaluation, calibration."""
 
 import base64
 import functools
@@ -19,8 +19,9 @@ from synister_jax.tables import predictions, synapses
 from synister_jax.training import input_pipeline, metrics_log
 from synister_jax.training.shards import Shards
 
-_TILES = 4  # of each class and kind on the contact sheet
-# A part's metrics.json may be of an earlier version, or of a table that names none.
+_TILES = 4  # crops of each class and kind on the contact sheet
+# metrics.json lacks these fields if an earlier version wrote the file, or if the table
+# has no hemilineages, cell types or brain regions.
 _MAY_BE_ABSENT = (
     "hemilineages",
     "cell_types",
@@ -54,16 +55,18 @@ _CALIBRATED = (
 def content(
     workdir: pathlib.Path, shards_folder: pathlib.Path | None = None
 ) -> dict[str, Any]:
-    """Training facts, curves, what `calibrate` fitted and what `evaluate` found.
+    """Returns what the template run.html.j2 needs.
 
-    Without the run's shards there are no counts by class and no crops.
+    If the shards of the run cannot be read, the counts by class and the crops are left
+    out.
 
     Args:
-      shards_folder: where the shards are, if they have moved since training.
+      workdir: the run.
+      shards_folder: the folder of the shards, if they were moved after training.
 
     Raises:
-      UserError: it is not a run, `shards_folder` does not fit it, or a file of its
-        evaluation is missing or damaged.
+      UserError: `workdir` is not a run. `shards_folder` does not belong to the run. A
+        file of the evaluation or calibration is missing or damaged.
     """
     config = checkpoint.load_config(workdir)
     if shards_folder is not None:
@@ -101,7 +104,12 @@ def content(
 
 
 def _read(path: pathlib.Path, names: Sequence[str], command: str) -> dict[str, Any]:
-    """A JSON object with these names; `UserError` says to run `command` again."""
+    """Returns the JSON object of a file.
+
+    Raises:
+      UserError: The file cannot be read, or lacks one of `names`. The message says that
+        `command` must run again.
+    """
     again = f"run `python -m synister_jax.{command}` again"
     try:
         found = files.read_json(path)
@@ -114,11 +122,13 @@ def _read(path: pathlib.Path, names: Sequence[str], command: str) -> dict[str, A
 def _require(found: Any, names: Sequence[str], path: pathlib.Path, again: str) -> None:
     there = found if isinstance(found, dict) else {}
     if lacking := [name for name in names if name not in there]:
-        raise UserError(f"{path} is damaged, it lacks {', '.join(lacking)}; {again}")
+        raise UserError(
+            f"{path} is damaged: the file lacks {', '.join(lacking)}; {again}"
+        )
 
 
 def _examples(shards: Shards, split: str) -> list[tuple[str, list[int]]]:
-    """For each class the number of crops in train, validation and test."""
+    """Returns for each class the number of crops in train, validation and test."""
     labels = synapses.labels(shards.index, shards.classes)
     in_part = [synapses.in_part(shards.index, split, part) for part in synapses.PARTS]
     return [
@@ -128,7 +138,7 @@ def _examples(shards: Shards, split: str) -> list[tuple[str, list[int]]]:
 
 
 def _calibrations(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What `calibrate` left, by step: fitted on validation, then checked elsewhere."""
+    """Returns the calibrations by step: the fit on validation, then the checks."""
     found = []
     for step in checkpoint.steps(workdir):
         fitted = saved_calibration.path_of(workdir, step)
@@ -153,7 +163,7 @@ def _part(
     shards: Shards | None,
     crop_yx: tuple[int, int],
 ) -> dict[str, Any]:
-    """What `evaluate` found on a part, for the best of its checkpoints."""
+    """Returns what `evaluate` found on a part, for the best of its checkpoints."""
     folder = workdir / "evaluation" / part
     summary, measured = _evaluated(workdir, part)
     best_step, entries = summary["best_step"], summary["checkpoints"]
@@ -188,7 +198,11 @@ def _part(
 def _evaluated(
     workdir: pathlib.Path, part: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(summary.json, metrics.json of its best step); `UserError` for damaged ones."""
+    """Returns the contents of summary.json and of the best step's metrics.json.
+
+    Raises:
+      UserError: One of these files is missing or damaged.
+    """
     folder = workdir / "evaluation" / part
     command = f"evaluate --workdir={workdir} --part={part}"
     path = folder / "summary.json"
@@ -196,7 +210,7 @@ def _evaluated(
     summary = _read(path, ("best_step", "checkpoints"), command)
     entries = summary["checkpoints"]
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} is damaged, it names no checkpoint; {again}")
+        raise UserError(f"{path} is damaged: the file names no checkpoint; {again}")
     for entry in entries:
         _require(entry, _OF_CHECKPOINTS, path, again)
     best = summary["best_step"]
@@ -210,7 +224,10 @@ def _evaluated(
 
 
 def _pivot(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Accuracy of neurons: a row a least number of synapses, a column a cut-off."""
+    """Returns the accuracies of neurons as a table.
+
+    A row is a minimum number of synapses. A column is a minimum share of votes.
+    """
     if not variants:
         return None
     cells = {(v["n_min"], v["cutoff"]): v for v in variants}
@@ -226,14 +243,14 @@ def _pivot(variants: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _sheet(
     table: pa.Table, shards: Shards, crop_yx: tuple[int, int]
 ) -> list[tuple[neurons_table.LegendEntry, list[tuple[str, list[dict[str, Any]]]]]]:
-    """For each true class the surest right calls, the least sure, the surest wrong.
+    """Returns example crops of each true class: surest right, least sure, surest wrong.
 
-    A tile is the section through the synapse, as wide as the network's crop.
+    A picture is the section through the synapse, as large as the crop of the network.
     """
     classes = predictions.classes(table)
     legend = neurons_table.legend(classes)
     record_of = {s: i for i, s in enumerate(shards.index["synapse_id"].to_pylist())}
-    # Evaluation may have run on other shards than the run's own.
+    # The evaluation may have used other shards than the run, so some ids can be absent.
     table = table.filter([i in record_of for i in table["synapse_id"].to_pylist()])
     ids = table["synapse_id"].to_pylist()
     truth = synapses.labels(table, classes)
@@ -264,9 +281,9 @@ def _sheet(
         known = (truth == label) & (called >= 0)
         right = known & (called == label)
         kinds = [
-            ("most confident of the right", surest(right, -top)),
-            ("least sure (smallest margin)", surest(known, top - runner_up)),
-            ("most confident of the wrong", surest(known & ~right, -top)),
+            ("right calls with the highest probability", surest(right, -top)),
+            ("calls with the smallest margin", surest(known, top - runner_up)),
+            ("wrong calls with the highest probability", surest(known & ~right, -top)),
         ]
         sheet.append((of_class, kinds))
     return sheet

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tables of neurons: sort, filter, open a row, take the rows along as CSV.
+// Makes the tables of neurons interactive: sort, filter, show votes, download as CSV.
 "use strict";
 
-const PAGE = 100; // rows added at a time
+const PAGE = 100; // how many rows are added at once
 
 function element(tag, attributes, ...children) {
   const made = document.createElement(tag);
@@ -15,7 +15,7 @@ function element(tag, attributes, ...children) {
 
 const whole = (x) => (x === null ? "–" : x.toLocaleString("en"));
 const decimal = (x) => (x === null ? "–" : x.toFixed(3));
-// Characters without width, or that turn others round: a name could look like another.
+// With characters that have no width or reverse the text, a name could look like another.
 const visible = (text) => text.replace(
   /[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]/g,
   (found) => `‹U+${found.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}›`,
@@ -31,7 +31,7 @@ class Neurons {
     const spelled = (name) => columns[name].map((i) => (i < 0 ? null : words[name][i]));
     this.values = { ...columns };
     for (const name of Object.keys(words)) this.values[name] = spelled(name);
-    this.values.id = columns.id.map(BigInt); // 18 digits: more than a number holds
+    this.values.id = columns.id.map(BigInt); // ids have 18 digits, and numbers are exact up to 15
     this.searched = columns.id.map((id, row) =>
       [id, ...Object.keys(words).map((name) => this.values[name][row] || "")]
         .join("\n")
@@ -71,7 +71,7 @@ class Neurons {
     more.addEventListener("click", () => this.grow());
     new IntersectionObserver((seen) => seen.some((x) => x.isIntersecting) && this.grow(), {
       root: this.find(".scroll"),
-      rootMargin: "400px", // before the end is reached
+      rootMargin: "400px", // load rows before the reader reaches the end
     }).observe(this.find(".end"));
   }
 
@@ -95,7 +95,7 @@ class Neurons {
       if (text && !this.searched[row].includes(text)) continue;
       if (wanted && (called[row] === null ? "-" : visible(called[row])) !== wanted) continue;
       if (predicted[row] < least) continue;
-      // Either of the two when both are asked for.
+      // If both boxes are checked, a row is kept if one of the conditions holds.
       const asked = (differs && this.verdict(row) === "wrong") ||
         (unclear && called[row] === "unclear");
       if ((differs || unclear) && !asked) continue;
@@ -124,7 +124,7 @@ class Neurons {
     this.rows.sort((a, b) => {
       const x = values[a], y = values[b];
       if (x === y) return a - b;
-      if (x === null) return 1; // last, either way
+      if (x === null) return 1; // unknown values come last in both orders
       if (y === null) return -1;
       return way * (isText ? x.localeCompare(y, "en") : x < y ? -1 : 1);
     });
@@ -171,7 +171,7 @@ class Neurons {
     const verdict = this.verdict(row);
     const mark = { right: "\u00a0✓", wrong: "\u00a0✗", "": "" }[verdict];
     const cell = element("td", { class: `text name ${verdict}` }, called + tie + mark);
-    if (verdict) cell.title = verdict === "right" ? "as known" : "differs from what is known";
+    if (verdict) cell.title = verdict === "right" ? "agrees with the known class" : "differs from the known class";
     return cell;
   }
 
@@ -219,7 +219,7 @@ class Neurons {
     });
     const figure = element("figure", {},
       element("figcaption", {},
-        `Synapses of neuron ${this.data.columns.id[row]} by the class each is called`),
+        `Synapses of neuron ${this.data.columns.id[row]} by called class`),
       chart);
     const { score, margin, entropy } = this.values;
     const facts = `Rule ${rule}: score ${decimal(score[row])}, margin ` +
@@ -227,9 +227,9 @@ class Neurons {
     const doubts = [];
     if (predicted < 100) doubts.push("fewer than 100 predicted synapses");
     if (2 * Math.max(...counts) <= predicted) {
-      doubts.push("no class with more than half of them");
+      doubts.push("no class has more than half of the predicted synapses");
     }
-    if (this.values.tie[row]) doubts.push("several classes lead with the same number");
+    if (this.values.tie[row]) doubts.push("several classes have the same highest value");
     const doubt = doubts.length ? ` Uncertain: ${doubts.join(", ")}.` : "";
     const note = element("p", { class: "note" }, facts + doubt);
     return element("div", { class: "pinned" }, figure, note);
@@ -239,7 +239,7 @@ class Neurons {
     const { columns, words, classes, counts, rule } = this.data;
     const text = ["known", "called", "hemilineage", "cell_type"].filter((n) => n in words);
     const numbers = ["score", "margin", "tie", "entropy", "synapses", "predicted"];
-    // A spreadsheet would compute a name that begins with one of these.
+    // A spreadsheet would run a name that begins with one of these as a formula.
     const safe = (value) => {
       const name = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value;
       return /[",\n\r]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name;

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted synapses as Neuroglancer's precomputed annotations, computed when asked.
+"""Serves predicted synapses as precomputed annotations of Neuroglancer.
 
-Every row with a position is a point in nm of the volume's frame; its annotation id is
-its row. Properties: `probability` float32 of the called class (0 where there is no
-prediction) and `nt` uint8, place of that class (the number of classes where there is
-none). The ids of synapse and neuron, too long for a property, are related objects.
+The annotations are computed for each request. Every row with a position becomes a point
+in nm of the volume frame, and the row number becomes the annotation id. A point has two
+properties: `probability` (float32), the probability of the called class, or 0 without a
+prediction; and `nt` (uint8), the index of the called class, or the number of classes
+without a prediction. The ids of synapses and neurons are too long for properties, so
+they are related objects.
 
 Format: google/neuroglancer, src/datasource/precomputed/annotations.md (@type
 neuroglancer_annotations_v1).
@@ -25,14 +27,14 @@ from synister_jax.tables import predictions, synapses
 
 NEUROGLANCER = "https://neuroglancer-demo.appspot.com/"
 RELATIONSHIPS = {"neuron": "neuron_id", "synapse": "synapse_id"}
-# Of style.css's palette c0 to c9, as seen on a dark ground.
+# The palette c0 to c9 of style.css, for a dark background.
 COLOURS = (
     *("#3d8fd1", "#e8a72b", "#2bb38a", "#d995bb", "#e8793a"),
     *("#9bdcff", "#c8649d", "#b3b34d", "#c3cad1", "#7d8894"),
 )
-_NONE = "#ffffff"  # no class
+_NONE = "#ffffff"  # for points without a prediction
 _SEED = 0
-# Larger properties first, and each row a multiple of 4 bytes, as the format wants.
+# In this format, larger properties come first, and a row is a multiple of 4 bytes.
 _ROW = np.dtype(
     [("xyz", "<f4", 3), ("probability", "<f4"), ("nt", "u1"), ("padding", "u1", 3)]
 )
@@ -40,16 +42,20 @@ _ROW = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class _Points:
-    """The rows that have a position; n of them."""
+    """The n rows that have a position."""
 
     classes: tuple[str, ...]
     ids: np.ndarray  # rows of the table, ascending, [n] uint64
     encoded: np.ndarray  # [n] of _ROW
-    related: dict[str, np.ndarray]  # [n] int64, below 0 for none
+    related: dict[str, np.ndarray]  # [n] int64; negative if the row has no id
 
 
 def info(predictions_path: pathlib.Path) -> dict[str, Any]:
-    """The collection's `info`: one cell of space holds every row."""
+    """Returns the `info` of the annotations; one spatial cell holds all points.
+
+    Args:
+      predictions_path: The Feather file with the predictions of a job.
+    """
     points = _points(predictions_path)
     xyz = points.encoded["xyz"].astype(np.float64)
     low = np.floor(xyz.min(axis=0)) if len(xyz) else np.zeros(3)
@@ -65,7 +71,7 @@ def info(predictions_path: pathlib.Path) -> dict[str, Any]:
             {
                 "id": "probability",
                 "type": "float32",
-                "description": "of the called class",
+                "description": "probability of the called class",
             },
             {
                 "id": "nt",
@@ -89,15 +95,16 @@ def info(predictions_path: pathlib.Path) -> dict[str, Any]:
 
 
 def spatial(predictions_path: pathlib.Path) -> bytes:
-    """All points: cell 0_0_0 of the only level."""
+    """Returns all points, encoded as the cell 0_0_0 of the only level."""
     points = _points(predictions_path)
-    # The viewer thins out a cell by showing its first annotations only.
+    # The viewer may show only the first annotations of a cell. In random order, these
+    # annotations represent all of them.
     order = np.random.default_rng(_SEED).permutation(len(points.ids))
     return _several(points, order)
 
 
 def by_id(predictions_path: pathlib.Path, annotation_id: int) -> bytes | None:
-    """One point with its related objects; None where the row has no position."""
+    """Returns one point with its related objects, or None without a position."""
     points = _points(predictions_path)
     if not 0 <= annotation_id < 1 << 63:
         return None
@@ -116,7 +123,13 @@ def by_id(predictions_path: pathlib.Path, annotation_id: int) -> bytes | None:
 def related(
     predictions_path: pathlib.Path, relationship: str, object_id: int
 ) -> bytes | None:
-    """The points of a neuron, or of a synapse id; None where there are none."""
+    """Returns the encoded points of a neuron or synapse id, or None without points.
+
+    Args:
+      predictions_path: The Feather file with the predictions of a job.
+      relationship: A key of `RELATIONSHIPS`.
+      object_id: The id of the neuron or of the synapse.
+    """
     points = _points(predictions_path)
     if relationship not in points.related or not 0 <= object_id < 1 << 63:
         return None
@@ -127,10 +140,15 @@ def related(
 def link(
     predictions_path: pathlib.Path, view_url: str, neuroglancer: str = NEUROGLANCER
 ) -> str:
-    """Neuroglancer's address with the volume and the points coloured by class.
+    """Returns the address that opens the volume and the points in Neuroglancer.
+
+    The points are coloured by class.
 
     Args:
-      view_url: where the browser reaches this job's volume and annotations.
+      predictions_path: The Feather file with the predictions of a job. The file
+        `predictions.json` must be next to it.
+      view_url: The address from which the browser reads the volume and annotations.
+      neuroglancer: The address of the viewer.
     """
     points = _points(predictions_path)
     record = files.read_json(predictions_path.with_name("predictions.json"))
@@ -139,7 +157,8 @@ def link(
     dimensions = {
         name: [size * 1e-9, "m"] for name, size in zip("xyz", voxel_nm, strict=True)
     }
-    # An image starts at a whole voxel; what is left of its offset is put here.
+    # An image of this format starts at a whole voxel. The transform adds the part of
+    # the offset that is smaller than a voxel.
     left = offset_vx - np.round(offset_vx)
     image: dict[str, Any] = {"url": f"precomputed://{view_url}/volume"}
     if np.abs(left).max() > 1e-6:
@@ -166,7 +185,8 @@ def link(
     }
     if len(points.ids):
         xyz = points.encoded["xyz"].astype(np.float64)
-        # At a synapse, not between: the one nearest to the middle of them all.
+        # The view opens at the synapse that is nearest to the median position. The
+        # median position itself may lie where no synapse is.
         away = np.abs(xyz - np.median(xyz, axis=0)).max(axis=1)
         state["position"] = (xyz[away.argmin()] / voxel_nm).round(2).tolist()
         extent = np.ptp(xyz, axis=0).max() / voxel_nm.min()
@@ -179,7 +199,8 @@ def _shader(classes: tuple[str, ...]) -> str:
     lines = ["void main() {", "  setPointMarkerSize(9.0);"]
     chosen = [COLOURS[c.colour] for c in neurons_table.legend(classes)]
     for place, colour in enumerate([*chosen, _NONE]):
-        # A word of its own for each class, for who changes a colour in the viewer.
+        # Each class has its own line with its name, so that users can change a colour
+        # in the viewer.
         name = classes[place] if place < len(classes) else "no prediction"
         red, green, blue = bytes.fromhex(colour[1:])
         mixed = ", ".join(f"{part / 255:.3f}" for part in (red, green, blue))

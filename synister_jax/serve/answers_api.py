@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came of a job: pages of its neurons and synapses, and files."""
+"""The API routes for the answer of a job: pages of neurons and synapses, and files."""
 
 import contextlib
 import os
@@ -18,8 +18,8 @@ router = APIRouter(prefix="/api/jobs/{job_id}")
 
 _PIECE_BYTES = 1 << 20
 _ERRORS = schemas.errors(401, 404, 409, 422, 429)
-# The report has a policy of its own that names its script; this one keeps whatever
-# might be in it away from the cookie and the API.
+# The report contains its own policy, which names its script. This second policy keeps
+# everything in the report away from the cookie and the API.
 _REPORT_POLICY = (
     "sandbox allow-scripts allow-downloads; default-src 'none'; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; "
@@ -27,7 +27,11 @@ _REPORT_POLICY = (
 )
 
 
-@router.get("/neurons", responses=_ERRORS, summary="Neurons of the answer.")
+@router.get(
+    "/neurons",
+    responses=_ERRORS,
+    summary="Returns a page of the neurons of the answer.",
+)
 def neurons(
     served: Served,
     user: User,
@@ -40,7 +44,11 @@ def neurons(
         return results.neurons_page(path, search, offset, limit)
 
 
-@router.get("/synapses", responses=_ERRORS, summary="Synapses of the answer.")
+@router.get(
+    "/synapses",
+    responses=_ERRORS,
+    summary="Returns a page of the synapses of the answer.",
+)
 def synapses(
     served: Served,
     user: User,
@@ -48,7 +56,8 @@ def synapses(
     search: schemas.Search | None = None,
     status: Annotated[str | None, Query(max_length=64)] = None,
     called: Annotated[
-        str | None, Query(max_length=64, description="a class, or `none`")
+        str | None,
+        Query(max_length=64, description="a class, or `none` without a prediction"),
     ] = None,
     neuron: Annotated[schemas.Whole | None, Query()] = None,
     offset: schemas.Offset = 0,
@@ -56,7 +65,7 @@ def synapses(
 ) -> schemas.Synapses:
     neuron_id = None if neuron is None else int(neuron)
     if neuron_id is not None and not -(2**63) <= neuron_id < 2**63:
-        raise HTTPException(422, "neuron: an id has 64 bits")
+        raise HTTPException(422, "neuron: the id is larger than 64 bits")
     wanted = results.Filter(search or None, status, called, neuron_id)
     with _file(served, user, job_id, "predictions.feather") as path:
         return results.synapses_page(path, wanted, offset, limit)
@@ -68,12 +77,17 @@ def _download(kind: str, media_type: str, text: bool = False) -> dict:
     return {
         "response_class": Response,
         "responses": schemas.errors(401, 404, 409, 429)
-        | {200: {"content": content, "description": f"{kind}, as `request` writes it"}},
+        | {
+            200: {
+                "content": content,
+                "description": f"{kind}, in the format that `request` writes",
+            }
+        },
         "summary": kind,
     }
 
 
-@router.get("/predictions.csv", **_download("The predictions", "text/csv", True))
+@router.get("/predictions.csv", **_download("The predictions as CSV", "text/csv", True))
 def csv(served: Served, user: User, job_id: schemas.JobId) -> StreamingResponse:
     return _sent(served, user, job_id, "predictions.csv", "text/csv", "attachment")
 
@@ -91,7 +105,7 @@ def feather(served: Served, user: User, job_id: schemas.JobId) -> StreamingRespo
 def report(served: Served, user: User, job_id: schemas.JobId) -> StreamingResponse:
     response = _sent(served, user, job_id, "report.html", "text/html", "inline")
     response.headers["Content-Security-Policy"] = _REPORT_POLICY
-    # A page in a sandbox may not ask to be alone in its group of windows.
+    # A page in a sandbox cannot use the policy same-origin.
     response.headers["Cross-Origin-Opener-Policy"] = "unsafe-none"
     return response
 
@@ -104,7 +118,10 @@ def _sent(
     media_type: str,
     disposition: str,
 ) -> StreamingResponse:
-    """A file of an answer. Once it is open it may be deleted."""
+    """Returns a response that sends a file of an answer.
+
+    The file is open before the response starts, so it may be deleted meanwhile.
+    """
     with _file(served, user, job_id, name) as path:
         file = path.open("rb")
     shown = f"synister-{job_id}{path.suffix}"
@@ -125,9 +142,9 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 def _file(
     served: Service, user: tokens.User, job_id: str, name: str
 ) -> Iterator[pathlib.Path]:
-    """A file of an answer to be read; 409 where there is none yet."""
+    """Yields the path of a file of an answer; 409 if the job is not done."""
     found = find(served, user, job_id)
     if found.state != "done":
-        raise HTTPException(409, f"the job is {found.state}; it has no answer")
+        raise HTTPException(409, f"the job is {found.state} and has no answer")
     with served.answer_file(found.id, name) as path:
         yield path

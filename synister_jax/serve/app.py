@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The web service as an ASGI application: the page, the API, and how it says no."""
+"""The web service as an ASGI application: the page, the API and its error answers."""
 
 import importlib.resources
 from typing import Any
@@ -22,7 +22,7 @@ from synister_jax.serve.guard import Guard
 from synister_jax.serve.service import COOKIE, CSRF_HEADER, Service
 
 _PAGE = "page.html"
-_STATIC = (  # what it asks for, under /static/
+_STATIC = (  # the files that the page loads from /static/
     "page.css",
     "page.js",
     "elements.js",
@@ -39,28 +39,28 @@ _SECURITY = {
     "password": {
         "type": "http",
         "scheme": "basic",
-        "description": "any user name, the token as password",
+        "description": "Any user name, with the token as the password.",
     },
     "session": {
         "type": "apiKey",
         "in": "cookie",
         "name": COOKIE,
-        "description": f"other methods than GET need the header {CSRF_HEADER} too",
+        "description": f"All methods except GET also need the header {CSRF_HEADER}.",
     },
 }
 
 
 def make(service: Service) -> FastAPI:
-    """The application around a service."""
+    """Returns the ASGI application of a service."""
     app = FastAPI(
         title="synister_jax",
         version=synister_jax.__version__,
-        description="Neurotransmitters of synapses, on demand.",
-        # Its pages ask other hosts for their scripts.
+        description="Predicts the neurotransmitters of synapses on demand.",
+        # The documentation pages of FastAPI load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # Requests, with what is in them, are nobody else's business.
+        # No request or its content may be sent to anybody else.
         telemetry={
             "tracing": False,
             "metrics": False,
@@ -81,11 +81,13 @@ def make(service: Service) -> FastAPI:
     for name in _STATIC:
         _serve(app, f"/static/{name}", name)
 
-    @app.get("/health", responses=schemas.errors(), summary="Whether it is there.")
+    @app.get(
+        "/health", responses=schemas.errors(), summary="Reports that the service runs."
+    )
     def health() -> schemas.Health:
         return schemas.Health(status="ok", workers=service.workers())
 
-    # FastAPI's documentation says to put another function in the method's place.
+    # The documentation of FastAPI recommends this way to change the schema.
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -101,7 +103,7 @@ def _serve(app: FastAPI, path: str, name: str) -> None:
 
 
 def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """One line; never what was sent, which may be a token."""
+    """Answers 422 in one line, without the sent value, which may be a token."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "query")
     detail = f"{place}: {first['msg']}"
@@ -109,12 +111,15 @@ def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
 
 
 def _other_method(request: Request, error: HTTPException) -> JSONResponse:
-    """Names the methods of all routes of the path, not of the first alone."""
+    """Answers 405 with the methods of all routes of the path.
+
+    Starlette names only the methods of the first route.
+    """
     methods = _openapi(request.app)["paths"].get(
         request.scope["route"].path, {"get": 0}
     )
     allowed = ", ".join(sorted(method.upper() for method in methods))
-    detail = f"this path takes {allowed}"
+    detail = f"this path accepts only {allowed}"
     return JSONResponse({"detail": detail}, 405, {"Allow": allowed})
 
 
@@ -124,7 +129,10 @@ def _unfit(request: Request, error: jobs_api.Unfit) -> JSONResponse:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """With who may ask: each route that can answer 401 takes any of `_SECURITY`."""
+    """Returns the OpenAPI schema with the ways to sign in.
+
+    Each route that can answer 401 accepts any of `_SECURITY`.
+    """
     if app.openapi_schema is None:
         schema = get_openapi(
             title=app.title,

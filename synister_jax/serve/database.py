@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service's SQLite file: its tables, and how threads and processes share it.
+"""The SQLite file of the service: its tables, and access from threads and processes.
 
-A process that is killed loses nothing that was committed; a power cut may lose the
-commits of the last moments, and leaves the file whole (`synchronous=NORMAL`).
+If a process is killed, everything that was committed is kept. A power cut may lose the
+last commits, but it does not damage the file (`synchronous=NORMAL`).
 """
 
 import contextlib
@@ -53,14 +53,22 @@ CREATE TABLE models (
 
 
 class Database:
-    """The file, made where it is not there; a connection for each thread."""
+    """The SQLite file, with one connection for each thread.
+
+    Args:
+      path: The file. It is created if it does not exist.
+
+    Raises:
+      UserError: Another release of synister_jax wrote the file.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         self._thread = threading.local()
         self._all: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        # Before anything is in it: hashes of tokens and what people asked are there.
+        # The file will hold hashes of tokens and the requests of users. So it gets its
+        # permissions before anything is written.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with self.transaction() as connection:
             [[version]] = connection.execute("PRAGMA user_version").fetchall()
@@ -70,25 +78,30 @@ class Database:
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
             elif version != _VERSION:
                 raise UserError(
-                    f"{path} was written by another release of synister_jax; use that, "
-                    "or give another --state"
+                    f"{path} was written by another release of synister_jax; use that "
+                    "release, or give another folder as --state"
                 )
 
     def close(self) -> None:
-        """Closes the connections of all threads; the store is of no use afterwards."""
+        """Closes the connections of all threads; the file cannot be used afterwards."""
         with self._lock:
             for connection in self._all:
                 connection.close()
             self._all.clear()
 
     def run(self, statement: str, *values: Any) -> list[sqlite3.Row]:
-        """All rows of one statement, which is a transaction of its own."""
-        # All of them at once: a statement that is not read to its end keeps its lock.
+        """Runs one statement as one transaction and returns all of its rows."""
+        # All rows are read at once, because a statement that is not read to its end
+        # keeps its lock.
         return self._connection().execute(statement, values).fetchall()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Several statements as one; nobody else writes meanwhile."""
+        """Yields a connection whose statements form one transaction.
+
+        No other thread or process can write to the file meanwhile. An exception undoes
+        all statements.
+        """
         connection = self._connection()
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -105,7 +118,7 @@ class Database:
                 self.path,
                 timeout=_BUSY_SECONDS,
                 isolation_level=None,
-                check_same_thread=False,  # `close` is called by another thread
+                check_same_thread=False,  # another thread calls `close`
             )
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around every request: who may send it, headers of the answer, a line in the log.
+"""Middleware around every request: it checks the sender, adds headers and logs.
 
-The log has the method, the route as it is declared, the status and the time, and of an
-error that nobody foresaw its type and where it was. Never an address, a query, a header
-or a body, nor the text of such an error: tokens, keys and what people ask are in these.
+The log has the method, the declared route, the status and the time of each request. For
+an unexpected error it has the type and the place in the code. The log never has an
+address, a query, a header, a body or the text of an unexpected error, because these may
+contain tokens, keys and the requests of users.
 """
 
 import contextlib
@@ -40,17 +41,19 @@ _HEADERS = {
 }
 
 
-# Of a body that a framework reads as a whole; what streams its own has its own limit.
+# The largest body that FastAPI reads as a whole. The routes in `_STREAMED` read their
+# bodies piece by piece, with a limit of their own (uploads.py).
 _MOST_BYTES = 64 << 10
 _STREAMED = ("/api/checks", "/api/jobs")
 
 
 class Guard:
-    """ASGI middleware.
+    """The ASGI middleware that guards the service.
 
     Args:
-      host: that the server listens at.
-      public_url: how browsers reach it, where that is not directly.
+      app: The application that answers the requests.
+      host: The host name or address at which the server listens.
+      public_url: The address of the proxy in front of the server, or None.
     """
 
     def __init__(self, app: ASGIApp, host: str, public_url: str | None) -> None:
@@ -83,32 +86,35 @@ class Guard:
             refused = self._refuse(scope)
             await (refused or self._app)(scope, receive, send_guarded)
         except ClientDisconnect:
-            status = status or 499  # nobody reads an answer
+            status = status or 499  # the client has gone, so nobody reads an answer
         except Exception as error:
             _tell(error)
             if status:
-                raise ConnectionAbortedError from None  # the rest will not come
-            why = {"detail": "something went wrong here; the server's log says where"}
+                raise ConnectionAbortedError from None  # the answer stays incomplete
+            why = {"detail": "unexpected error; the log of the server says where"}
             await JSONResponse(why, 500)(scope, receive, send_guarded)
         finally:
             found = scope.get("route")
             route = getattr(found, "path_format", getattr(found, "path", "-"))
             milliseconds = 1000 * (time.perf_counter() - started)
             line = f"{scope['method']} {route} {status} {milliseconds:.0f} ms"
-            with contextlib.suppress(OSError):  # whoever read the log has gone
+            with contextlib.suppress(OSError):  # nobody reads the log any more
                 print(line, flush=True)
 
     def _refuse(self, scope: Scope) -> ASGIApp | None:
-        """The answer to what is not sent by a page of ours or by no page at all.
+        """Returns an error answer for a forbidden request, or None for an allowed one.
 
-        A name that leads to this machine, but is none of its own, is a page of another
-        site that would read our answers (DNS rebinding). With a number instead of a
-        name that cannot be.
+        Allowed are requests of the service's own pages and of programs. A page of
+        another site could let its own host name point to this machine, to read the
+        answers (DNS rebinding). So the header Host must have a known name. An IP
+        address is always allowed, because it cannot be pointed elsewhere.
         """
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not self._is_ours(f"//{host}"):
-            why = {"detail": "this service has another name; see --public_url"}
+            why = {
+                "detail": "the service is not known by this host name; see --public_url"
+            }
             return JSONResponse(why, 400)
         if scope["path"] not in _STREAMED and _is_large(headers):
             return JSONResponse({"detail": "the body is too large"}, 413)
@@ -118,7 +124,7 @@ class Guard:
         same = headers.get("sec-fetch-site", "none") in ("same-origin", "none")
         if same and (origin is None or self._is_own(origin, host)):
             return None
-        return JSONResponse({"detail": "this was sent by a page of another site"}, 403)
+        return JSONResponse({"detail": "a page of another site sent this request"}, 403)
 
     def _is_ours(self, address: str) -> bool:
         try:
@@ -131,10 +137,10 @@ class Guard:
         return True
 
     def _is_own(self, origin: str, host: str) -> bool:
-        """Whether a page of that origin is one of ours; ports are told apart."""
+        """Returns whether an origin (with its port) belongs to this service."""
         try:
             there = urllib.parse.urlsplit(origin)
-            # Behind https the proxy may give us another host than the browser's.
+            # A proxy may send another host name than the browser sent to the proxy.
             public = self._https and there.hostname in self._names
         except ValueError:
             return False
@@ -147,7 +153,7 @@ def _is_large(headers: Headers) -> bool:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Fails after `_MOST_BYTES`, whatever the length that the headers name."""
+    """Raises ValueError after `_MOST_BYTES`, even if the headers name less."""
     size = 0
 
     async def receive_bounded() -> Message:
@@ -155,7 +161,7 @@ def _bounded(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > _MOST_BYTES:
-            raise ValueError("the body is too large")  # 400: it cannot be read
+            raise ValueError("the body is too large")  # FastAPI answers 400
         return message
 
     return receive_bounded

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checking what is asked, and jobs: submitting, watching, cancelling, deleting."""
+"""The API routes that check rows, and that submit, show, cancel and delete jobs."""
 
 import bisect
 import datetime
@@ -26,7 +26,7 @@ _LONGEST_NAME = 200
     "/checks",
     responses=schemas.errors(401, 403, 404, 408, 413, 415, 422, 429),
     openapi_extra=uploads.BODY,
-    summary="What would be asked, and what is wrong with it.",
+    summary="Checks rows without asking for predictions.",
 )
 async def check(
     served: Served,
@@ -48,11 +48,14 @@ async def check(
     status_code=201,
     responses=schemas.errors(401, 403, 404, 408, 413, 415, 429, 503)
     | {
-        200: {"model": schemas.Job, "description": "your own job of the same request"},
-        422: {"model": schemas.Refused, "description": "a parameter or rows are wrong"},
+        200: {
+            "model": schemas.Job,
+            "description": "your existing job of the same request",
+        },
+        422: {"model": schemas.Refused, "description": "a parameter or a row is wrong"},
     },
     openapi_extra=uploads.BODY,
-    summary="Asks for predictions.",
+    summary="Submits a job that predicts the rows.",
 )
 async def submit(
     served: Served,
@@ -63,7 +66,9 @@ async def submit(
     source: schemas.SourceName | None = None,
     kind: schemas.Kind | None = None,
     name: Annotated[str, Query(max_length=_LONGEST_NAME)] = "",
-    fresh: Annotated[bool, Query(description="whatever is finished already")] = False,
+    fresh: Annotated[
+        bool, Query(description="predict again even if the same request is finished")
+    ] = False,
 ) -> schemas.Job:
     chosen = served.model(model)
     named = served.source(chosen, source)
@@ -115,7 +120,7 @@ async def submit(
 
 
 class Unfit(Exception):
-    """Rows that cannot be asked: 422 with what is wrong with them."""
+    """Rows that cannot be predicted; the answer is 422 with the errors of the rows."""
 
     def __init__(self, check: schemas.Check) -> None:
         self.check = check
@@ -126,15 +131,24 @@ class Unfit(Exception):
         super().__init__(f"{where}{first.message}{others}")
 
 
-@router.get("/jobs", responses=schemas.errors(401, 429), summary="Yours, newest first.")
+@router.get(
+    "/jobs",
+    responses=schemas.errors(401, 429),
+    summary="Lists your jobs, newest first.",
+)
 def jobs(served: Served, user: User) -> schemas.Jobs:
-    """Without `answer` and the link to Neuroglancer: ask for the job to see them."""
+    """Lists jobs without `answer` and the link to Neuroglancer.
+
+    `/api/jobs/{job_id}` returns these for one job.
+    """
     queue = served.store.queue()
     yours = served.store.jobs(user.token_id)
     return schemas.Jobs(jobs=[_shape(job, queue) for job in yours])
 
 
-@router.get("/jobs/{job_id}", responses=schemas.errors(401, 404, 429), summary="A job.")
+@router.get(
+    "/jobs/{job_id}", responses=schemas.errors(401, 404, 429), summary="Returns a job."
+)
 def job(
     served: Served, user: User, request: Request, job_id: schemas.JobId
 ) -> schemas.Job:
@@ -144,7 +158,7 @@ def job(
 @router.post(
     "/jobs/{job_id}/cancel",
     responses=schemas.errors(401, 403, 404, 429),
-    summary="Stops a job; one that is over stays as it is.",
+    summary="Cancels a job; a job that has ended stays as it is.",
 )
 def cancel(
     served: Served, user: User, request: Request, job_id: schemas.JobId
@@ -159,7 +173,7 @@ def cancel(
     "/jobs/{job_id}",
     status_code=204,
     responses=schemas.errors(401, 403, 404, 409, 429),
-    summary="Deletes a job and its answer; a running one is cancelled first.",
+    summary="Deletes a job and its answer; a running job must be cancelled first.",
 )
 def delete(served: Served, user: User, job_id: schemas.JobId) -> None:
     found = find(served, user, job_id)
@@ -170,7 +184,7 @@ def delete(served: Served, user: User, job_id: schemas.JobId) -> None:
 
 
 def find(served: Service, user: tokens.User, job_id: str) -> StoredJob:
-    """404 unless it is this user's."""
+    """Returns the job of this user with this id; otherwise the answer is 404."""
     found = served.store.job(job_id, user.token_id)
     if found is None:
         raise _not_found()
@@ -178,7 +192,7 @@ def find(served: Service, user: tokens.User, job_id: str) -> StoredJob:
 
 
 def _not_found() -> HTTPException:
-    return HTTPException(404, "you have no such job")
+    return HTTPException(404, "you have no job with this id")
 
 
 def _told(served: Service, job: StoredJob, request: Request) -> schemas.Job:
@@ -196,15 +210,15 @@ def _told(served: Service, job: StoredJob, request: Request) -> schemas.Job:
     return told
 
 
-# An answer stays as it is.
+# The answer of a job does not change, so its link can be cached.
 _neuroglancer = functools.lru_cache(maxsize=1000)(annotations.link)
 
 
 def _shape(job: StoredJob, queue: Sequence[int]) -> schemas.Job:
-    """As the API tells it, of what the store knows.
+    """Returns the API's form of a job of the store.
 
     Args:
-      queue: numbers of all queued jobs, ascending.
+      queue: The numbers of all queued jobs, ascending.
     """
     base = f"/api/jobs/{job.id}"
     links = schemas.Links(
@@ -243,5 +257,5 @@ def _iso(seconds: float) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name without what cannot be seen or would turn the text around it."""
+    """Replaces invisible characters, and those that change the direction of text."""
     return "".join(c if c.isprintable() else " " for c in name).strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often one may ask."""
+"""Limits how often a client may send requests."""
 
 import threading
 import time
@@ -9,10 +9,14 @@ _MOST_KEYS = 100_000
 
 
 class Rate:
-    """So many a minute for each key, and a burst of some of them at once.
+    """A limit on the requests of each key, by the generic cell rate algorithm.
 
-    The generic cell rate algorithm: of each key only the time is kept at which it has
-    all its requests again.
+    For each key, the algorithm stores only the time at which the full burst is allowed
+    again.
+
+    Args:
+      a_minute: The number of requests in a minute that a key may send in the long run.
+      burst: The number of requests that a key may send at once.
     """
 
     def __init__(self, a_minute: int, burst: int) -> None:
@@ -22,7 +26,11 @@ class Rate:
         self._lock = threading.Lock()
 
     def wait(self, key: Hashable) -> float:
-        """Counts one more; seconds until there may be one, 0 where there may now."""
+        """Counts one request of a key, if the request is allowed now.
+
+        Returns:
+          0 if the request is allowed. Otherwise the seconds until a request is allowed.
+        """
         now = time.monotonic()
         with self._lock:
             if len(self._free_at) >= _MOST_KEYS:
@@ -34,6 +42,6 @@ class Rate:
             return 0.0
 
     def _forget(self, now: float) -> None:
-        """Keys that have all their requests, or, of too many, all."""
+        """Removes the keys with a full burst, or all keys if too many remain."""
         kept = {key: at for key, at in self._free_at.items() if at > now}
         self._free_at = kept if len(kept) < _MOST_KEYS else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transmitter for a single position while one waits, as CATMAID's extension asks."""
+"""Predicts a single position while the client waits, for the extension of CATMAID."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ router = APIRouter()
 @router.get(
     "/fetch-neurotransmitter",
     responses=schemas.errors(401, 404, 422, 429, 503),
-    summary="The transmitter at a position, in the source's units.",
+    summary="Predicts the transmitter at a position, in the units of the source.",
 )
 async def fetch(
     served: Served,
@@ -53,7 +53,7 @@ async def fetch(
         if result is not None:
             break
         if time.monotonic() > until:
-            why = "the answer is not there yet; ask the same again"
+            why = "the answer is not ready yet; send the same request again"
             raise HTTPException(503, why, {"Retry-After": "5"})
         await asyncio.sleep(_PAUSE)
     if "problem" in result:

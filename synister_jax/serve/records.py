@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the store hands out."""
+"""The records that the store returns, and its exceptions."""
 
 import dataclasses
 import time
@@ -12,7 +12,22 @@ State = Literal["queued", "running", "done", "failed", "cancelled"]
 
 @dataclasses.dataclass(frozen=True)
 class StoredJob:
-    """A request for predictions, and how far it is; times in seconds since 1970."""
+    """A request for predictions and its progress; times are in seconds since 1970.
+
+    Attributes:
+      stage: What the worker does now; empty if the job is not running.
+      done: The units of the stage that are done, of `total`.
+      rows: The rows of the request. After the end, the rows of the answer.
+      message: The reason why the job failed.
+      attempts: The number of workers that began the job.
+      view_key: The key in the addresses that Neuroglancer reads.
+      request_key: The key that is equal for equal requests.
+      bytes: The size of the request, or of the answer folder after the end.
+      step: The step of the model's checkpoint, or None if it was not known.
+      since: The time when the current stage began in this attempt.
+      since_done: The units that were done at that time.
+      number: The place of the job in the queue.
+    """
 
     id: str
     token_id: int
@@ -35,14 +50,16 @@ class StoredJob:
     request_key: str | None
     bytes: int
     step: int | None
-    # When its stage began in this attempt, and how much was done already.
     since: float | None
     since_done: int
     number: int
 
     @property
     def eta_seconds(self) -> float | None:
-        """By the pace of its stage so far; None where there is nothing to go by."""
+        """The remaining seconds of the stage, from its pace so far.
+
+        None if the job is not running, or if no unit is done yet.
+        """
         did = self.done - self.since_done
         if self.state != "running" or self.since is None or did <= 0 or not self.total:
             return None
@@ -55,10 +72,11 @@ class NewJob:
     """A request for predictions that has been checked.
 
     Attributes:
-      name: what the user calls it.
-      size: bytes that it takes now; the worker's `Store.finish` says the rest.
-      step: of the model's checkpoint; None before a worker opened it.
-      request_key: the same for the same request.
+      name: The name that the user gives to the job.
+      size: The bytes that the request takes. `Store.finish` writes the size of the
+        answer later.
+      step: The step of the model's checkpoint, or None if no worker has opened it.
+      request_key: The key that is equal for equal requests.
     """
 
     id: str
@@ -75,7 +93,7 @@ class NewJob:
 
 @dataclasses.dataclass(frozen=True)
 class StoredPoint:
-    """A single position that somebody waits for, in the source's coordinates."""
+    """A single position that a user waits for, in the coordinates of the source."""
 
     id: int
     model: str
@@ -87,7 +105,7 @@ class StoredPoint:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a worker said of a model."""
+    """The report of a worker on a model; see `Store.report_model`."""
 
     name: str
     step: int | None
@@ -98,8 +116,8 @@ class Report:
 
 
 class Revoked(Exception):
-    """The token is none any more."""
+    """The token is revoked."""
 
 
 class LimitReached(Exception):
-    """The token has as much as it may have; the message says of what."""
+    """The token has reached a limit; the message names the limit."""

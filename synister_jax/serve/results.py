@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of an answer: its neurons and its synapses, read piece by piece from Feather.
+"""Reads pages of the neurons and the synapses of an answer from its Feather file.
 
-Memory is bounded by a piece of the file (65,536 rows as Arrow writes it) and by the
-neurons of the last answers asked for.
+The file is read piece by piece. The memory holds one piece (65,536 rows, as Arrow
+writes them) and the neurons of the last eight answers that were asked for.
 """
 
 import dataclasses
@@ -18,39 +18,47 @@ from synister_jax.pages import neurons_table
 from synister_jax.serve import schemas
 from synister_jax.tables import predictions, synapses
 
-NONE = "none"  # asked for as `called`: the rows without a prediction
+NONE = "none"  # the value of `called` that selects rows without a prediction
 _CACHED = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class _Neurons:
-    """Of n neurons in the order of the answer."""
+    """The n neurons of an answer, in the order of the answer."""
 
     classes: tuple[str, ...]
     ids: np.ndarray  # int64 [n]
     synapses: np.ndarray  # int64 [n]
-    counts: np.ndarray  # int64 [n, classes]
-    texts: pa.Array  # the ids, to be searched
+    counts: np.ndarray  # int64 [n, classes], synapses called for each class
+    texts: pa.Array  # the ids as strings, for the search
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """Which synapses; None is all."""
+    """The conditions that a synapse must meet; None stands for no condition."""
 
-    search: str | None = None  # in the id of position or neuron
+    search: str | None = None  # a part of the id of the position or of the neuron
     status: str | None = None
     called: str | None = None  # a class, or `NONE`
     neuron_id: int | None = None
 
     @property
     def is_empty(self) -> bool:
+        """Whether all synapses meet the conditions."""
         return self == Filter()
 
 
 def neurons_page(
     path: pathlib.Path, search: str | None, offset: int, limit: int
 ) -> schemas.Neurons:
-    """Neurons whose id has `search` in it, in the order of the answer."""
+    """Returns a page of the neurons of an answer, in the order of the answer.
+
+    Args:
+      path: The Feather file with the predictions.
+      search: Only neurons whose id contains this text are returned; None for all.
+      offset: The number of neurons to skip.
+      limit: The largest number of neurons to return.
+    """
     found = _neurons(path, path.stat().st_mtime_ns)
     rows = np.arange(len(found.ids))
     if search:
@@ -62,7 +70,8 @@ def neurons_page(
 def _neuron(found: _Neurons, row: int) -> schemas.Neuron:
     counts = found.counts[row]
     predicted = int(counts.sum())
-    first = int(counts.argmax())  # of equal ones the first, as the rule `majority`
+    # If several classes have the same count, the first wins, as in the rule `majority`.
+    first = int(counts.argmax())
     return schemas.Neuron(
         neuron_id=str(found.ids[row]),
         synapses=int(found.synapses[row]),
@@ -100,7 +109,14 @@ def _neurons(path: pathlib.Path, _changed: int) -> _Neurons:
 def synapses_page(
     path: pathlib.Path, wanted: Filter, offset: int, limit: int
 ) -> schemas.Synapses:
-    """Rows that `wanted` lets through, in the order of the answer."""
+    """Returns a page of the synapses of an answer, in the order of the answer.
+
+    Args:
+      path: The Feather file with the predictions.
+      wanted: The conditions that the synapses must meet.
+      offset: The number of these synapses to skip.
+      limit: The largest number of synapses to return.
+    """
     source = predictions.open(path)
     classes = source.classes
     total = 0
@@ -162,5 +178,5 @@ def _synapses(table: pa.Table, classes: Sequence[str]) -> list[schemas.Synapse]:
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has no NaN."""
+    """Returns None for NaN and infinity, which JSON does not have."""
     return value if value is not None and np.isfinite(value) else None

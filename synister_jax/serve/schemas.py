@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the API takes and answers; ids are strings, for JavaScript's numbers are short.
+"""The data types that the API takes and returns.
 
-`/openapi.json` is made from these.
+Ids are strings, because numbers in JavaScript cannot hold 64 bits. `/openapi.json` is
+made from these types.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,19 +14,22 @@ from synister_jax.ondemand.questions import Kind
 from synister_jax.serve.records import State
 
 _ID = {"pattern": "^[0-9a-f]{16}$"}
-# Told, not enforced: what is no id is not found, as an id that nobody has.
+# The pattern is only documented. The answer to a text that is not an id is 404, as for
+# an id without a job.
 JobId = Annotated[str, Path(json_schema_extra=_ID)]
-ModelName = Annotated[str, Query(max_length=64, description="of /api/models")]
-SourceName = Annotated[str, Query(max_length=64, description="one of the model's")]
+ModelName = Annotated[str, Query(max_length=64, description="a name from /api/models")]
+SourceName = Annotated[
+    str, Query(max_length=64, description="one of the sources of the model")
+]
 Whole = Annotated[str, StringConstraints(pattern=r"^-?[0-9]{1,19}$")]
 Coordinate = Annotated[float, Query(ge=-1e15, le=1e15, allow_inf_nan=False)]
 Offset = Annotated[int, Query(ge=0, le=2**40)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
-Search = Annotated[str, Query(max_length=64, description="digits of an id")]
+Search = Annotated[str, Query(max_length=64, description="a part of an id")]
 
 
 class Detail(BaseModel):
-    """What is wrong, and what to do, in one line."""
+    """An error: one line that says what is wrong and what to do."""
 
     detail: str
 
@@ -41,12 +45,12 @@ class Login(BaseModel):
 
 class LoggedIn(BaseModel):
     name: str
-    csrf: Annotated[str, Field(description="for the header X-CSRF-Token")]
+    csrf: Annotated[str, Field(description="the value for the header X-CSRF-Token")]
 
 
 class Limits(BaseModel):
     rows: int
-    jobs: Annotated[int, Field(description="unfinished")]
+    jobs: Annotated[int, Field(description="the largest number of unfinished jobs")]
     bytes: int
     requests_per_minute: int
 
@@ -58,7 +62,9 @@ class Used(BaseModel):
 
 class Session(BaseModel):
     name: str
-    csrf: Annotated[str | None, Field(description="null: the token itself was shown")]
+    csrf: Annotated[
+        str | None, Field(description="null if the request has the token itself")
+    ]
     limits: Limits
     used: Used
 
@@ -66,7 +72,9 @@ class Session(BaseModel):
 class Class(BaseModel):
     name: str
     short: str
-    colour: Annotated[int, Field(description="of the page's palette, 0 to 9")]
+    colour: Annotated[
+        int, Field(description="number of the colour in the page's palette, 0 to 9")
+    ]
 
 
 class Source(BaseModel):
@@ -74,7 +82,7 @@ class Source(BaseModel):
     title: str
     units: str
     neuron: str
-    neurons: Annotated[bool, Field(description="neurons can be asked for")]
+    neurons: Annotated[bool, Field(description="whether neuron ids can be looked up")]
 
 
 class Model(BaseModel):
@@ -89,8 +97,8 @@ class Model(BaseModel):
 
 
 class Problem(BaseModel):
-    line: Annotated[int, Field(description="from 1; 0 for the whole")]
-    column: Annotated[str, Field(description="empty for the row")]
+    line: Annotated[int, Field(description="line number from 1; 0 for the whole text")]
+    column: Annotated[str, Field(description="empty if the whole row is meant")]
     message: str
 
 
@@ -102,11 +110,11 @@ class Check(BaseModel):
     error_count: int
     warnings: list[Problem]
     warning_count: int
-    seconds: Annotated[float | None, Field(description="that it may take")]
+    seconds: Annotated[float | None, Field(description="estimated time of the job")]
 
 
 class Refused(Detail):
-    """`check` is there when it is the rows that are wrong."""
+    """An error for a submitted job; `check` is set if rows are wrong."""
 
     check: Check | None = None
 
@@ -116,7 +124,7 @@ class Links(BaseModel):
     feather: str
     report: str
     neuroglancer: Annotated[
-        str | None, Field(description="another site; null in a list of jobs")
+        str | None, Field(description="address on another site; null in a list of jobs")
     ]
 
 
@@ -131,13 +139,17 @@ class Job(BaseModel):
     done: int
     total: int
     eta_seconds: float | None
-    ahead: Annotated[int, Field(description="jobs that are queued before it")]
+    ahead: Annotated[
+        int, Field(description="number of jobs in the queue before this job")
+    ]
     rows: int
     message: str | None
     created: str
     started: str | None
     finished: str | None
-    answer: Annotated[dict[str, Any] | None, Field(description="answer.json")]
+    answer: Annotated[
+        dict[str, Any] | None, Field(description="the content of answer.json")
+    ]
     links: Links | None
     bytes: int
 
@@ -150,7 +162,9 @@ class Neuron(BaseModel):
     neuron_id: str
     synapses: int
     predicted: int
-    called: Annotated[str | None, Field(description="by most of its synapses")]
+    called: Annotated[
+        str | None, Field(description="the class of most of its synapses")
+    ]
     counts: dict[str, int]
     uncertain: bool
 
@@ -163,7 +177,7 @@ class Neurons(BaseModel):
 class Synapse(BaseModel):
     position_id: str
     neuron_id: str | None
-    x: Annotated[float | None, Field(description="nm, the volume's frame")]
+    x: Annotated[float | None, Field(description="in nm, in the volume frame")]
     y: float | None
     z: float | None
     status: str
@@ -185,22 +199,22 @@ class Point(BaseModel):
 
 
 _MEANINGS = {
-    400: "the headers cannot be meant, or the body not be read",
-    401: "no valid token or session",
+    400: "a header is not valid, or the body cannot be read",
+    401: "the request has no valid token or session",
     403: "the header X-CSRF-Token is missing, or another site sent the request",
-    404: "nothing of yours is there",
-    408: "the body came too slowly",
-    409: "not in this state",
-    413: "too large",
-    415: "another type of body",
-    422: "a parameter, or a row, cannot be meant",
+    404: "you have nothing with this name or id",
+    408: "the body arrived too slowly",
+    409: "the job is in a state that does not allow this",
+    413: "the body is too large",
+    415: "the body has the wrong content type",
+    422: "a parameter or a row is not valid",
     429: "a limit of the token is reached",
-    503: "not now; try again",
+    503: "the service cannot answer now; try again later",
 }
 
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """The answers that a route may give besides its own, for `responses=`."""
+    """Returns the error answers of a route, for `responses=`; 400 is always added."""
     waits = {"Retry-After": {"description": "seconds", "schema": {"type": "string"}}}
     return {
         code: {"model": Detail, "description": _MEANINGS[code]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every route needs: the store, the models, the limits, and who is asking."""
+"""The objects that every route needs: the store, models, limits and the user."""
 
 import asyncio
 import base64
@@ -25,17 +25,17 @@ COOKIE = "synister_session"
 CSRF_HEADER = "X-CSRF-Token"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _LOGINS_A_MINUTE = 10
-_VIEWS_A_MINUTE = 6000  # Neuroglancer asks for each chunk of what it shows
+_VIEWS_A_MINUTE = 6000  # Neuroglancer sends one request for each chunk
 _PARSED_AT_ONCE = 4
-_UPLOADS_AT_ONCE = 8  # of a token
+_UPLOADS_AT_ONCE = 8  # for each token
 
 
 @dataclasses.dataclass(frozen=True)
 class ServiceOptions:
-    """What the command line says."""
+    """The options of the command line; synister_jax/serve/__main__.py explains them."""
 
     host: str = "127.0.0.1"
-    public_url: str | None = None  # how browsers reach the service, if not directly
+    public_url: str | None = None  # the address of the proxy, if there is one
     neuroglancer: str = annotations.NEUROGLANCER
     most_rows: int = 100_000
     most_jobs: int = 20
@@ -44,7 +44,16 @@ class ServiceOptions:
 
 
 class Service:
-    """Made once a process."""
+    """The state of the server, made once in a process.
+
+    Args:
+      folder: The state folder of the service.
+      store: The store of the service.
+      models: The served models by name.
+      networks: The facts about the network of each model, by the same names.
+      options: The options of the command line.
+      workers: A function that returns the number of running workers.
+    """
 
     def __init__(
         self,
@@ -65,41 +74,50 @@ class Service:
         self._uploads: dict[int, asyncio.Semaphore] = {}
 
     def uploads(self, token_id: int) -> asyncio.Semaphore:
-        """Bodies of one token are read so many at once; the others wait."""
+        """Returns the semaphore that limits the bodies of a token read at once."""
         new = asyncio.Semaphore(_UPLOADS_AT_ONCE)
         return self._uploads.setdefault(token_id, new)
 
     def model(self, name: str) -> ServedModel:
-        """404 where there is none of that name."""
+        """Returns the model of a name; otherwise the answer is 404."""
         if name not in self.models:
-            raise HTTPException(404, "there is no such model; see /api/models")
+            raise HTTPException(404, "there is no model of this name; see /api/models")
         return self.models[name]
 
     def source(self, model: ServedModel, name: str | None) -> str:
-        """The model's source of that name, its first one for None; else 422."""
+        """Returns the name of a source of the model; otherwise the answer is 422.
+
+        For None, the result is the first source of the model.
+        """
         if name is None:
             return model.sources[0]
         if name not in model.sources:
             there = ", ".join(model.sources)
-            raise HTTPException(422, f"source: model {model.name} has {there}")
+            raise HTTPException(
+                422, f"source: model {model.name} has only the sources {there}"
+            )
         return name
 
     def report(self, model: ServedModel) -> Report:
-        """What a worker said of the model, which can be used; else 503."""
+        """Returns the report on a model that is ready; otherwise the answer is 503."""
         report = self.store.reports().get(model.name)
         if report is None:
-            why = f"model {model.name} is being opened; try again in some seconds"
+            why = f"model {model.name} is being opened; try again in a few seconds"
             raise HTTPException(503, why, {"Retry-After": "5"})
         if not report.ready:
-            why = f"model {model.name} cannot be used now; ask who runs the service"
+            why = (
+                f"model {model.name} cannot be used now; ask the person who runs the "
+                "service"
+            )
             raise HTTPException(503, why, {"Retry-After": "60"})
         return report
 
     @contextlib.contextmanager
     def answer_file(self, job_id: str, name: str) -> Iterator[pathlib.Path]:
-        """A file of a finished job to be read; 404 where somebody deletes it meanwhile.
+        """Yields the path of a file of a finished job.
 
-        It may be gone without the store's knowledge, too: of a backup put back in part.
+        The answer is 404 if the file disappears while it is read. Somebody may delete
+        the job meanwhile, or a backup may have been restored only in part.
         """
         path = self.job_folder(job_id) / name
         try:
@@ -107,20 +125,28 @@ class Service:
         except (OSError, UserError, pa.ArrowException):
             if path.exists():
                 raise
-            why = "the answer is no longer there; ask the same again"
+            why = "the answer was deleted; send the same request again"
             raise HTTPException(404, why) from None
 
     def job_folder(self, job_id: str) -> pathlib.Path:
-        """Of a job that the store knows: its id is one of ours."""
+        """Returns the folder of a job.
+
+        The id must come from the store or be new, never directly from a request.
+        """
         return self.folder / "jobs" / job_id
 
 
 def service(request: Request) -> Service:
+    """Returns the service of the application that received the request."""
     return request.app.state.service
 
 
 def user(request: Request) -> tokens.User:
-    """Who asks, counted against the limit; 401, 403 or 429."""
+    """Returns the user who sends the request, and counts the request.
+
+    The answer is 401 without a valid token or session. It is 403 without the session's
+    CSRF token, and 429 after too many requests.
+    """
     served = service(request)
     found = _shown(request, served)
     if found is None:
@@ -129,21 +155,24 @@ def user(request: Request) -> tokens.User:
     if found.csrf is not None and request.method not in SAFE_METHODS:
         given = request.headers.get(CSRF_HEADER, "")
         if not tokens.same(given, found.csrf):
-            raise HTTPException(403, f"send the session's csrf as {CSRF_HEADER}")
+            raise HTTPException(
+                403, f"send the csrf of the session in the header {CSRF_HEADER}"
+            )
     return found
 
 
 def revoked() -> HTTPException:
-    """401, for no token or one that has ended."""
+    """Returns the error 401 for a request without a valid token."""
     return HTTPException(
         401,
-        "no valid token: sign in, or send the header Authorization: Bearer TOKEN",
+        "the request has no valid token; sign in, or send the header Authorization: "
+        "Bearer TOKEN",
         {"WWW-Authenticate": "Bearer"},
     )
 
 
 def require(rate: Rate, key: object) -> None:
-    """Counts one more; 429 where that is too many."""
+    """Counts a request; the answer is 429 if the limit is reached."""
     if wait := rate.wait(key):
         seconds = math.ceil(wait)
         why = f"too many requests; try again in {seconds} s"
@@ -151,7 +180,7 @@ def require(rate: Rate, key: object) -> None:
 
 
 def _shown(request: Request, served: Service) -> tokens.User | None:
-    """By the header where there is one, whatever the cookie."""
+    """Returns the user of the header Authorization, or of the cookie without it."""
     database = served.store.database
     header = request.headers.get("Authorization")
     if header is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signing in and out, and what may be asked of whom."""
+"""The API routes that sign in and out, and that list the models and their sources."""
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
@@ -14,7 +14,7 @@ router = APIRouter(prefix="/api")
 @router.post(
     "/session",
     responses=schemas.errors(400, 401, 403, 413, 422, 429),
-    summary="Signs a browser in.",
+    summary="Signs a browser in with a token.",
 )
 def sign_in(
     served: Served, request: Request, response: Response, login: schemas.Login
@@ -23,7 +23,7 @@ def sign_in(
     database = served.store.database
     user = tokens.by_token(database, login.token)
     if user is None:
-        why = "there is no such token; ask who runs the service for one"
+        why = "there is no such token; ask the person who runs this service for a token"
         raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
     session, csrf = tokens.open_session(database, user)
     public = served.options.public_url or ""
@@ -42,7 +42,7 @@ def sign_in(
 @router.get(
     "/session",
     responses=schemas.errors(401, 429),
-    summary="Who is signed in, and the limits.",
+    summary="Returns the name and the limits of the user.",
 )
 def session(served: Served, user: User) -> schemas.Session:
     options = served.options
@@ -73,7 +73,9 @@ def sign_out(served: Served, user: User, request: Request, response: Response) -
 
 
 @router.get(
-    "/models", responses=schemas.errors(401, 429), summary="What may be asked for."
+    "/models",
+    responses=schemas.errors(401, 429),
+    summary="Lists the models and their sources.",
 )
 def models(served: Served, user: User) -> list[schemas.Model]:
     reports = served.store.reports()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that the service remembers: jobs, points, and what workers say.
+"""The memory of the service: jobs, single positions (points), and reports on models.
 
-One SQLite file (database.py), which the server and its workers open alike. The table of
-jobs is the queue: a worker claims by one UPDATE that names itself, so a job that it
-leaves behind is known for what it is and goes back. The queues on SQLite that we know
-(huey among them) take a task off the table when it starts, and lose it with its worker.
+The memory is one SQLite file (database.py), which the server and its workers open. The
+table of jobs is the queue. A worker claims a job with one UPDATE that writes the name
+of the worker. If the worker dies, its name shows which jobs must go back into the
+queue. Known queues on SQLite (for example huey) remove a task from the table when the
+task starts, so they lose the task when its worker dies.
 """
 
 import dataclasses
@@ -26,13 +27,14 @@ from synister_jax.serve.records import (
     StoredPoint,
 )
 
-# A job that stopped so many workers is not given to a fourth.
+# A job that stopped this many workers is not given to another worker.
 MOST_ATTEMPTS = 3
-# Nobody waits for a point longer than the server does, with some room for its retries.
+# No worker computes a point that was last asked for longer ago than this. The server
+# itself waits 10 seconds for a point (points.py); the rest is for repeated requests.
 POINT_SECONDS = 30
 
 _JOB = ", ".join(field.name for field in dataclasses.fields(StoredJob))
-# SQLite keeps a whole number as an integer, whatever the column.
+# SQLite may return a whole number as an integer. Adding 0.0 makes it a float.
 _POINT = "id, model, source, x + 0.0 AS x, y + 0.0 AS y, z + 0.0 AS z"
 _USED = (
     "SELECT count(*) FILTER (WHERE state IN ('queued', 'running')), "
@@ -47,17 +49,21 @@ def _require_token(connection: sqlite3.Connection, token_id: int) -> None:
 
 
 class Store:
-    """The service's memory in a file; any number of threads and processes share it."""
+    """The store in one file, which many threads and processes can use together.
+
+    Args:
+      path: The SQLite file. It is created if it does not exist.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         self.database = Database(path)
         self._run = self.database.run
 
     def close(self) -> None:
-        """It is of no use afterwards."""
+        """Closes all connections; the store cannot be used afterwards."""
         self.database.close()
 
-    # Jobs, as the server sees them.
+    # Methods that the server calls for jobs.
 
     def submit(
         self,
@@ -66,16 +72,20 @@ class Store:
         most_bytes: int,
         fresh: bool = False,
     ) -> tuple[StoredJob, bool]:
-        """(the job, whether it is new): the token's own of this request if it has one.
+        """Puts a job into the queue, unless the token has a job of the same request.
 
         Args:
-          most_jobs: unfinished ones that a token may have.
-          most_bytes: that the jobs of a token may take.
-          fresh: a finished one of the same request does not count.
+          new: The request.
+          most_jobs: The number of unfinished jobs that a token may have.
+          most_bytes: The number of bytes that the jobs of a token may take.
+          fresh: Make a new job even if a finished job of the same request exists.
+
+        Returns:
+          The new or the existing job, and whether the job is new.
 
         Raises:
-          LimitReached: too many unfinished jobs, or too many bytes kept.
-          Revoked: the token ended while its request was read.
+          LimitReached: The token has too many unfinished jobs or too many stored bytes.
+          Revoked: The token was revoked while the server read the request.
         """
         with self.database.transaction() as connection:
             _require_token(connection, new.token_id)
@@ -95,15 +105,16 @@ class Store:
             [[jobs, kept]] = connection.execute(_USED, [new.token_id]).fetchall()
             if jobs >= most_jobs:
                 raise LimitReached(
-                    f"{jobs:,} jobs are unfinished, {most_jobs:,} may be: wait for one "
-                    "or cancel it"
+                    f"you have {jobs:,} unfinished jobs and may have {most_jobs:,}; "
+                    "wait until a job has finished, or cancel a job"
                 )
             if kept + new.size > most_bytes:
                 raise LimitReached(
-                    f"your jobs take {kept:,} bytes of {most_bytes:,}: delete some"
+                    f"your jobs take {kept:,} bytes and may take {most_bytes:,}; "
+                    "delete jobs that you do not need"
                 )
             [row] = connection.execute(
-                # As `NewJob` has its fields, then ours.
+                # The first columns are in the order of the fields of `NewJob`.
                 "INSERT INTO jobs (id, token_id, model, source, kind, name, rows, "
                 "bytes, step, request_key, view_key, created) VALUES "
                 f"(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING {_JOB}",
@@ -115,19 +126,23 @@ class Store:
             return StoredJob(**row), True
 
     def used(self, token_id: int) -> tuple[int, int]:
-        """(unfinished jobs, bytes kept) of a token."""
+        """Returns the number of unfinished jobs of a token, and its stored bytes."""
         [row] = self._run(_USED, token_id)
         return tuple(row)
 
     def job(self, job_id: str, token_id: int) -> StoredJob | None:
-        """None where there is no such job of this token."""
+        """Returns the job, or None if this token has no job with this id."""
         rows = self._run(
             f"SELECT {_JOB} FROM jobs WHERE id = ? AND token_id = ?", job_id, token_id
         )
         return StoredJob(**rows[0]) if rows else None
 
     def job_to_view(self, view_key: str) -> StoredJob | None:
-        """The finished job of a key, whoever asks: the key is the permission."""
+        """Returns the finished job of a view key, or None if there is none.
+
+        No token is needed, because the key itself is the permission. The jobs of a
+        revoked token cannot be viewed.
+        """
         rows = self._run(
             f"SELECT {_JOB} FROM jobs WHERE view_key = ? AND state = 'done' AND "
             "token_id IN (SELECT id FROM tokens WHERE revoked IS NULL)",
@@ -136,7 +151,7 @@ class Store:
         return StoredJob(**rows[0]) if rows else None
 
     def jobs(self, token_id: int, most: int = 1000) -> list[StoredJob]:
-        """A token's, newest first."""
+        """Returns at most `most` jobs of a token, newest first."""
         rows = self._run(
             f"SELECT {_JOB} FROM jobs WHERE token_id = ? ORDER BY number DESC LIMIT ?",
             token_id,
@@ -145,14 +160,18 @@ class Store:
         return [StoredJob(**row) for row in rows]
 
     def queue(self) -> list[int]:
-        """Numbers of the queued jobs of all, oldest first."""
+        """Returns the numbers of the queued jobs of all tokens, oldest first."""
         rows = self._run(
             "SELECT number FROM jobs WHERE state = 'queued' ORDER BY number"
         )
         return [row["number"] for row in rows]
 
     def cancel(self, job_id: str, token_id: int) -> StoredJob | None:
-        """The job afterwards: cancelled, unless it was over; None: no such job."""
+        """Cancels a job that is queued or running, and returns the job.
+
+        A job that has ended stays as it is. The result is None if this token has no job
+        with this id.
+        """
         self._run(
             "UPDATE jobs SET state = 'cancelled', finished = ?, stage = '' WHERE "
             "id = ? AND token_id = ? AND state IN ('queued', 'running')",
@@ -163,7 +182,10 @@ class Store:
         return self.job(job_id, token_id)
 
     def delete(self, job_id: str, token_id: int) -> bool:
-        """False where there is no such job of this token, or it is running."""
+        """Deletes a job from the store and returns True.
+
+        Returns False if this token has no job with this id, or if the job is running.
+        """
         return bool(
             self._run(
                 "DELETE FROM jobs WHERE id = ? AND token_id = ? AND state != 'running' "
@@ -174,7 +196,10 @@ class Store:
         )
 
     def seconds_a_row(self, model: str) -> float | None:
-        """The pace of the model's last jobs, None before the first is done."""
+        """Returns how many seconds the last five jobs of a model took for each row.
+
+        Returns None if no job of this model has finished.
+        """
         [row] = self._run(
             "SELECT sum(finished - started) / sum(rows) AS pace FROM (SELECT * FROM "
             "jobs WHERE model = ? AND state = 'done' AND rows > 0 "
@@ -184,28 +209,30 @@ class Store:
         return row["pace"]
 
     def states(self) -> dict[str, tuple[str, float | None]]:
-        """(state, when finished) of every job, by its id."""
+        """Returns the state and the end time (or None) of every job, by job id."""
         rows = self._run("SELECT id, state, finished FROM jobs")
         return {row["id"]: (row["state"], row["finished"]) for row in rows}
 
     def emptied(self, job_id: str) -> None:
-        """Nothing is kept any more of a job that came to nothing."""
+        """Records that the folder of a failed or cancelled job has been removed."""
         self._run(
             "UPDATE jobs SET bytes = 0 WHERE id = ? AND bytes > 0 AND "
             "state IN ('failed', 'cancelled')",
             job_id,
         )
 
-    # Jobs, as a worker sees them.
+    # Methods that a worker or the supervisor calls for jobs.
 
     def claim(self, worker: str, closed: Collection[str] = ()) -> StoredJob | None:
-        """Takes the next job, token by token in turn.
+        """Gives the next queued job to a worker; returns None if no job is ready.
 
-        Of the token with the fewest running; of these, the one whose turn was longest
-        ago; of its jobs, the oldest.
+        The tokens take turns. The token with the fewest running jobs comes first. Among
+        equal tokens, the token whose last turn was longest ago comes first. Within a
+        token, the oldest job comes first.
 
         Args:
-          closed: models that cannot be used now, whose jobs wait.
+          worker: The name of the worker.
+          closed: The models that cannot be used now. Their jobs wait.
         """
         rows = self._run(
             "UPDATE jobs SET state = 'running', worker = ?1, attempts = attempts + 1, "
@@ -221,7 +248,11 @@ class Store:
         return StoredJob(**rows[0]) if rows else None
 
     def tell(self, job_id: str, worker: str, stage: str, done: int, total: int) -> bool:
-        """Progress; False: stop, the job is cancelled or no longer this worker's."""
+        """Records the progress of a job: `done` of `total` units of a stage.
+
+        Returns False if the worker must stop, because the job is cancelled or belongs
+        to another worker now.
+        """
         now = time.time()
         return bool(
             self._run(
@@ -241,10 +272,17 @@ class Store:
         )
 
     def finish(self, job_id: str, worker: str, rows: int, size: int) -> bool:
-        """Its answer folder is whole; False as of `tell`.
+        """Records that the answer of a job is complete.
 
         Args:
-          size: bytes of the folder.
+          job_id: The id of the job.
+          worker: The name of the worker.
+          rows: The number of rows of the answer.
+          size: The size of the answer folder in bytes.
+
+        Returns:
+          False, without a change, if the job is cancelled or belongs to another worker
+          now. Otherwise True.
         """
         return bool(
             self._run(
@@ -256,7 +294,11 @@ class Store:
         )
 
     def fail(self, job_id: str, worker: str, message: str) -> bool:
-        """It cannot be done, and why; False as of `tell`."""
+        """Records that a job failed, with the reason for the user.
+
+        Returns False, without a change, if the job is cancelled or belongs to another
+        worker now.
+        """
         return bool(
             self._run(
                 "UPDATE jobs SET state = 'failed', finished = ?, message = ?, "
@@ -267,7 +309,11 @@ class Store:
         )
 
     def release(self, job_id: str, worker: str) -> bool:
-        """Back into the queue, as the worker is told to end; not counted against it."""
+        """Puts a job back into the queue, because the worker was told to end.
+
+        This attempt is not counted. Returns False, without a change, if the job is
+        cancelled or belongs to another worker now.
+        """
         return bool(
             self._run(
                 "UPDATE jobs SET state = 'queued', worker = NULL, stage = '', "
@@ -278,15 +324,21 @@ class Store:
         )
 
     def requeue_lost(self, workers_alive: Collection[str]) -> int:
-        """Jobs and points of workers that are no more go back; how many jobs did.
+        """Puts the jobs and points of dead workers back into their queues.
 
-        A job that stopped `MOST_ATTEMPTS` workers has failed.
+        A job that stopped `MOST_ATTEMPTS` workers fails instead.
+
+        Args:
+          workers_alive: The names of the workers that are running.
+
+        Returns:
+          The number of jobs that went back into the queue.
         """
         alive = json.dumps(list(workers_alive))
         lost = "state = 'running' AND worker NOT IN (SELECT value FROM json_each(?))"
         self._run(
             "UPDATE jobs SET state = 'failed', finished = ?, stage = '', message = "
-            f"'stopped the worker three times' WHERE attempts >= ? AND {lost}",
+            f"'this job stopped its worker three times' WHERE attempts >= ? AND {lost}",
             *(time.time(), MOST_ATTEMPTS, alive),
         )
         self._run(
@@ -301,10 +353,15 @@ class Store:
         )
 
     def start_over(self) -> int:
-        """As the server starts, nobody works: how many jobs were running.
+        """Puts all running jobs and points back, because no worker is running.
 
-        They go on without this attempt being counted, for it was not they who stopped
-        the server; and models are not ready until a worker says so.
+        The server calls this method when it starts and when it stops. The attempts of
+        these jobs are not counted, because the jobs did not stop the server. The
+        reports on the models are deleted, so a model is not ready until a worker
+        reports it again.
+
+        Returns:
+          The number of jobs that went back into the queue.
         """
         self._run("DELETE FROM models")
         self._run(
@@ -317,7 +374,7 @@ class Store:
             )
         )
 
-    # Points.
+    # Points (single positions).
 
     def ask_point(
         self,
@@ -329,11 +386,23 @@ class Store:
         z: float,
         most: int = 64,
     ) -> int:
-        """The id under which the answer will be; perhaps it is there already.
+        """Asks for the prediction at a point and returns the id of the point.
+
+        `point_result` returns the answer for this id. A stored answer of the same
+        request is used again if it comes from the current step of the model.
+
+        Args:
+          token_id: The token that asks.
+          model: The name of the model.
+          source: The source, which defines the coordinates.
+          x: The first coordinate, in the units of the source.
+          y: The second coordinate, in the units of the source.
+          z: The third coordinate, in the units of the source.
+          most: The number of points that a token may wait for.
 
         Raises:
-          LimitReached: the token waits for `most` points.
-          Revoked: the token has ended.
+          LimitReached: The token already waits for `most` points.
+          Revoked: The token is revoked.
         """
         now = time.time()
         with self.database.transaction() as connection:
@@ -353,8 +422,12 @@ class Store:
                 (token_id, now - POINT_SECONDS),
             ).fetchall()
             if waiting >= most:
-                raise LimitReached(f"{waiting} points wait for an answer already")
-            # One that is under way stays so: its answer is that of this request too.
+                raise LimitReached(
+                    f"{waiting} points of your token wait for an answer already; try "
+                    "again when they are answered"
+                )
+            # If a worker already computes this point, the point stays in the state
+            # running. Its answer serves this request, too.
             [[point_id]] = connection.execute(
                 "INSERT INTO points (token_id, model, source, x, y, z, state, asked) "
                 "VALUES (?, ?, ?, ?, ?, ?, 'queued', ?) ON CONFLICT DO UPDATE SET "
@@ -365,7 +438,7 @@ class Store:
             return point_id
 
     def claim_points(self, worker: str, most: int = 64) -> list[StoredPoint]:
-        """Takes points that somebody still waits for, the oldest first."""
+        """Gives a worker at most `most` points that are waited for, oldest first."""
         rows = self._run(
             "UPDATE points SET state = 'running', worker = ? WHERE id IN (SELECT id "
             "FROM points WHERE state = 'queued' AND asked > ? ORDER BY asked LIMIT ?) "
@@ -375,7 +448,11 @@ class Store:
         return [StoredPoint(**row) for row in rows]
 
     def answer_point(self, point_id: int, worker: str, result: dict[str, Any]) -> bool:
-        """Keeps the answer; one with the key `problem` is not given out again."""
+        """Stores the answer of a point.
+
+        An answer with the key `problem` is not used again for later requests. Returns
+        False, without a change, if the point belongs to another worker now.
+        """
         return bool(
             self._run(
                 "UPDATE points SET state = 'done', result = ?, step = (SELECT step "
@@ -386,19 +463,19 @@ class Store:
         )
 
     def point_result(self, point_id: int) -> dict[str, Any] | None:
-        """None: not answered yet."""
+        """Returns the answer of a point, or None if the point has no answer yet."""
         rows = self._run(
             "SELECT result FROM points WHERE id = ? AND state = 'done'", point_id
         )
         return json.loads(rows[0]["result"]) if rows else None
 
     def forget_points(self, older_than_seconds: float = 24 * 3600) -> None:
-        """Answers that nobody asked for lately are not kept."""
+        """Deletes the points that nobody asked for in the given time."""
         self._run(
             "DELETE FROM points WHERE asked < ?", time.time() - older_than_seconds
         )
 
-    # Models.
+    # Reports on models.
 
     def report_model(
         self,
@@ -409,10 +486,16 @@ class Store:
         problem: str | None,
         parameters: str | None = None,
     ) -> None:
-        """A worker opened a model, or could not and says why.
+        """Stores a worker's report that a model is open or cannot be opened.
 
         Args:
-          parameters: SHA-256 of the checkpoint's, which tells two of one step apart.
+          name: The name of the model.
+          step: The step of the checkpoint, or None if the model cannot be opened.
+          classes: The classes of the network.
+          ready: Whether the model can be used.
+          problem: The reason why the model cannot be used, for users.
+          parameters: The SHA-256 of the parameters and the temperature. They separate
+            two checkpoints of the same step.
         """
         self._run(
             "INSERT INTO models (name, step, classes, ready, problem, parameters) "
@@ -423,7 +506,7 @@ class Store:
         )
 
     def reports(self) -> dict[str, Report]:
-        """What workers said of the models since the server started, by name."""
+        """Returns the last report on each model since the server started, by name."""
         rows = self._run("SELECT * FROM models")
         return {
             row["name"]: Report(

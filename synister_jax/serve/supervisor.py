@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the workers going, gives back what dead ones had, and clears up.
+"""Starts the workers, starts them again when they die, and removes old files.
 
-A worker's standard input is a pipe that only this process holds, so however the server
-ends, its workers learn of it. They hold the server's mark in the state folder, too: the
-next server waits until the last of them has gone, and no answer has two writers.
+When a worker dies, its jobs go back into the queue. The standard input of a worker is
+a pipe that only the server holds. The pipe closes when the server ends for any reason,
+and then the workers end, too. The workers also share a lock on a file in the state
+folder (the mark). The next server waits for this lock, so two workers never write the
+same answer.
 """
 
 import contextlib
@@ -26,20 +28,28 @@ _TICK_SECONDS = 0.2
 _CLEAR_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _LEAVE_SECONDS = 60.0
-# A worker that lived so long did not die of what killed the one before it.
+# If a worker lived this long, its death has another cause than the deaths before. The
+# supervisor then starts the next worker after the shortest pause.
 _HEALTHY_SECONDS = 300.0
 _PAUSES = (0.5, 2.0, 5.0, 15.0, 60.0)
-# What a job left that came to nothing goes after this; its worker may still write.
+# The folder of a failed, cancelled or deleted job is removed after this time. Before,
+# its worker may still write into the folder.
 _KEPT_SECONDS = 300.0
 _PROBE = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
 
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[int]:
-    """Waits for the workers of a server that was killed; yields the mark they hold.
+    """Waits until the workers of an earlier server have ended, and locks the folder.
+
+    Args:
+      folder: The state folder of the service.
+
+    Yields:
+      The file descriptor of the lock (the mark). The workers must inherit it.
 
     Raises:
-      UserError: they do not leave.
+      UserError: Workers of an earlier server are still running after 60 seconds.
     """
     with (folder / ".workers").open("a") as file:
         until = time.monotonic() + _LEAVE_SECONDS
@@ -51,22 +61,23 @@ def alone(folder: pathlib.Path) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise UserError(
-                        f"workers of an earlier server are still at work in {folder}; "
-                        "end them (synister_jax.serve.worker) and start again"
+                        f"workers of an earlier server still use {folder}; end the "
+                        "processes synister_jax.serve.worker and start the server again"
                     ) from None
             except OSError:
-                break  # a file system without locks
+                break  # the file system has no locks
             if not told:
-                print("waiting for the workers of an earlier server", flush=True)
+                print("waiting until the workers of an earlier server end", flush=True)
                 told = True
             time.sleep(_TICK_SECONDS)
         yield file.fileno()
 
 
 def accelerators() -> tuple[str, int]:
-    """(backend, how many) of this machine, as a process of its own sees them.
+    """Returns JAX's backend on this machine and the number of its devices.
 
-    Here JAX is not imported: it would take the accelerators.
+    A separate process asks JAX. If the server imported JAX itself, JAX would take the
+    memory of the accelerators, and the workers need that memory.
     """
     done = subprocess.run(
         [sys.executable, "-c", _PROBE],
@@ -81,10 +92,17 @@ def accelerators() -> tuple[str, int]:
 def environments(
     backend: str, devices: int, workers: int | None, given: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """Of each worker, what its environment has besides ours: an accelerator each.
+    """Returns for each worker the environment variables that give it an accelerator.
 
     Args:
-      workers: one an accelerator where it is None; more than these share them.
+      backend: The backend of JAX: "cpu", "gpu" or "tpu".
+      devices: The number of accelerators.
+      workers: The number of workers. None stands for one worker for each accelerator.
+        If there are more workers than accelerators, they share the accelerators.
+      given: The environment of the server.
+
+    Returns:
+      For each worker, the variables to add to the environment of the server.
     """
     if backend not in ("gpu", "tpu"):
         return [{}] * (workers or 1)
@@ -100,14 +118,15 @@ def environments(
     else:
         one = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
         each = [{"TPU_VISIBLE_CHIPS": str(n % devices)} | one for n in range(workers)]
-    # The first of several on one accelerator would take nearly all its memory.
+    # By default, JAX reserves most of the memory of an accelerator. The first of
+    # several workers on one accelerator would leave too little for the others.
     share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if workers > devices else {}
     return [one | share for one in each]
 
 
 @dataclasses.dataclass
 class _Place:
-    """Where a worker is, or will be again."""
+    """A worker process, and the rules for starting its successor."""
 
     environment: dict[str, str]
     name: str = ""
@@ -122,11 +141,15 @@ class _Place:
 
 
 class Supervisor:
-    """Workers of one server.
+    """The thread that starts the workers of one server and watches them.
 
     Args:
-      arguments: of the worker's command, besides --name.
-      mark: open file that the workers hold (`alone`).
+      store: The store of the service.
+      folder: The state folder of the service.
+      arguments: The arguments of the worker's command, except --name.
+      workers: The number of workers, or None for one for each accelerator.
+      mark: The file descriptor that `alone` yields. The workers inherit it.
+      module: The Python module that a worker runs.
     """
 
     def __init__(
@@ -146,14 +169,15 @@ class Supervisor:
         self._thread = threading.Thread(target=self._run, name="supervisor")
 
     def start(self) -> None:
+        """Starts the thread, which starts the workers."""
         self._thread.start()
 
     def alive(self) -> int:
-        """How many workers there are at the moment."""
+        """Returns the number of workers that are running now."""
         return sum(place.is_alive for place in self._places)
 
     def stop(self) -> None:
-        """Ends the workers; what they were doing goes on at the next start."""
+        """Ends the workers and puts their jobs back; the next server continues them."""
         self._stopping.set()
         self._thread.join()
         until = time.monotonic() + _STOP_SECONDS
@@ -183,7 +207,7 @@ class Supervisor:
                 if time.monotonic() - cleared > _CLEAR_SECONDS:
                     cleared = time.monotonic()
                     clear(self._store, self._folder)
-            except Exception as error:  # a full disk, say: it may have room again
+            except Exception as error:  # the cause may end, for example a full disk
                 print(f"supervisor: {type(error).__name__}: {error}", file=sys.stderr)
             self._stopping.wait(_TICK_SECONDS)
 
@@ -209,34 +233,35 @@ class Supervisor:
         names = [other.name for other in self._places if other.is_alive]
         lost = self._store.requeue_lost(names)
         print(
-            f"worker {place.name} ended ({code}), {lost} jobs go back; another starts "
-            f"in {pause:g} s",
+            f"worker {place.name} ended with exit status {code}; {lost} jobs go back "
+            f"into the queue; the next worker starts in {pause:g} s",
             file=sys.stderr,
             flush=True,
         )
 
     def _start(self, place: _Place, now: float) -> None:
-        # A name of its own: a worker is not taken for the one before it.
+        # Every process has a new name. The store then does not confuse a worker with
+        # the worker that died in the same place.
         place.name = f"{self._places.index(place)}-{secrets.token_hex(4)}"
         place.process = subprocess.Popen(
             [*self._command, f"--name={place.name}"],
             stdin=subprocess.PIPE,
             env=os.environ | place.environment,
             pass_fds=[self._mark],
-            # Ctrl-C is for the server, which then ends them.
+            # Ctrl-C must reach only the server. The server then ends the workers.
             start_new_session=True,
         )
         place.started = now
 
 
 def clear(store: Store, folder: pathlib.Path) -> None:
-    """Removes folders without a job, what came to nothing, and old points."""
+    """Removes the folders of deleted, failed and cancelled jobs, and old points."""
     states, now = store.states(), time.time()
     for path in (folder / "jobs").iterdir():
         state, finished = states.get(path.name, ("deleted", path.stat().st_mtime))
         if state not in ("deleted", "failed", "cancelled"):
             continue
-        assert finished is not None  # the store writes when it came to nothing
+        assert finished is not None  # the store sets the time when the job ends
         if now - finished > _KEPT_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
             store.emptied(path.name)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may use the service: tokens, and the sessions of browsers that showed one.
+"""Decides who may use the service: by a token, or by the session of a browser.
 
-A token is 32 random bytes and a session's id too, so what is kept is their plain
-SHA-256: there is nothing to guess that a slow hash would protect, as there is in a
-password. Whoever reads the file can use neither.
+A user signs a browser in with a token, and the browser gets a session. Tokens and
+session ids are 32 random bytes each. The store keeps only their SHA-256, so nobody who
+reads the file can use a token or a session. A slow hash, as for passwords, is not
+needed, because nobody can guess 32 random bytes.
 """
 
 import dataclasses
@@ -17,23 +18,24 @@ from synister_jax.base.errors import UserError
 from synister_jax.serve.database import Database
 
 SESSION_SECONDS = 12 * 3600.0
-# A session is prolonged when so much of its time has gone, not at every request.
+# A session is prolonged only when this much of its time has passed. Then not every
+# request writes to the file.
 _PROLONG_SECONDS = 300.0
 _LONGEST_NAME = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class User:
-    """Who asks: a token, by itself or in a browser's session."""
+    """The token that sends a request, directly or in the session of a browser."""
 
     token_id: int
     name: str
-    csrf: str | None  # of the session; None where the token itself was shown
+    csrf: str | None  # of the session; None if the request has the token itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """What may be told of a token."""
+    """The public facts about a token; times are in seconds since 1970."""
 
     name: str
     created: float
@@ -42,14 +44,18 @@ class Token:
 
 
 def add(database: Database, name: str) -> str:
-    """A new token of that name; only now is it known.
+    """Makes a token with a name and returns the token.
+
+    The store keeps only a hash, so the token cannot be shown again later.
 
     Raises:
-      UserError: a token has the name already, or it cannot be one.
+      UserError: Another valid token has the name, or the name is empty, too long or not
+        printable.
     """
     if not (name.isprintable() and 0 < len(name.strip()) <= _LONGEST_NAME):
         raise UserError(
-            f"token name {name!r}: give 1 to {_LONGEST_NAME} printable characters"
+            f"the token name {name!r} is not valid; give 1 to {_LONGEST_NAME} "
+            "printable characters"
         )
     token = secrets.token_urlsafe(32)
     try:
@@ -59,16 +65,20 @@ def add(database: Database, name: str) -> str:
         )
     except sqlite3.IntegrityError:
         raise UserError(
-            f"there is a token {name!r}; choose another name or revoke it first"
+            f"a token {name!r} exists already; choose another name, or revoke this "
+            "token first"
         ) from None
     return token
 
 
 def revoke(database: Database, name: str) -> int:
-    """Ends a token, its sessions and its unfinished jobs; how many of these there were.
+    """Revokes a token, ends its sessions and cancels its unfinished jobs.
+
+    Returns:
+      The number of jobs that are cancelled.
 
     Raises:
-      UserError: there is no such token.
+      UserError: No valid token has this name.
     """
     now = time.time()
     with database.transaction() as connection:
@@ -78,7 +88,9 @@ def revoke(database: Database, name: str) -> int:
             (now, name),
         ).fetchall()
         if not rows:
-            raise UserError(f"there is no token {name!r}; --list_tokens says which are")
+            raise UserError(
+                f"no valid token has the name {name!r}; --list_tokens prints the tokens"
+            )
         token_id = rows[0]["id"]
         connection.execute("DELETE FROM sessions WHERE token_id = ?", (token_id,))
         return len(
@@ -91,7 +103,7 @@ def revoke(database: Database, name: str) -> int:
 
 
 def listing(database: Database) -> list[Token]:
-    """Every token that there is or was, oldest first."""
+    """Returns all tokens, also the revoked ones, oldest first."""
     rows = database.run(
         "SELECT name, created, revoked, (SELECT count(*) FROM jobs WHERE "
         "token_id = tokens.id) AS jobs FROM tokens ORDER BY id"
@@ -100,7 +112,7 @@ def listing(database: Database) -> list[Token]:
 
 
 def by_token(database: Database, token: str) -> User | None:
-    """None: there is no such token, or no more."""
+    """Returns the user of a token, or None if the token is unknown or revoked."""
     rows = database.run(
         "SELECT id, name, hash FROM tokens WHERE hash = ? AND revoked IS NULL",
         _hash(token),
@@ -111,7 +123,12 @@ def by_token(database: Database, token: str) -> User | None:
 
 
 def open_session(database: Database, user: User) -> tuple[str, str]:
-    """(id, for the cookie alone; CSRF token, for the page)."""
+    """Opens a session for a user.
+
+    Returns:
+      The id of the session, which only the cookie may hold, and the CSRF token, which
+      the page sends with its requests.
+    """
     session, csrf = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     now = time.time()
     database.run("DELETE FROM sessions WHERE expires < ?", now)
@@ -123,7 +140,10 @@ def open_session(database: Database, user: User) -> tuple[str, str]:
 
 
 def by_session(database: Database, session: str) -> User | None:
-    """None: there is no such session, or it lasted its time without being used."""
+    """Returns the user of a session, and prolongs the session.
+
+    Returns None if the session is unknown or has expired, or if its token is revoked.
+    """
     now = time.time()
     rows = database.run(
         "SELECT sessions.hash, token_id, name, csrf, expires FROM sessions "
@@ -142,12 +162,15 @@ def by_session(database: Database, session: str) -> User | None:
 
 
 def close_session(database: Database, session: str) -> None:
-    """The browser signed out."""
+    """Deletes a session, because the browser signed out."""
     database.run("DELETE FROM sessions WHERE hash = ?", _hash(session))
 
 
 def same(given: str, secret: str) -> bool:
-    """In a time that does not tell how much of it is right."""
+    """Returns whether two strings are equal.
+
+    The time of the comparison does not show how many characters are right.
+    """
     return hmac.compare_digest(given.encode(), secret.encode())
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading what people send: cut at a size and a time, kept on disk, checked aside."""
+"""Reads and checks the rows that users send.
+
+The size and the time of an upload are limited. The body is kept on disk, and another
+thread checks the rows.
+"""
 
 import asyncio
 import dataclasses
@@ -21,15 +25,17 @@ from synister_jax.serve.service import Service
 from synister_jax.serve.tokens import User
 
 MOST_BYTES = 16 << 20
-# A client that is still sending reads no answer: so much more is read for its sake.
+# A client does not read the answer while it still sends. So the service reads a body
+# that is too large up to this size before it answers.
 _MOST_DRAINED = 64 << 20
 _SECONDS = 60
 _TYPES = ("text/csv", "text/plain")
-# For OpenAPI: the body is read by us, not by FastAPI.
+# This part of the OpenAPI schema is written by hand, because FastAPI does not read the
+# body itself.
 BODY = {
     "requestBody": {
         "required": True,
-        "description": f"CSV or pasted text, up to {MOST_BYTES >> 20} MiB",
+        "description": f"CSV or pasted text of at most {MOST_BYTES >> 20} MiB",
         "content": {kind: {"schema": {"type": "string"}} for kind in _TYPES},
     }
 }
@@ -43,26 +49,38 @@ async def checked(
     source: str,
     kind: schemas.Kind | None,
 ) -> Checked:
-    """What the body asks for; 408, 413 and 415 as for any body."""
+    """Reads the body of a request and returns its checked rows.
+
+    The answer is 408 if the body arrives too slowly, 413 if the body is too large, and
+    415 if the content type is wrong.
+
+    Args:
+      request: The request, whose body is not read yet.
+      served: The service.
+      user: The user, whose uploads are limited.
+      model: The model that the request names.
+      source: The source that the request names.
+      kind: What the rows are, or None to find out from the rows.
+    """
     given = request.headers.get("Content-Type")
     if given is not None and given.partition(";")[0].strip().lower() not in _TYPES:
         raise HTTPException(415, f"send the rows as {' or '.join(_TYPES)}")
     folder = served.folder / "uploads"
     async with served.uploads(user.token_id):
-        # It has no name, so nothing is left of it whatever happens.
+        # The file has no name, so nothing of the file remains if the server ends.
         with tempfile.TemporaryFile(dir=folder) as body:
             try:
                 async with asyncio.timeout(_SECONDS):
                     await _read(request, body)
             except TimeoutError:
-                why = f"the body did not come within {_SECONDS} s"
+                why = f"the body did not arrive within {_SECONDS} s; send fewer rows"
                 raise HTTPException(408, why, {"Connection": "close"}) from None
             body.seek(0)
             async with served.parsing:
                 most = served.options.most_rows
                 found = await run_in_threadpool(questions.check, body, kind, most)
     if found.kind == "neurons" and not model.finds_neurons(source):
-        why = "this model has nothing to look neurons up in; ask for positions"
+        why = "neurons cannot be looked up for this model; give positions instead"
         error = LineProblem(0, "", why)
         return dataclasses.replace(
             found,
@@ -74,7 +92,7 @@ async def checked(
 
 
 async def _read(request: Request, body: BinaryIO) -> None:
-    """Whatever the header Content-Length says."""
+    """Writes the body to a file; the header Content-Length is not trusted."""
     size = 0
     async for piece in request.stream():
         size += len(piece)
@@ -88,10 +106,13 @@ async def _read(request: Request, body: BinaryIO) -> None:
 
 
 def shape(found: Checked, seconds_a_row: float | None) -> schemas.Check:
-    """As the API tells it.
+    """Returns the API's form of checked rows.
 
     Args:
-      seconds_a_row: of positions; how many synapses a neuron has is not known before.
+      found: The checked rows.
+      seconds_a_row: The seconds that the model takes for a row, or None if unknown.
+        Only a request of positions gets a time, because the number of synapses of a
+        neuron is not known before the job.
     """
     asked = found.asked
     neurons = 0
@@ -114,7 +135,11 @@ def shape(found: Checked, seconds_a_row: float | None) -> schemas.Check:
 
 
 def request_key(asked: Asked, model: ServedModel, source: str, report: Report) -> str:
-    """Of what decides the answer: the rows, not how they were written."""
+    """Returns a hash that is equal for requests with the same answer.
+
+    The hash covers the rows, the model and the source, but not the text form of the
+    rows.
+    """
     names = asked.table.column_names
     made_of = [
         *(model.name, model.volume, model.synapses, model.calibrated, source),

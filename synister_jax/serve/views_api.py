@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job's synapses and its model's volume for Neuroglancer, which is another site.
+"""The routes from which Neuroglancer reads the synapses and the volume of a job.
 
-Who has a job's key may look, for Neuroglancer sends neither token nor cookie.
+Neuroglancer runs on another site and sends neither a token nor a cookie. So the key in
+the address is the permission: everybody who has the key of a job can read its data.
 """
 
 import contextlib
@@ -30,10 +31,11 @@ _PUBLIC = {
     "Cache-Control": "private, max-age=3600",
 }
 _Number = Annotated[
-    int, Path(ge=0, lt=2**64, description="of a row, or the id of an object")
+    int, Path(ge=0, lt=2**64, description="the number of a row, or the id of an object")
 ]
 _opening = threading.Lock()
-# A volume that does not answer holds so many threads, and leaves others to the page.
+# A volume that does not answer can block at most this many threads. The other threads
+# stay free for the page.
 _reading = threading.BoundedSemaphore(12)
 
 
@@ -43,7 +45,7 @@ def _job(
 ) -> StoredJob:
     job = served.store.job_to_view(key)
     if job is None:
-        raise HTTPException(404, "there is nothing to view", _PUBLIC)
+        raise HTTPException(404, "there is no finished job with this key", _PUBLIC)
     require(served.views, job.id)
     return job
 
@@ -57,14 +59,14 @@ def _binary(summary: str, *codes: int) -> dict[str, Any]:
     return {
         "response_class": Response,
         "responses": schemas.errors(404, 422, 429, *codes)
-        | {200: {"content": content, "description": "bytes of precomputed"}},
+        | {200: {"content": content, "description": "bytes in the precomputed format"}},
         "summary": summary,
     }
 
 
 def _bytes(content: bytes | None) -> Response:
     if content is None:
-        raise HTTPException(404, "there is nothing of that name", _PUBLIC)
+        raise HTTPException(404, "there is no data with this name", _PUBLIC)
     return Response(content, 200, _PUBLIC, "application/octet-stream")
 
 
@@ -80,23 +82,25 @@ Predictions = Annotated[pathlib.Path, Depends(_predictions)]
     "/annotations/info",
     responses=_ERRORS | {200: {"model": dict[str, Any]}},
     response_class=JSONResponse,
-    summary="The synapses as precomputed annotations.",
+    summary="Describes the synapses as precomputed annotations.",
 )
 def annotations_info(path: Predictions) -> Response:
     return JSONResponse(annotations.info(path), headers=_PUBLIC)
 
 
-@router.get("/annotations/spatial0/0_0_0", **_binary("All synapses."))
+@router.get("/annotations/spatial0/0_0_0", **_binary("Returns all synapses."))
 def spatial(path: Predictions) -> Response:
     return _bytes(annotations.spatial(path))
 
 
-@router.get("/annotations/by_id/{number}", **_binary("One synapse."))
+@router.get("/annotations/by_id/{number}", **_binary("Returns one synapse."))
 def by_id(path: Predictions, number: _Number) -> Response:
     return _bytes(annotations.by_id(path, number))
 
 
-@router.get("/annotations/{relationship}/{number}", **_binary("Synapses of an id."))
+@router.get(
+    "/annotations/{relationship}/{number}", **_binary("Returns the synapses of an id.")
+)
 def related(path: Predictions, relationship: str, number: _Number) -> Response:
     return _bytes(annotations.related(path, relationship, number))
 
@@ -105,14 +109,14 @@ def related(path: Predictions, relationship: str, number: _Number) -> Response:
     "/volume/info",
     responses=schemas.errors(404, 422, 429, 503) | {200: {"model": dict[str, Any]}},
     response_class=JSONResponse,
-    summary="The volume as a precomputed image.",
+    summary="Describes the volume as a precomputed image.",
 )
 def volume_info(served: Served, job: Viewed) -> Response:
     with _slot():
         return JSONResponse(volume_view.info(_volume(served, job)), headers=_PUBLIC)
 
 
-@router.get("/volume/s0/{name}", **_binary("Voxels of the volume.", 503))
+@router.get("/volume/s0/{name}", **_binary("Returns voxels of the volume.", 503))
 def voxels(
     served: Served, job: Viewed, name: Annotated[str, Path(max_length=100)]
 ) -> Response:
@@ -128,7 +132,11 @@ def voxels(
 
 @router.options("/{path:path}", include_in_schema=False, status_code=204)
 def preflight() -> Response:
-    """Before a page of the internet may ask a server of the local network."""
+    """Answers a preflight request of a browser.
+
+    Browsers send this request before a public page may read from a server in a local
+    network.
+    """
     allowed = {"Access-Control-Allow-Private-Network": "true"}
     return Response(status_code=204, headers=_PUBLIC | allowed)
 
@@ -136,7 +144,7 @@ def preflight() -> Response:
 @contextlib.contextmanager
 def _slot() -> Iterator[None]:
     if not _reading.acquire(blocking=False):
-        why = "too much of the volume is being read; try again"
+        why = "too many chunks of volumes are being read now; try again"
         raise HTTPException(503, why, {"Retry-After": "1"} | _PUBLIC)
     try:
         yield
@@ -146,7 +154,9 @@ def _slot() -> Iterator[None]:
 
 def _volume(served: Served, job: StoredJob) -> volumes.Volume:
     if job.model not in served.models:
-        raise HTTPException(404, "the model of this job is no longer there", _PUBLIC)
+        raise HTTPException(
+            404, "the service does not have the model of this job any more", _PUBLIC
+        )
     try:
         with _opening:
             return _open(served.models[job.model])

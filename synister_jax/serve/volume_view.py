@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A volume of any container as a precomputed image, for Neuroglancer.
+"""Serves a volume of any container format to Neuroglancer as a precomputed image.
 
-Format: google/neuroglancer, src/datasource/precomputed/volume.md; one scale, raw
-chunks, not sharded.
+Format: google/neuroglancer, src/datasource/precomputed/volume.md. The image has one
+scale with raw chunks, without sharding.
 """
 
 import re
@@ -14,14 +14,14 @@ from synister_jax.em import crops
 from synister_jax.em.volumes import Volume
 
 _CHUNK = 64  # voxels
-_THIN = 16  # sections of a volume that is cut much thicker than it is wide
+_THIN = 16  # voxels in z, if a voxel is at least 3 times as long in z as in x and y
 _NAME = re.compile(r"_".join([r"(-?[0-9]{1,10})-(-?[0-9]{1,10})"] * 3), re.ASCII)
 
 Corner = tuple[int, int, int]  # x, y, z
 
 
 def info(volume: Volume) -> dict[str, Any]:
-    """The image's `info`; its one scale is `s0`."""
+    """Returns the `info` of the image, whose only scale is `s0`."""
     return {
         "@type": "neuroglancer_multiscale_volume",
         "type": "image",
@@ -41,7 +41,10 @@ def info(volume: Volume) -> dict[str, Any]:
 
 
 def parse(name: str) -> tuple[Corner, Corner] | None:
-    """(starts, stops) of a chunk's name `x0-x1_y0-y1_z0-z1`; None for any other."""
+    """Returns the corners of a chunk from its name `x0-x1_y0-y1_z0-z1`.
+
+    The corners are in voxels. The result is None if the name has another form.
+    """
     found = _NAME.fullmatch(name)
     if found is None:
         return None
@@ -50,12 +53,20 @@ def parse(name: str) -> tuple[Corner, Corner] | None:
 
 
 def chunk(volume: Volume, starts_xyz: Corner, stops_xyz: Corner) -> bytes | None:
-    """The voxels of a chunk, x fastest; None where the grid has no such chunk.
+    """Returns the voxels of a chunk as uint8, x fastest.
 
-    What the volume lacks is 0.
+    Voxels that the volume does not have are 0.
+
+    Args:
+      volume: The volume.
+      starts_xyz: The first voxel of the chunk.
+      stops_xyz: The voxel behind the last voxel of the chunk.
+
+    Returns:
+      The voxels, or None if the grid has no chunk with these corners.
 
     Raises:
-      UserError: the volume is gone, out of reach, or may not be read.
+      UserError: The volume is missing, cannot be reached, or must not be read.
     """
     size, chunk_xyz = np.array(volume.shape_zyx[::-1]), _chunk_xyz(volume)
     starts = np.array(starts_xyz) - _offset_xyz(volume)

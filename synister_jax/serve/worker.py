@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that computes: takes jobs from the store, one after the other.
+r"""The worker process, which takes jobs from the store and predicts their synapses.
 
-The server starts one for each accelerator and keeps its standard input open; when that
-closes, however the server ended, the worker puts its job back and leaves. A job is an
-answer folder (answering.py), so another worker goes on where this one stopped. Single
-positions that somebody waits for are answered between two batches of a job.
+    python -m synister_jax.serve.worker --models=DIR --state=DIR/service \
+        --name=0-1f2e3d4c
+
+The server runs this command; people do not need it. The server starts one worker for
+each accelerator and keeps the standard input of the worker open. The standard input
+closes when the server ends for any reason. Then the worker puts its job back into the
+queue and ends. Each job has an answer folder (see answering.py), so another worker can
+continue where this worker stopped. Between two batches of a job, the worker answers
+single positions that somebody waits for.
 """
 
 import functools
@@ -28,23 +33,35 @@ from synister_jax.ondemand.questions import Asked
 from synister_jax.serve import served_models
 from synister_jax.serve.store import Store, StoredJob, StoredPoint
 
-_PAUSE = 0.1  # seconds between two looks for work
-_TOLD_EVERY = 0.3  # seconds: how far a job is, and whether it is still wanted
-_TRY_AGAIN = 60.0  # seconds until a model that could not be opened is tried again
-_GRACE = 5.0  # seconds that a batch has to end in once the server has gone
+_PAUSE = 0.1  # seconds until a worker without work asks for work again
+_TOLD_EVERY = 0.3  # seconds between two reports of the progress of a job
+_TRY_AGAIN = 60.0  # seconds until the worker tries again to open a broken model
+_GRACE = 5.0  # seconds that a batch has to finish after the server has ended
 _NICE = 10
-_OPEN_NETWORKS = 4  # of the largest published one, 1.8 GB each
+_OPEN_NETWORKS = 4  # the largest published network takes 1.8 GB
 
 
 class _NotWanted(Exception):
-    """The job was cancelled, or is another worker's by now."""
+    """The job was cancelled, or another worker has the job now."""
 
 
 class _Leaving(Exception):
-    """The server has gone."""
+    """The server has ended."""
 
 
 class Worker:
+    """The loop that answers jobs and single positions with the served models.
+
+    Args:
+      store: The store that the worker shares with the server.
+      found: The served models by name.
+      state: The folder of the service, which has the folder `jobs`.
+      name: The name of this worker in the store, different for every process.
+      batch_size: The number of crops that are classified at once.
+      most_synapses: A job fails if its neurons have more synapses than this together.
+      credentials: Path of the ini file of the sources, or None.
+    """
+
     def __init__(
         self,
         store: Store,
@@ -70,7 +87,7 @@ class Worker:
         )
 
     def open_models(self) -> None:
-        """Those that are not open, and tells the store of each."""
+        """Opens the models that are not open yet, and reports each to the store."""
         self._tried = time.monotonic()
         for name, model in self._models.items():
             if name in self._steps:
@@ -78,7 +95,8 @@ class Worker:
             try:
                 step = answering.choose_step(model.workdir, model.step)
                 classifier = self._network(name, step).classifier
-                # Compiled now, not while somebody waits for one position.
+                # The first call compiles. It happens here, so that nobody who asks for
+                # a single position waits for the compiler.
                 shape = tuple(classifier.config.crop_shape_zyx)
                 classifier(np.zeros((1, *shape), np.uint8))
                 self._steps[name] = step
@@ -91,20 +109,20 @@ class Worker:
                     None,
                     f"{member['parameters_sha256']}, {classifier.temperature}",
                 )
-            except Exception as error:  # of one model; others may do
+            except Exception as error:  # the other models may still work
                 _tell(error)
                 print(f"model {name}: {_one_line(error)}", flush=True)
-                # The reason may name paths, which are nobody's business.
-                why = "it cannot be opened; the server's log says why"
+                # The error may name paths of the server, which users must not see.
+                why = "the model cannot be opened; the log of the server says why"
                 self._store.report_model(name, None, [], False, why)
 
     def run(self) -> None:
-        """Until the server goes."""
+        """Answers jobs and single positions until the server ends."""
         while not self.leaving.is_set():
             closed = self._models.keys() - self._steps.keys()
             if closed and time.monotonic() - self._tried > _TRY_AGAIN:
                 self.open_models()
-            # In turn: neither keeps the other waiting for ever.
+            # Points and jobs take turns, so that neither waits for ever.
             points = self._answer_points()
             job = self._store.claim(self._name, closed)
             if job is not None:
@@ -143,7 +161,8 @@ class Worker:
             try:
                 about = answer()
             except output_folders.OtherContents:
-                # Begun with another batch size, temperature, table or the like.
+                # An earlier attempt used other settings, for example another batch
+                # size, temperature or synapse table. Its files cannot be continued.
                 for path in folder.iterdir():
                     if path.name != "asked.feather":
                         files.remove(path)
@@ -157,27 +176,29 @@ class Worker:
         except UserError as error:
             print(f"job {job.id}: {_one_line(error)}", flush=True)
             self._store.fail(job.id, self._name, self._shown(error))
-        except Exception as error:  # of one job; the next may well be another matter
+        except Exception as error:  # the next job may still work
             _tell(error)
             kind = type(error).__name__
-            why = f"something that nobody foresaw ({kind}); the server's log says more"
+            why = f"unexpected error ({kind}); the log of the server says more"
             self._store.fail(job.id, self._name, why)
 
     def _shown(self, error: UserError) -> str:
-        """Without the place of the service's folders, which users need not know."""
+        """Returns the message without the path of the service's folder."""
         return _one_line(error).replace(f"{self._state}/", "")
 
     def _step(self, job: StoredJob) -> int:
-        """What was asked for, or what there is where no worker had said that."""
+        """Returns the step of the request, or the open step if the request has none."""
         if job.model not in self._steps:
-            raise UserError(f"model {job.model} cannot be used; tell who runs the page")
+            raise UserError(
+                f"model {job.model} cannot be used; tell the person who runs the page"
+            )
         return self._steps[job.model] if job.step is None else job.step
 
     def _settings(self, source: str, model: served_models.ServedModel) -> Any:
         return sources.settings(source, self._credentials, synapses=model.synapses)
 
     def _answer_points(self) -> bool:
-        """Whether there was any."""
+        """Answers the waiting points and returns whether there were any."""
         points = self._store.claim_points(self._name)
         groups: dict[tuple[str, str], list[StoredPoint]] = {}
         for point in points:
@@ -185,9 +206,11 @@ class Worker:
         for (model, source), group in groups.items():
             try:
                 results = self._at_once(model, source, group)
-            except Exception as error:  # a job may be under way, which is not to blame
+            except Exception as error:  # the job that is running can go on
                 _tell(error)
-                results = [{"problem": "the server's log says why"}] * len(group)
+                results = [
+                    {"problem": "unexpected error; the log of the server says more"}
+                ] * len(group)
                 if isinstance(error, UserError):
                     results = [{"problem": self._shown(error)}] * len(group)
             for point, result in zip(group, results, strict=True):
@@ -198,7 +221,9 @@ class Worker:
         self, model: str, source: str, points: list[StoredPoint]
     ) -> list[dict[str, Any]]:
         if model not in self._steps:
-            raise UserError(f"model {model} cannot be used; tell who runs the page")
+            raise UserError(
+                f"model {model} cannot be used; tell the person who runs the page"
+            )
         network = self._network(model, self._steps[model])
         coordinates = {
             name: np.array([getattr(point, name) for point in points], np.float64)
@@ -225,7 +250,10 @@ class Worker:
 
 
 def _tell(error: Exception) -> None:
-    """Where it was, not what it says: that may be what people ask."""
+    """Prints where the error was raised, without its text.
+
+    The text of an error may contain what users asked for.
+    """
     if not isinstance(error, UserError):
         where = traceback.format_list(traceback.extract_tb(error.__traceback__))
         print(f"{''.join(where)}{type(error).__name__}", file=sys.stderr, flush=True)
@@ -236,24 +264,44 @@ def _one_line(error: Exception) -> str:
 
 
 def _watch_server(worker: Worker) -> None:
-    """Leaves when standard input closes."""
+    """Ends the process after its standard input has closed."""
     sys.stdin.buffer.read()
     worker.leaving.set()
     time.sleep(_GRACE)
-    os._exit(0)  # whatever a read or a compilation still waits for
+    os._exit(0)  # a read or a compilation that still waits would keep the process
 
 
 def main() -> None:
     folder = flags.DEFINE_string(
-        "models", None, "Folder with models.toml.", required=True
+        "models",
+        None,
+        "Serve the models that the file models.toml in this folder names.",
+        required=True,
     )
-    state = flags.DEFINE_string("state", None, "Folder of the service.", required=True)
-    name = flags.DEFINE_string("name", None, "Of this worker.", required=True)
-    batch_size = flags.DEFINE_integer("batch_size", 32, "Crops at once.", lower_bound=1)
+    state = flags.DEFINE_string(
+        "state", None, "Take the jobs from this folder of the service.", required=True
+    )
+    name = flags.DEFINE_string(
+        "name",
+        None,
+        "Give this name to the worker; no two workers may have the same name.",
+        required=True,
+    )
+    batch_size = flags.DEFINE_integer(
+        "batch_size", 32, "Classify this many crops at once.", lower_bound=1
+    )
     most_synapses = flags.DEFINE_integer(
-        "most_synapses", 1_000_000, "Of the neurons of a job together.", lower_bound=1
+        "most_synapses",
+        1_000_000,
+        "Let a job fail if its neurons have more synapses than this together.",
+        lower_bound=1,
     )
-    credentials = flags.DEFINE_string("credentials", None, "Ini file of the sources.")
+    credentials = flags.DEFINE_string(
+        "credentials",
+        None,
+        "Read the addresses and the tokens of the sources from this ini file. "
+        "Environment variables, if they are set, come first.",
+    )
 
     def run() -> None:
         root = files.make_folder(state.value)
@@ -267,7 +315,8 @@ def main() -> None:
             credentials.value,
         )
         if jax.default_backend() == "cpu":
-            os.nice(_NICE)  # the page has the same cores, and people wait for it
+            # The server uses the same cores, and people wait for its pages.
+            os.nice(_NICE)
         threading.Thread(target=_watch_server, args=[worker], daemon=True).start()
         worker.open_models()
         worker.run()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two tables: synapses and predictions, in files and in MongoDB."""
+"""The two tables, synapses and predictions, in files and in MongoDB."""

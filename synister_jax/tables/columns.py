@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of tables that others wrote, made exact: text, integers, numbers."""
+"""Converts columns of foreign tables to text, integers or numbers, without loss."""
 
 import contextlib
 
@@ -7,28 +7,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# What the sources write for "not known" (synister_data, consolidate.py).
+# The sources write these texts for "not known" (synister_data, consolidate.py).
 _UNKNOWN = ("", "na", "nan", "none", "null", "unknown")
 _INTEGER = r"^[+-]?[0-9]{1,19}$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 
 
 def text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as trimmed text, null where it says that nothing is known."""
+    """Returns the column as trimmed text, null for texts that mean "not known"."""
     column = pc.utf8_trim_whitespace(_decoded(column).cast(pa.string()))
     unknown = pc.is_in(pc.utf8_lower(column), value_set=pa.array(_UNKNOWN))
     return pc.if_else(unknown, pa.scalar(None, pa.string()), column)
 
 
 def integers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values int64, missing, malformed), [n] each; values are 0 where there is none.
+    """Returns (values, missing, malformed) of a column, each [n].
 
-    Text must be all digits: 1.2e18 or 17.0 have gone through a float, and long ids have
-    lost digits there. A column of floats is malformed where it has a value.
+    The values are int64, and 0 if the value is missing or malformed. `missing` and
+    `malformed` are bool. A text is malformed if it has other characters than digits and
+    a sign: 1.2e18 and 17.0 were written by a program that stored the ids as floats, and
+    floats lose digits of long ids. All values of a float column are malformed.
     """
     column = _decoded(column)
     if pa.types.is_integer(column.type):
-        with contextlib.suppress(pa.ArrowInvalid):  # uint64 may not fit
+        with contextlib.suppress(pa.ArrowInvalid):  # a uint64 value may be too large
             values = pc.fill_null(column.cast(pa.int64()), 0).to_numpy()
             return values, pc.is_null(column).to_numpy(), np.zeros(len(column), bool)
     if pa.types.is_floating(column.type):
@@ -54,7 +56,10 @@ def integers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """The column as float64, [n]; NaN where it is missing, no number or not finite."""
+    """Returns the column as float64, [n].
+
+    The value is NaN if it is missing, not a number or not finite.
+    """
     column = _decoded(column)
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         values = column.cast(pa.float64(), safe=False).to_numpy()
@@ -68,7 +73,7 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """As plain values; lists, structs and bytes as text, to be named when unfit."""
+    """Returns plain values. Lists, structs and bytes become text for the messages."""
     if pa.types.is_dictionary(column.type):
         return column.cast(column.type.value_type)
     if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):

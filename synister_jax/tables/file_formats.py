@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in files, whatever their format.
+"""Reads tables from files of several formats.
 
-`open` gives a table of any size in record batches, in the file's order and in the
-memory of a few batches, unless a Feather file was written as one. `read` gives a table
-that others wrote, whole and as it is, for `columns` to make its values exact.
+`open` reads a table of any size as record batches, in the order of the file. This needs
+the memory of a few batches, or of the whole file if a Feather file is a single batch.
+`read` reads a foreign table as a whole and does not change its values. The module
+`columns` converts them.
 """
 
 import json
@@ -21,7 +22,8 @@ from synister_jax.base.errors import UserError
 BATCH_ROWS = 1 << 17
 _CSV_BLOCK_BYTES = 8 << 20
 
-# Names of a file's columns → those to read, with the type that text is to have.
+# A function that takes the names of a file's columns and returns the columns to read.
+# The types that it returns are used for text files.
 Choose = Callable[[Sequence[str]], dict[str, pa.DataType]]
 Opened = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
@@ -29,16 +31,16 @@ Opened = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 def open(
     path: str | os.PathLike[str], choose: Choose, what: str = "synapse table"
 ) -> Opened:
-    """Schema and batches of a Feather, Parquet, CSV or .csv.gz file.
-
-    Its name tells which.
+    """Returns the schema and the batches of a .feather, .parquet, .csv or .csv.gz file.
 
     Args:
-      choose: which columns; it may raise where those that it needs are not there.
-      what: the file is, for messages.
+      path: the file. The ending of its name says the format.
+      choose: chooses the columns. It may raise `UserError` if a column is missing.
+      what: what the file is, for messages.
 
     Raises:
-      UserError: absent, another format, not to be read (also while iterating).
+      UserError: the file does not exist, has another format or cannot be read. The
+        iteration over the batches can raise this, too.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -46,8 +48,8 @@ def open(
     ending = next((end for end in _OPENERS if path.name.endswith(end)), None)
     if ending is None:
         raise UserError(
-            f"cannot tell the format of {what} {path}; give an export v3 "
-            f"folder or a file ending in {', '.join(_OPENERS)}"
+            f"cannot tell the format of {what} {path}; give the folder of a JSON "
+            f"export v3, or a file whose name ends in {', '.join(_OPENERS)}"
         )
     try:
         schema, batches = _OPENERS[ending](path, choose)
@@ -68,7 +70,8 @@ def _guarded(
 
 
 def _open_feather(path: pathlib.Path, choose: Choose) -> Opened:
-    # Not mapped into memory: what is mapped counts as this process's.
+    # The file is not mapped into memory, because mapped memory counts as memory of this
+    # process.
     names = pa.ipc.open_file(pa.OSFile(str(path))).schema.names
     places = [names.index(name) for name in choose(names)]
     options = pa.ipc.IpcReadOptions(included_fields=places)
@@ -101,9 +104,10 @@ def _open_csv(path: pathlib.Path, choose: Choose) -> Opened:
 def _csv_reader(
     path: pathlib.Path, convert: csv.ConvertOptions | None = None
 ) -> csv.CSVStreamingReader:
-    """Arrow's reader, which unpacks what is named .gz."""
+    """Returns Arrow's reader, which unpacks a file whose name ends in .gz."""
     blocks = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES)
-    # Else a line break within quotes splits a row where a block of the file ends.
+    # Without this option, a line break within quotes can split a row at the end of a
+    # block of the file.
     parse = csv.ParseOptions(newlines_in_values=True)
     return csv.open_csv(path, blocks, parse, convert)
 
@@ -122,10 +126,15 @@ _OPENERS = {
 
 
 def read(path: str | os.PathLike[str]) -> pa.Table:
-    """Feather, Parquet, a JSON list of objects, or CSV (also .gz) with text columns.
+    """Reads a whole table, without changing its values.
+
+    Args:
+      path: a Feather or Parquet file, a JSON list of objects, or a CSV file. A CSV file
+        may be packed (.csv.gz), and all its columns are read as text.
 
     Raises:
-      UserError: absent, not of that format, or two columns of one name.
+      UserError: the file does not exist, has another format or cannot be read, or two
+        of its columns have the same name.
     """
     path = pathlib.Path(path)
     name = path.name.removesuffix(".gz")
@@ -145,7 +154,7 @@ def read(path: str | os.PathLike[str]) -> pa.Table:
                 f"cannot tell the format of {path}; its name should end in .feather, "
                 ".parquet, .json, .csv or .csv.gz"
             )
-        names = table.column_names  # decoded only here
+        names = table.column_names  # Arrow decodes the names here
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if len(set(names)) < len(names):
@@ -155,7 +164,7 @@ def read(path: str | os.PathLike[str]) -> pa.Table:
 
 
 def _is_json(path: pathlib.Path) -> bool:
-    """The original's consolidated FAFB files are JSON although named .csv."""
+    # The original's consolidated FAFB files are JSON, although they end in .csv.
     with path.open("rb") as file:
         return path.suffix == ".json" or file.read(64).lstrip().startswith(b"[")
 
@@ -171,7 +180,8 @@ def _read_json(path: pathlib.Path) -> pa.Table:
         try:
             columns[name] = pa.array(values)
         except (pa.ArrowException, OverflowError):
-            # Mixed kinds: as text, so that the odd one is named by its row.
+            # The column has values of several types. As text they can be read, and a
+            # message can name the row that is wrong.
             texts = [v if isinstance(v, str) else json.dumps(v) for v in values]
             nothing = np.array([v is None for v in values], bool)
             columns[name] = pa.array(texts, pa.string(), mask=nothing)
@@ -179,7 +189,7 @@ def _read_json(path: pathlib.Path) -> pa.Table:
 
 
 def _read_csv(path: pathlib.Path) -> pa.Table:
-    # Numbers as text: what a guess would make of long ids is not exact.
+    # All columns are read as text, because Arrow could guess floats for long ids.
     types = dict.fromkeys(_csv_names(path), pa.string())
     with _csv_reader(path, csv.ConvertOptions(column_types=types)) as reader:
         return reader.read_all()

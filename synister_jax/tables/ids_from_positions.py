@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synapse ids that are made of positions, in exact integers."""
+"""Synapse ids that are computed from positions, in exact integers."""
 
 import numpy as np
 
-# z + y + x up to here keeps every product below in int64; no EM volume is as long.
+# Up to this sum z + y + x, every product in `cantor` fits int64. No EM volume is this
+# long.
 _LARGEST_SUM = 2_000_000
-_BITS = 21  # of each coordinate in a neuPrint id
+_BITS = 21  # a neuPrint id has this many bits for each coordinate
 
 
 def cantor(index_vx_zyx: np.ndarray) -> np.ndarray:
-    """Cantor number of voxel indices [n, 3] >= 0, [n] int64, unique for each voxel.
+    """Returns the Cantor number of each voxel, [n] int64, which is unique.
 
-    With s = z + y + x and t = z + y: s(s+1)(s+2)/6 + t(t+1)/2 + z + 1, as
-    funlib.math.cantor_number counts, but in integers: its float division is inexact
-    for sums above about 300,000.
+    With s = z + y + x and t = z + y, the number is s(s+1)(s+2)/6 + t(t+1)/2 + z + 1.
+    funlib.math.cantor_number has the same formula, but divides floats, which is inexact
+    for sums above about 300,000. This function computes in integers.
+
+    Args:
+      index_vx_zyx: voxel indices (z, y, x), [n, 3].
 
     Raises:
       ValueError: an index does not satisfy `cantor_fits`.
@@ -28,15 +32,18 @@ def cantor(index_vx_zyx: np.ndarray) -> np.ndarray:
 
 
 def cantor_fits(index_vx_zyx: np.ndarray) -> np.ndarray:
-    """[n] bool: neither negative nor so large that the number would not be exact."""
+    """Returns which voxel indices [n, 3] have an exact Cantor number, [n] bool.
+
+    An index is not allowed to be negative, and z + y + x is at most 2,000,000.
+    """
     index = np.asarray(index_vx_zyx)
     return (index >= 0).all(axis=1) & (index.sum(axis=1) <= _LARGEST_SUM)
 
 
 def neuprint(index_vx_zyx: np.ndarray) -> np.ndarray:
-    """z << 42 | y << 21 | x of voxel indices [n, 3], [n] int64, as FlyEM counts.
+    """Returns FlyEM's id of each voxel index [n, 3], [n] int64.
 
-    -1 where a coordinate does not fit 21 bits.
+    The id is z << 42 | y << 21 | x. It is -1 if a coordinate does not fit 21 bits.
     """
     index = np.asarray(index_vx_zyx)
     fits = np.all((index >= 0) & (index < 1 << _BITS), axis=1)

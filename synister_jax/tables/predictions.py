@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prediction table: one row a synapse, a probability a class, a status.
+"""The prediction table: each row has a synapse, its status and its probabilities.
 
-Columns: those of the synapse table (synapses.py), `status`, and `nt_<class>_prob`
-float32 in the network's class order, NaN where there is no prediction. No other column
-begins with `nt`, because FlyEM's reader takes every such column for a probability
-(flyem_snapshot/inputs/neurotransmitters.py). The class order is also in the schema's
-metadata.
+The table has the columns of the synapse table (synapses.py), the column `status`, and
+a float32 column `nt_<class>_prob` for each class in the network's class order. The
+probabilities are NaN if there is no prediction. No other column begins with `nt`,
+because FlyEM's reader takes every such column for a probability
+(flyem_snapshot/inputs/neurotransmitters.py). The metadata of the schema holds the class
+order, too.
 """
 
 import dataclasses
@@ -33,10 +34,15 @@ def build(
     classes: Sequence[str],
     about: Mapping[str, Any],
 ) -> pa.Table:
-    """Adds [n, classes] probabilities and [n] statuses to the n rows of `table`.
+    """Returns a prediction table: the n rows of `table` with their predictions.
 
     Args:
-      about: what made them (run, step, volume, …), kept in the schema's metadata.
+      table: a synapse table of n rows.
+      probabilities: [n, classes], stored as float32.
+      status: the n statuses.
+      classes: the class names in the order of the network's outputs.
+      about: what made the predictions (run, step, volume, …). The metadata of the
+        schema keeps this.
     """
     result = table.select(synapses.columns(table))
     result = result.append_column("status", pa.array(status, pa.string()))
@@ -47,12 +53,13 @@ def build(
 
 
 def probability_column(class_name: str) -> str:
+    """Returns the name of the column with the probabilities of a class."""
     return f"nt_{class_name}_prob"
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """A prediction table of any size, to be read any number of times."""
+    """A prediction table on disk, which can exceed memory and be read several times."""
 
     path: pathlib.Path
     schema: pa.Schema
@@ -61,20 +68,22 @@ class Predictions:
 
     @property
     def about(self) -> dict[str, Any]:
+        """The metadata given to `build`, with the class order."""
         return about(self.schema)
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """The class names in the order of the network's outputs."""
         return classes(self.schema)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Its rows in order, in one piece at least; all have its metadata.
+        """Yields the rows in order, as at least one table with the schema's metadata.
 
         Args:
-          columns: only these, in this order.
+          columns: read only these columns, in this order. None reads all columns.
 
         Raises:
-          UserError: a file is damaged, or no longer what it was.
+          UserError: a file is damaged, or has changed since it was opened.
         """
         columns = self.schema.names if columns is None else list(columns)
         chosen = dict.fromkeys(columns)
@@ -86,21 +95,24 @@ class Predictions:
                 table = pa.Table.from_batches([batch]).select(columns)
                 yield table.replace_schema_metadata(self.schema.metadata)
         if rows != self.rows:
-            raise UserError(f"{self.path} has changed while it was read; rerun")
+            raise UserError(f"{self.path} has changed while it was read; run again")
         if not rows:
             yield self.schema.empty_table().select(columns)
 
 
 def open(path: str | os.PathLike[str]) -> Predictions:
-    """A prediction table on disk: Feather, Parquet, or a folder of Parquet files.
+    """Opens a prediction table: Feather, Parquet, or a folder of Parquet files.
 
     Raises:
-      UserError: it is not one.
+      UserError: `path` cannot be read or is not a prediction table, or the files of the
+        folder differ in their columns or classes.
     """
     path = pathlib.Path(path)
     paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not paths:
-        raise UserError(f"cannot read predictions {path}: no Parquet file in it")
+        raise UserError(
+            f"cannot read predictions {path}: the folder has no Parquet file in it"
+        )
     try:
         schemas, rows = zip(*map(_shape, paths), strict=True)
     except (pa.ArrowException, OSError) as error:
@@ -121,29 +133,41 @@ def _shape(path: pathlib.Path) -> tuple[pa.Schema, int]:
 
 
 def load(path: str | os.PathLike[str]) -> pa.Table:
-    """The whole of a prediction table, for one that fits into memory.
+    """Reads a whole prediction table into memory.
 
     Raises:
-      UserError: it is not one.
+      UserError: `path` cannot be read or is not a prediction table.
     """
     return whole(open(path))
 
 
 def whole(source: Predictions) -> pa.Table:
-    """All its rows, in memory."""
+    """Reads all rows of an open prediction table into memory."""
     return pa.concat_tables(source.tables())
 
 
 def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
-    """Raises `UserError` unless the columns and the class order are all there."""
+    """Checks that a schema is that of a prediction table.
+
+    Args:
+      schema: the schema of a file.
+      path: the file, for the message.
+
+    Raises:
+      UserError: the class order or a column is missing, or a column has another type.
+    """
     columns = set(schema.names)
     try:
         wanted = [probability_column(name) for name in classes(schema)]
     except (KeyError, json.JSONDecodeError):
-        raise UserError(f"{path} is not a prediction table: no class order") from None
+        raise UserError(
+            f"{path} is not a prediction table: its metadata has no class order"
+        ) from None
     for name in [*synapses.SCHEMA.names, "status", *wanted]:
         if name not in columns:
-            raise UserError(f"{path} is not a prediction table: no column {name}")
+            raise UserError(
+                f"{path} is not a prediction table: it has no column {name}"
+            )
     kinds = [
         (field.name, field.type) for field in (*synapses.SCHEMA, *synapses.OPTIONAL)
     ]
@@ -156,27 +180,31 @@ def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
 
 
 def about(table: pa.Table | pa.Schema) -> dict[str, Any]:
-    """The metadata given to `build`, with the class order."""
+    """Returns the metadata given to `build`, with the class order."""
     return table_metadata.of(table)
 
 
 def classes(table: pa.Table | pa.Schema) -> tuple[str, ...]:
-    """Class names in the order of the network's outputs."""
+    """Returns the class names in the order of the network's outputs."""
     return tuple(about(table)["classes"])
 
 
 def probabilities(table: pa.Table) -> np.ndarray:
-    """[n, classes] float32."""
+    """Returns the probabilities, [n, classes] float32, NaN without a prediction."""
     names = [probability_column(name) for name in classes(table)]
     return np.stack([table[name].to_numpy() for name in names], axis=1)
 
 
 def called(table: pa.Table) -> np.ndarray:
-    """Index of the likeliest class, [n] int32; -1 where there is no prediction."""
+    """Returns the index of the likeliest class, [n] int32; -1 without a prediction."""
     return called_of(probabilities(table))
 
 
 def called_of(values: np.ndarray) -> np.ndarray:
-    """As `called`, of probabilities [n, classes]; of equal ones the first."""
+    """Returns the index of the likeliest class for probabilities [n, classes].
+
+    The result is [n] int32. It is -1 if a probability is NaN, and the first of several
+    classes with equal probabilities.
+    """
     unpredicted = np.isnan(values).any(axis=1)
     return np.where(unpredicted, -1, values.argmax(axis=1)).astype(np.int32)

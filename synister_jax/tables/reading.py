@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A synapse table by its address, whatever it lies in: a file, a folder, a database.
+"""Reads a synapse table from its address: a file, a folder or a database.
 
-`load` reads a table into memory and checks it; `open` reads one of any size, batch by
-batch, for work that answers every row.
+`load` reads a table into memory and checks it. `open` reads a table of any size in
+batches, for commands that answer every row.
 """
 
 import os
@@ -18,18 +18,20 @@ from synister_jax.tables.synapse_stream import SynapseStream
 
 
 def load(uri: str | os.PathLike[str]) -> pa.Table:
-    """Reads an export v3, Feather, Parquet, CSV or MongoDB as a checked synapse table.
+    """Reads a file, a folder or a database, and returns a checked synapse table.
 
     Args:
-      uri: a folder with `synapses_v3.json`, `skeletons_v3.json` and
-        `hemi_lineages_v3.json`, a file whose name tells its format, or
+      uri: one of three things. A JSON export v3, which is a folder with
+        `synapses_v3.json`, `skeletons_v3.json` and `hemi_lineages_v3.json`. A file that
+        ends in .feather, .parquet, .csv or .csv.gz. A MongoDB database, which is
         mongodb://[user:password@]host[:port]/DB[?options] (see databases.py).
 
     Raises:
-      UserError: names the first offending rows and the reason.
+      UserError: the table cannot be read, a column is missing, or a value is wrong. The
+        message names the first wrong rows and the reason.
     """
     if str(uri).startswith(address.SCHEMES):
-        from synister_jax.tables.mongo import databases  # pymongo is not always needed
+        from synister_jax.tables.mongo import databases  # only MongoDB needs pymongo
 
         name = address.redact(str(uri))
         return synapses.conform(databases.read_table(str(uri)), name)
@@ -47,16 +49,18 @@ def load(uri: str | os.PathLike[str]) -> pa.Table:
 def open(
     uri: str | os.PathLike[str], part: tuple[str, str] | None = None
 ) -> SynapseStream:
-    """The table `uri`, which is all that `load` takes.
+    """Opens a synapse table of any size.
 
-    Feather, Parquet and CSV files and databases are read a part at a time, an export v3
-    as a whole.
+    Feather, Parquet and CSV files and databases are read in batches. A JSON export v3
+    is read as a whole.
 
     Args:
-      part: (split, part), as ("skeleton", "test"): only its rows.
+      uri: the address of the table, as for `load`.
+      part: read only the rows of this (split, part), such as ("skeleton", "test").
 
     Raises:
-      UserError: absent, of no known format, no such part; anything else while reading.
+      UserError: the table does not exist, its format is not known, a column is missing,
+        or there is no such part. Other mistakes are raised while the rows are read.
     """
     if part is not None:
         synapses.check_part(part[1])
@@ -69,12 +73,12 @@ def open(
             name, lambda: _one(table.schema, iter(table.to_batches())), part
         )
     choose = synapses.columns_to_read(name)
-    file_formats.open(uri, choose)  # absent, or no columns
+    file_formats.open(uri, choose)  # raises if absent or incomplete
     return SynapseStream(name, lambda: _one(*file_formats.open(uri, choose)), part)
 
 
 def _from_mongo(uri: str) -> Iterator[pa.RecordBatch]:
-    from synister_jax.tables.mongo import databases  # pymongo is not always needed
+    from synister_jax.tables.mongo import databases  # only MongoDB needs pymongo
 
     with databases.connect(uri) as database:
         yield from _one(*databases.read_batches(database))
@@ -83,7 +87,7 @@ def _from_mongo(uri: str) -> Iterator[pa.RecordBatch]:
 def _one(
     schema: pa.Schema, batches: Iterator[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
-    """The batches, or one without rows: what has no rows has columns."""
+    """Yields the batches, or one batch without rows, so that the columns are known."""
     first = next(batches, None)
     yield pa.RecordBatch.from_pylist([], schema) if first is None else first
     yield from batches

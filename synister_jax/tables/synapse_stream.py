@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A synapse table of any size, batch by batch, for who answers every row of it."""
+"""A synapse table of any size, read in batches by commands that answer every row."""
 
 import dataclasses
 import hashlib
@@ -14,19 +14,20 @@ from synister_jax.tables import synapses
 
 @dataclasses.dataclass(frozen=True)
 class SynapseStream:
-    """Rows in an order of their own, to be read any number of times."""
+    """A synapse table that can be read several times, always in the same order."""
 
     name: str
-    raw_batches: Callable[[], Iterator[pa.RecordBatch]]  # one at least
-    part: tuple[str, str] | None = None  # (split, part): only its rows
+    raw_batches: Callable[[], Iterator[pa.RecordBatch]]  # yields at least one
+    part: tuple[str, str] | None = None  # (split, part): read only these rows
 
     def tables(self) -> Iterator[pa.Table]:
-        """The rows as synapse tables (`synapses.conform`), every one of them.
+        """Yields all rows as synapse tables, checked by `synapses.conform`.
 
-        Coordinates that are missing or not finite are NaN; an id may be there twice.
+        Coordinates that are missing or not finite are NaN. An id may occur twice.
 
         Raises:
-          UserError: names the row, counted from 0, that is not usable; no such split.
+          UserError: the table does not have the split, or a row is not usable. The
+            message names the row, counted from 0.
         """
         first_row = 0
         for batch in self.raw_batches():
@@ -47,7 +48,7 @@ class SynapseStream:
 
 
 class Checksum:
-    """SHA-256 of the ids and positions of a table's rows, however they are batched."""
+    """The SHA-256 of the ids and positions of a table, for any size of the batches."""
 
     NAMES = ("synapse_id", *synapses.POSITION)
 
@@ -56,17 +57,19 @@ class Checksum:
         self.rows = 0
 
     def update(self, table: pa.Table) -> None:
+        """Adds the rows of `table`."""
         for name, digest in zip(self.NAMES, self._digests, strict=True):
             digest.update(np.ascontiguousarray(table[name].to_numpy()).data)
         self.rows += len(table)
 
     def hexdigest(self) -> str:
+        """Returns the checksum of all rows that were added, as hexadecimal text."""
         together = "".join(digest.hexdigest() for digest in self._digests)
         return hashlib.sha256(together.encode()).hexdigest()
 
 
 def checksum(source: SynapseStream) -> Checksum:
-    """That of all rows, for the price of reading them."""
+    """Reads all rows and returns their checksum."""
     found = Checksum()
     for table in source.tables():
         found.update(table)

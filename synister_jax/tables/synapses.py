@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The synapse table: one row a synapse, the same columns whatever it came from.
+"""The synapse table: one row for each synapse, with the same columns for every source.
 
-`synapse_id` int64, unique · `z_nm`, `y_nm`, `x_nm` float64 in the volume's frame ·
-`neuron_id` int64? · `neurotransmitter` string? (several known ones joined by `+`) ·
-`hemilineage`, `brain_region`, `cell_type` string? · one `split_<name>` string? a
-scheme, with the values train, validation and test · where the source has them, what
-detected the synapse and what it is connected to (`OPTIONAL`).
+The columns are as follows. A type with `?` can be null.
+
+- `synapse_id` int64, unique
+- `z_nm`, `y_nm`, `x_nm` float64, the position in the volume frame
+- `neuron_id` int64?
+- `neurotransmitter` string?, several known transmitters are joined by `+`
+- `hemilineage`, `brain_region`, `cell_type` string?
+- `split_<name>` string?, one column for each split: train, validation or test
+- the columns of `OPTIONAL`, if the source has them: the scores of the detection, and
+  the postsynaptic neuron
 """
 
 import contextlib
@@ -37,9 +42,9 @@ SCHEMA = pa.schema(
         ("cell_type", pa.string()),
     ]
 )
-# Columns that a table has or has not. `cleft_score` weighs synapses (FlyWire: 0 to 255,
-# Heinrich et al. 2018; FlyEM: the confidence of a T-bar), `connection_score` is that of
-# the pair (Buhmann et al. 2021).
+# Columns that a table may lack. `cleft_score` can weigh synapses (FlyWire: 0 to 255,
+# Heinrich et al. 2018; FlyEM: the confidence of a T-bar). `connection_score` is the
+# score of the pair of neurons (Buhmann et al. 2021).
 OPTIONAL = pa.schema(
     [
         ("cleft_score", pa.float32()),
@@ -48,7 +53,7 @@ OPTIONAL = pa.schema(
     ]
 )
 PARTS = ("train", "validation", "test")
-# What a table can say of a synapse.
+# The values that the column `neurotransmitter` can have.
 NEUROTRANSMITTERS = (
     "gaba",
     "acetylcholine",
@@ -60,11 +65,11 @@ NEUROTRANSMITTERS = (
     "tyramine",
     "neither",
 )
-# Every class that a network of the family has had as an output. Only pseudo_classes
-# makes rows of "unknown": in a table from elsewhere the word means that nobody knows.
+# Every class that a network of this family has had as an output. Only pseudo_classes
+# makes rows of the class "unknown". In other tables "unknown" means a missing value.
 CLASSES = (*NEUROTRANSMITTERS, "unknown")
 POSITION = ("z_nm", "y_nm", "x_nm")
-# What groups synapses, and the column that names the groups.
+# The kinds of groups of synapses, and the column that names the group of a synapse.
 GROUP_COLUMNS = {
     "neuron": "neuron_id",
     "hemilineage": "hemilineage",
@@ -75,7 +80,14 @@ _REQUIRED = ("synapse_id", *POSITION)
 
 
 def columns_to_read(source: str) -> file_formats.Choose:
-    """Those of the contract; coordinates in text stay text, for `conform` to judge."""
+    """Returns a function that chooses the columns of a synapse table in a file.
+
+    The positions of a text file are read as text, so that `conform` can name a row
+    whose position is not a number.
+
+    Args:
+      source: the name of the file, for messages.
+    """
 
     def choose(names: Sequence[str]) -> dict[str, pa.DataType]:
         _require_columns(names, source)
@@ -99,7 +111,13 @@ def _require_columns(names: Sequence[str], source: str) -> None:
 
 
 def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
-    """Writes Feather or Parquet, whichever the name ends in; whole or not at all."""
+    """Writes a Feather or Parquet file, as the ending of `path` says.
+
+    A file that cannot be written completely does not appear at all.
+
+    Raises:
+      UserError: `path` ends in neither .feather nor .parquet.
+    """
     with writer(path, table.schema) as sink:
         sink.write_table(table)
 
@@ -110,10 +128,15 @@ def write_batches(
     batches: Iterable[pa.RecordBatch],
     total: int,
 ) -> int:
-    """Writes a table of synapses batch by batch, as `write` does; returns its rows.
+    """Writes a synapse table batch by batch, and returns the number of its rows.
+
+    Args:
+      path: a name that ends in .feather or .parquet.
+      schema: the schema of `batches`.
+      total: the expected number of rows, for the progress line.
 
     Raises:
-      UserError: a synapse id is there twice.
+      UserError: `path` has another ending, or a synapse id occurs twice.
     """
     ids = []
     progress = Progress("read", total, "synapses")
@@ -126,29 +149,37 @@ def write_batches(
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises `UserError` for a name that `write` would not take."""
+    """Raises `UserError` if `path` ends in neither .feather nor .parquet."""
     if pathlib.Path(path).suffix not in (".feather", ".parquet"):
         raise UserError(f"cannot write {path}: name a .feather or .parquet file")
 
 
 def check_classes(names: Sequence[str]) -> None:
-    """Raises `UserError` for --classes with an unknown name, or one twice."""
+    """Raises `UserError` if --classes has an unknown name, or a name twice."""
     for name in names:
         if name not in CLASSES or list(names).count(name) > 1:
             raise UserError(
-                f"--classes: {name!r} is unknown or there twice (known: "
-                f"{', '.join(CLASSES)})"
+                f"--classes: {name!r} is unknown or given twice; give each class "
+                f"once (known: {', '.join(CLASSES)})"
             )
 
 
 def check_unique(ids: Sequence[np.ndarray], where: str) -> np.ndarray:
-    """All the ids, [n] int64; `UserError` where one is there twice."""
+    """Returns all ids as one array, [n] int64.
+
+    Args:
+      ids: the ids in pieces.
+      where: the name of the table, for the message.
+
+    Raises:
+      UserError: an id occurs twice.
+    """
     together = np.concatenate([np.zeros(0, np.int64), *ids])
     ordered = np.sort(together)
     again = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(again):
         raise UserError(
-            f"{where} has synapse {again[0]} twice; an id names one synapse"
+            f"{where} has synapse {again[0]} twice; give every synapse its own id"
         )
     return together
 
@@ -157,7 +188,13 @@ def check_unique(ids: Sequence[np.ndarray], where: str) -> np.ndarray:
 def writer(
     path: str | os.PathLike[str], schema: pa.Schema
 ) -> Iterator[pa.ipc.RecordBatchFileWriter | parquet.ParquetWriter]:
-    """A sink of tables and batches; what `write` would write of them together."""
+    """Yields a writer that takes tables and batches, and puts them into one file.
+
+    The file appears when the context ends without an error.
+
+    Raises:
+      UserError: `path` ends in neither .feather nor .parquet.
+    """
     check_writable(path)
     with files.replacing(path) as partial:
         if pathlib.Path(path).suffix == ".feather":
@@ -170,27 +207,31 @@ def writer(
 
 
 def positions_nm_zyx(table: pa.Table) -> np.ndarray:
-    """[n, 3] float64."""
+    """Returns the positions in nm, [n, 3] float64 in the order (z, y, x)."""
     return np.stack([table[name].to_numpy() for name in POSITION], axis=1)
 
 
 def labels(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
-    """Index of each row's neurotransmitter in `classes`, [n] int32; -1 for no class.
+    """Returns the index of each row's neurotransmitter in `classes`, [n] int32.
 
-    Rows without a known transmitter, with several, or with one outside `classes`
-    have none.
+    The index is -1 if the transmitter is not known, if several are known, or if the
+    transmitter is not one of `classes`.
     """
     return index_in(table["neurotransmitter"], classes)
 
 
 def index_in(column: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
-    """Index of each entry in `values`, [n] int32; -1 where it is not among them."""
+    """Returns the index of each entry in `values`, [n] int32; -1 if it is absent."""
     index = pc.index_in(column, value_set=pa.array(values, pa.string()))
     return pc.fill_null(index, -1).to_numpy().astype(np.int32)
 
 
 def in_part(table: pa.Table, split: str, part: str) -> np.ndarray:
-    """[n] bool: the rows of `part` of the split; a name unknown here is a UserError."""
+    """Returns which rows belong to a part of a split, [n] bool.
+
+    Raises:
+      UserError: the table does not have the split, or there is no such part.
+    """
     column = f"split_{split}"
     if column not in table.column_names:
         known = [n.removeprefix("split_") for n in split_columns(table)]
@@ -202,17 +243,18 @@ def in_part(table: pa.Table, split: str, part: str) -> np.ndarray:
 
 
 def check_part(part: str) -> None:
-    """Raises `UserError` for a name that no part has."""
+    """Raises `UserError` unless `part` is train, validation or test."""
     if part not in PARTS:
         raise UserError(f"no part {part!r}; it is one of {', '.join(PARTS)}")
 
 
 def split_columns(table: pa.Table) -> list[str]:
+    """Returns the names of the `split_<name>` columns of the table."""
     return [name for name in table.column_names if name.startswith("split_")]
 
 
 def columns(table: pa.Table) -> list[str]:
-    """Those of the contract, then the optional ones and the splits that are there."""
+    """Returns the columns of `SCHEMA`, then the table's optional columns and splits."""
     optional = [name for name in OPTIONAL.names if name in table.column_names]
     return [*SCHEMA.names, *optional, *split_columns(table)]
 
@@ -220,17 +262,19 @@ def columns(table: pa.Table) -> list[str]:
 def conform(
     table: pa.Table, source: str, *, answer_all: bool = False, first_row: int = 0
 ) -> pa.Table:
-    """The table with the contract's columns, types and metadata, checked.
+    """Returns the table with the columns, types and metadata of a synapse table.
 
-    Columns beyond the contract are left out.
+    The values are checked. Columns that a synapse table does not have are left out.
 
     Args:
-      answer_all: for a reader that answers every row: coordinates that are missing or
-        not finite become NaN, and an id may be there twice.
-      first_row: number of the table's first row in the source, for messages.
+      source: the name of the file or database, for messages and the metadata.
+      answer_all: for a command that must answer every row. Coordinates that are missing
+        or not finite become NaN, and an id may occur twice.
+      first_row: the number of the table's first row in the source, for messages.
 
     Raises:
-      UserError: names `source`, the first offending rows and the reason.
+      UserError: a column is missing, or a value is wrong. The message names `source`,
+        the first wrong rows and the reason.
     """
     _require_columns(table.column_names, source)
     fields = list(SCHEMA)
@@ -268,8 +312,8 @@ def _cast(
         pa.types.is_integer(kind) or pa.types.is_null(kind)
     ):
         raise UserError(
-            f"{source}: column {field.name} is {kind}; ids must be integers: floats "
-            "have lost digits of large ones"
+            f"{source}: column {field.name} is {kind}; ids must be integers, "
+            "because floats have lost digits of large ids"
         )
     try:
         return column.cast(field.type)
@@ -318,7 +362,7 @@ def _check(
 def _refuse(
     source: str, why: str, bad: Any, column: pa.ChunkedArray, first_row: int
 ) -> None:
-    """Raises UserError naming the rows where `bad` holds, if any."""
+    """Raises `UserError` that names the rows where `bad` is true, if there are any."""
     if isinstance(bad, pa.ChunkedArray):
         bad = pc.fill_null(bad, False).to_numpy()
     rows = np.flatnonzero(bad)
@@ -326,5 +370,5 @@ def _refuse(
         return
     named = (f"row {first_row + r} ({column[int(r)].as_py()!r})" for r in rows)
     raise UserError(
-        f"{source}: {why}: {listed(named, len(rows))}; mend or remove these rows"
+        f"{source}: {why}: {listed(named, len(rows))}; correct or remove these rows"
     )

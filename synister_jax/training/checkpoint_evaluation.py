@@ -26,10 +26,18 @@ def evaluate(
     batch_size: int = 32,
     selections: NeuronSelections = NeuronSelections(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """Evaluates the checkpoints of `steps` (the latest when None); returns the summary.
+    """Evaluates checkpoints, writes their files, and returns the summary.
+
+    Args:
+      workdir: the folder of the run.
+      part_name: train, validation or test.
+      steps: the steps of the checkpoints; None takes the latest.
+      shards_folder: the shards of the run, if they were moved after training.
+      batch_size: how many crops are classified at once; it does not change the numbers.
+      selections: the neurons that are also measured on their own.
 
     Raises:
-      UserError: unknown part or step, shards that do not fit the run.
+      UserError: there is no such part or step, or the shards are not those of the run.
     """
     config = checkpoint.load_config(workdir)
     if shards_folder is not None:
@@ -58,7 +66,7 @@ def evaluate(
         identity = {"step": step, "split": config.split, "crops": crops_sha256}
         identity |= {"part": part_name}
         step_folder = files.make_folder(folder / f"step-{step}")
-        # Gone while its neighbours are replaced: a folder that has it is complete.
+        # A folder that has metrics.json is complete, so it goes first and comes last.
         (step_folder / "metrics.json").unlink(missing_ok=True)
         files.write_feather(step_folder / "predictions.feather", table)
         measured_table.write(
@@ -70,9 +78,9 @@ def evaluate(
 def _summarise(
     folder: pathlib.Path, part: str, crops_sha256: str, there: Sequence[int]
 ) -> dict[str, Any]:
-    """Names the best checkpoint among all that have been evaluated on the part."""
+    """Names the best of all checkpoints that were evaluated on the part so far."""
     all_metrics = [files.read_json(p) for p in folder.glob("step-*/metrics.json")]
-    # Of these crops, by checkpoints that are still there.
+    # Other crops, and checkpoints that were deleted, do not count.
     all_metrics = [
         m for m in all_metrics if m.get("crops") == crops_sha256 and m["step"] in there
     ]
@@ -87,7 +95,7 @@ def _summarise(
         }
         for m in sorted(all_metrics, key=lambda m: m["step"])
     ]
-    # Of equal ones the latest, as in training.
+    # Of equally good checkpoints the latest is the best, as in training.
     best = max(entries, key=lambda e: (e["synapse_mean_class_accuracy"], e["step"]))
     summary = {"part": part, "best_step": best["step"]}
     summary |= {"best_by": "synapse_mean_class_accuracy", "checkpoints": entries}

@@ -17,29 +17,32 @@ from synister_jax.training import augment, input_pipeline, loss_and_optimizer
 
 
 class Window(flax.struct.PyTreeNode):
-    """Sums since the last line of the log; saved, so that a resumed run logs alike."""
+    """The sums since the last line of the log.
 
-    steps: jax.Array  # int32
-    loss: jax.Array  # float32, of the steps' means
-    correct: jax.Array  # int32, examples
-    bad_after_step: jax.Array  # int32, before the first ruined update; -1: none
+    They are part of the state, so that a resumed run writes the same lines.
+    """
+
+    steps: jax.Array  # int32, the steps since the last line
+    loss: jax.Array  # float32, the sum of the mean losses of these steps
+    correct: jax.Array  # int32, the examples that were called right
+    bad_after_step: jax.Array  # int32, the step before the first ruined update, or -1
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes."""
+    """Everything that a step changes."""
 
-    step: jax.Array  # int32, updates done
+    step: jax.Array  # int32, the number of updates so far
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
-    ema: dict  # averages of params and batch_stats; empty when config.ema_decay is 0
+    ema: dict  # averages of params and batch_stats; empty if config.ema_decay is 0
     window: Window
 
 
 def create_state(
     key: jax.Array, config: ml_collections.ConfigDict, tx: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first step; a pure function of the key."""
+    """Returns the state before the first step, which depends only on the key."""
     crops = jnp.zeros((1, *config.crop_shape_zyx), jnp.float32)
     variables = model.from_config(config).init(key, crops, train=False)
     zero = jnp.zeros((), jnp.int32)
@@ -60,9 +63,15 @@ def train_step(
     state: TrainState,
     batch: input_pipeline.Batch,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update; all randomness is a function of (seed, step, example).
+    """Makes one update. All randomness is a function of (seed, step, example).
 
-    Returns the new state and the numbers since the last line of the log.
+    Args:
+      batch: `crop`, uint8 [batch, z, y, x], records with the context that augmentation
+        needs, and `label`, int32 [batch].
+
+    Returns:
+      The new state, and the numbers since the last line of the log: `loss`, `accuracy`
+      and `bad_after_step`.
     """
     settings = augment.AugmentSettings.of(config)
     dropout_key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -70,7 +79,7 @@ def train_step(
     keys = augment.batch_keys(config.seed, state.step, len(batch["label"]))
     batch = batch | {"key": keys}
     parts = config.accumulate_steps
-    # Every device keeps its examples: part i takes each `parts`-th of them.
+    # Part i takes every `parts`-th example, so that no example changes its device.
     batch = jax.tree.map(
         lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
@@ -78,7 +87,7 @@ def train_step(
     def of_part(
         number: jax.Array | int, examples: input_pipeline.Batch, batch_stats: dict
     ) -> tuple[dict, dict, jax.Array, jax.Array]:
-        """Gradients, batch statistics, mean loss, examples called right."""
+        """Returns gradients, batch statistics, mean loss, and how many are right."""
         crops = augment.augment(examples["crop"], examples["key"], settings)
         dropout = jax.random.fold_in(dropout_key, number)
 
@@ -104,7 +113,7 @@ def train_step(
         grads = jax.tree.map(lambda a, b: a + b / parts, grads, more)
         return (grads, batch_stats, loss + value / parts, correct + right), None
 
-    if parts == 1:  # sums would be another copy of the gradients
+    if parts == 1:  # a sum would need memory for a second copy of the gradients
         sums = of_part(0, jax.tree.map(lambda x: x[0], batch), state.batch_stats)
     else:
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -117,8 +126,8 @@ def train_step(
     if ema:
         variables = {"params": params, "batch_stats": batch_stats}
         ema = loss_and_optimizer.average(ema, variables, config.ema_decay, state.step)
-    # The loss is of the parameters before the update: those after it can be ruined
-    # while it is still a number.
+    # The loss belongs to the parameters before the update. The parameters after it can
+    # be ruined although the loss is still a number.
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm([params, batch_stats]))
 
     window = state.window
@@ -146,10 +155,10 @@ def jit_step(
 ) -> Callable[
     [TrainState, input_pipeline.Batch], tuple[TrainState, dict[str, jax.Array]]
 ]:
-    """`train_step`, compiled; it donates the state.
+    """Returns `train_step`, compiled. It donates the state: do not use the old one.
 
     Args:
-      placed: the sharding of every leaf of the state, in a TrainState.
+      placed: a TrainState that holds the sharding of every array of the state.
     """
     return jax.jit(
         functools.partial(train_step, config, network, tx),

@@ -25,7 +25,11 @@ from synister_jax.training.validation import SplitPart
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises `UserError` for numbers that cannot be meant."""
+    """Checks the numbers of the config.
+
+    Raises:
+      UserError: a number that makes no sense, such as a batch size of 0.
+    """
     for name, value in config.items():
         counted = name.endswith("_every_steps") or name in (
             "num_train_steps",
@@ -42,7 +46,16 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains until `config.num_train_steps`, or raises `UserError` at the start."""
+    """Trains until `config.num_train_steps`, from the last checkpoint if there is one.
+
+    Args:
+      config: the settings; configs/skeleton.py explains each of them.
+      workdir: the folder of the run.
+
+    Raises:
+      UserError: the settings, the shards or the folder cannot be used; the numbers
+        diverge; or a file cannot be read or written. The last checkpoint is complete.
+    """
     check(config)
     # ---------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(head_devices=config.head_devices)
@@ -73,7 +86,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     state = checkpointer.restore(abstract)
     if state is None:
         state = _first_state(config, tx, init_key, placed)
-    first_step = int(state.step)  # the only time that the loop's step leaves the device
+    first_step = int(state.step)  # the only time that the step leaves the device
     if first_step > config.num_train_steps:
         raise UserError(
             f"{workdir} is at step {first_step} already, beyond "
@@ -106,7 +119,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             first_step % config.eval_every_steps == 0
             and patience.last_step < first_step
         ):
-            validate(first_step)  # SIGTERM left no time for it
+            validate(first_step)  # the run was stopped before it could validate
         with stopping.StopRequest() as stop:
             for step in range(first_step, config.num_train_steps):
                 if patience.is_over:
@@ -128,11 +141,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                     log.settle(numbers)
                     measured = validate(done)
                 if is_last or measured or done % config.checkpoint_every_steps == 0:
-                    log.settle(numbers)  # never save what is ruined
+                    log.settle(numbers)  # stops before ruined numbers are saved
                     checkpointer.save(done, state, measured)
                 if is_stopped:
                     monitor.say(
-                        f"SIGTERM: saved at step {done}; the same command goes on"
+                        f"SIGTERM: saved at step {done}; the same command continues"
                     )
                     break
     finally:
@@ -147,9 +160,9 @@ def _first_state(
     key: jax.Array,
     placed: train_step.TrainState,
 ) -> train_step.TrainState:
-    """The state of a new run, from `config.init_from` where that is given."""
-    # Runs once: compiled with little optimisation it is there 7 to 12 s sooner on a
-    # CPU; with none it takes 20 s more for the published network.
+    """Returns the state of a new run. `config.init_from` may give its weights."""
+    # This runs once. With little optimisation it compiles 7 to 12 s faster on a CPU.
+    # With no optimisation the published network takes 20 s longer.
     init = jax.jit(
         lambda key: train_step.create_state(key, config, tx),
         out_shardings=placed,
@@ -164,13 +177,13 @@ def _first_state(
     variables, left = checkpoint.load_fitting(other, step, fresh, config)
     reset = f"; new: {', '.join(left)} (other classes)" if left else ""
     monitor.say(f"weights of {other}, step {step}{reset}")
-    # The step donates the state: nothing in it may be there twice.
+    # The step donates the state, so no array may be in it twice.
     ema = jax.tree.map(jnp.copy, variables) if config.ema_decay else {}
     return state.replace(**variables, ema=ema)
 
 
 def _validated(workdir: pathlib.Path, first_step: int) -> list[tuple[int, float]]:
-    """Step and number that decides the best checkpoint, of every evaluation so far."""
+    """Returns (step, number that decides the best checkpoint) of every validation."""
     return [
         (int(line["step"]), line[checkpoint.BEST_BY])
         for line in metrics_log.read(workdir)
@@ -184,7 +197,7 @@ def _next(batches: grain.DatasetIterator, folder: pathlib.Path) -> input_pipelin
     except (UserError, OSError, RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"cannot read a batch from shards {folder} "
-            f"({' '.join(str(error).split())[:300]}); the last checkpoint is whole: "
+            f"({' '.join(str(error).split())[:300]}); the last checkpoint is complete: "
             "restore the shards and run the same command again"
         ) from None
 
@@ -199,20 +212,21 @@ def start(
     """Joins the other processes, if there are any, and trains in the folder.
 
     Args:
-      coordinator: `auto` or host:port of process 0; None: this process trains alone.
+      coordinator: `auto`, or host:port of process 0. None: this process trains alone.
+      processes: how many processes train together.
+      process_index: the number of this process, from 0.
 
     Raises:
-      UserError: the config or the folder cannot be used, or another process trains in
-        the folder.
+      UserError: another process trains in the folder, or see `train`.
     """
     folder = files.make_folder(workdir).resolve()
     if coordinator is not None:
         sharding.join_processes(coordinator, processes, process_index)
     dtype = model.compute_dtype(config)
-    # JAX adds the attributes of its options one by one, unknown to its types.
+    # JAX adds the attributes of its options while it runs, so mypy does not know them.
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if cache is None and not convolution.calls_library(dtype):
-        # A run that was stopped starts again without compiling.
+        # So a run that was stopped does not compile again when it continues.
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     if jax.process_index() > 0:
         train(config, folder)

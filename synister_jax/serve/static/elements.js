@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of the page and what is written in them. What comes from the server goes in
-// as text only.
+// Helpers that make elements of the page and write text into them. Data of the server
+// is only ever inserted as text, never as HTML.
 
 export const $ = (id) => document.getElementById(id);
 export const whole = (x) => x.toLocaleString("en");
 export const count = (x, one, many = `${one}s`) => `${whole(x)} ${x === 1 ? one : many}`;
-// Characters without width, or that turn others round: a name could look like another.
+// Shows characters that have no width or change the direction of text. With such a
+// character, a name could look like another name.
 export const visible = (text) => String(text).replace(
   /[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]/g,
   (found) => `‹U+${found.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}›`,
@@ -39,7 +40,7 @@ export function size(bytes) {
   return bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
 }
 
-// Only what differs: a message is not read out twice.
+// Writes a text only if it differs. Otherwise a screen reader would read it out again.
 export function put(place, text) {
   if (place.textContent !== text) place.textContent = text;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One's own requests, in a list and one by one.
+// The list of the user's requests, and the view of one request.
 
 import {
   $, count, duration, make, moment, numberItem, put, size, visible, whole,
@@ -12,7 +12,7 @@ import {
 } from "./tables.js";
 import { show, title } from "./views.js";
 
-const SPEAK_EVERY = 15_000; // how far a job is, for who listens
+const SPEAK_EVERY = 15_000; // milliseconds between two reports for screen readers
 
 const WAITING = new Set(["queued", "running"]);
 const nameOf = (job) => visible(job.name || `Request ${job.id.slice(0, 6)}`);
@@ -32,8 +32,8 @@ export function openJobs(focus) {
     await needModels(signal);
     const { jobs } = await get("/api/jobs", signal);
     const { used, limits } = await get("/api/session", signal);
-    put($("kept"), `Kept: ${size(used.bytes)} of ${size(limits.bytes)}. ` +
-      `Unfinished: ${used.jobs} of at most ${limits.jobs}.`);
+    put($("kept"), `Your requests take ${size(used.bytes)} of ${size(limits.bytes)}. ` +
+      `Unfinished requests: ${used.jobs} of at most ${limits.jobs}.`);
     $("no-jobs").hidden = jobs.length > 0;
     $("jobs-box").hidden = jobs.length === 0;
     fillJobs(jobs);
@@ -70,10 +70,10 @@ function part(job) {
 }
 
 async function remove(job, after) {
-  if (!confirm(`Delete “${nameOf(job)}” and what it answered?`)) return;
+  if (!confirm(`Delete “${nameOf(job)}” and its answer?`)) return;
   try {
     await call("DELETE", `/api/jobs/${job.id}`);
-    state.parting = "Deleted.";
+    state.parting = "The request is deleted.";
     after();
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
@@ -114,10 +114,10 @@ function showJob(job) {
   put($("job-name"), nameOf(job));
   $("job-facts").replaceChildren(`${model} · ${source} · `,
     job.kind === "neurons" && waiting ? "neurons" : count(job.rows, "row"),
-    " · asked ", moment(job.created));
+    " · submitted ", moment(job.created));
   $("job-state").className = `state ${job.state}`;
   put($("job-state"), job.state === "queued" && job.ahead
-    ? `queued, ${count(job.ahead, "request")} before it` : job.state);
+    ? `queued behind ${count(job.ahead, "request")}` : job.state);
   $("job-progress").hidden = !waiting;
   $("delete").hidden = job.state === "running";
   $("job-problem").hidden = !job.message || job.state === "done";
@@ -134,7 +134,7 @@ function showProgress(job) {
   paces = paces.filter((p, i) => now - p.at < 10_000 || i === paces.length - 1);
   const [first] = paces;
   paces.push({ stage: job.stage, at: now, done: job.done });
-  put($("stage"), job.state === "queued" ? "Waiting for its turn" : job.stage || "starting");
+  put($("stage"), job.state === "queued" ? "waiting in the queue" : job.stage || "starting");
   if (job.total) {
     $("bar").max = job.total;
     $("bar").value = job.done;
@@ -146,13 +146,13 @@ function showProgress(job) {
   if (job.total) parts.push(`${whole(job.done)} of ${whole(job.total)}${share}`);
   if (first && job.done > first.done) {
     const rate = (1000 * (job.done - first.done)) / (now - first.at);
-    parts.push(`${rate < 10 ? rate.toFixed(1) : whole(Math.round(rate))} a second`);
+    parts.push(`${rate < 10 ? rate.toFixed(1) : whole(Math.round(rate))} per second`);
   }
   if (job.eta_seconds !== null) parts.push(`about ${duration(job.eta_seconds)} left`);
   put($("pace"), parts.join(" · "));
 }
 
-// Not every second, and each change of state.
+// Reports each change of state at once, and the progress only from time to time.
 function speak(job, more) {
   const now = performance.now();
   if (job.state === spoken.state && now - spoken.at < SPEAK_EVERY) return;
@@ -169,11 +169,11 @@ export async function cancel() {
     nowAll();
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    put($("said"), `Not cancelled: ${error.message}`);
+    put($("said"), `The request is not cancelled: ${error.message}`);
   }
 }
 
-// The classes with their colours as the model has them.
+// The classes of the answer, with the colours of the model.
 function classesOf(job) {
   const known = state.models.find((m) => m.name === job.model)?.classes || [];
   return job.answer.classes.map((name, place) =>
@@ -218,7 +218,7 @@ function showLinks(links) {
 function idList(ids, what) {
   if (!ids.length) return [];
   const list = make("ul", {}, ...ids.slice(0, 1000).map((id) => make("li", {}, id)));
-  const first = ids.length > 1000 ? " (the first 1,000; the report has all)" : "";
+  const first = ids.length > 1000 ? " (only the first 1,000 are shown; the report shows all)" : "";
   const details = make("details", {},
     make("summary", {}, `${count(ids.length, "neuron")} ${what}${first}`), list);
   details.open = ids.length <= 20;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page of the web service: signing in and out, which view is shown, and what a
-// person does.
+// The main module of the page. It signs users in and out, chooses the view, and reacts
+// to the actions of users.
 
 import { $, put, visible } from "./elements.js";
 import { cancel, openJob, openJobs, removeOpen } from "./jobs.js";
@@ -57,7 +57,7 @@ async function signOut() {
     await call("DELETE", "/api/session");
   } catch (error) {
     if (error.status !== 401 && error.status !== 403) {
-      put($("said"), `Not signed out: ${error.message}`);
+      put($("said"), `You are still signed in: ${error.message}`);
       return;
     }
   }
@@ -67,7 +67,7 @@ async function signOut() {
 }
 
 function begin() {
-  // The token is out of the address before anything is asked for.
+  // The token is removed from the address before the page sends any request.
   const token = /^#token=(.+)$/.exec(location.hash);
   if (token) {
     history.replaceState(null, "", location.pathname);
@@ -88,7 +88,7 @@ function begin() {
   state.left.push(first);
 }
 
-// ---- What a person does
+// ---- Actions of users
 
 function listen() {
   $("signin").addEventListener("submit", (event) => {

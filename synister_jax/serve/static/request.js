@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A new request: what is given, what the check says of it, and the start.
+// The view of a new request: its rows, the result of their check, and the start.
 
 import {
   $, count, duration, make, numberItem, put, scrollBox, size, visible, whole,
@@ -10,7 +10,7 @@ import { show } from "./views.js";
 
 const MOST_BYTES = 16 * 2 ** 20, MOST_SHOWN_BYTES = 2 ** 18;
 
-let file = null; // what is too large to be shown, or is no text
+let file = null; // a file that is too large for the text field, or is not text
 let checked = null;
 let checking = null, watching = null, debounce = 0;
 const asked = () => file || $("text").value;
@@ -29,7 +29,7 @@ export function openRequest(focus) {
 
 const isStarting = (model) => !model.ready && !model.problem;
 
-// Until each is open, or cannot be.
+// Asks for the models until each model is open or has a problem.
 function watchModels() {
   watching?.stop();
   watching = repeat(async (signal) => {
@@ -61,7 +61,7 @@ export function fillSources() {
   $("source").replaceChildren(...sources.map((source) =>
     make("option", { value: source.name }, visible(source.title))));
   if (sources.some((source) => source.name === before)) $("source").value = before;
-  const problem = model ? model.problem : "There is no model here; add one to models.toml.";
+  const problem = model ? model.problem : "The service has no model; add a model to models.toml.";
   put($("model-problem"), problem ? visible(problem) : "");
   tellUnits();
 }
@@ -69,9 +69,9 @@ export function fillSources() {
 export function tellUnits() {
   const source = chosenSource();
   const neurons = source && (source.neurons
-    ? `Neurons are given as ${source.neuron}s.`
-    : "Neurons cannot be looked up here, only positions.");
-  put($("units"), source ? `x, y and z are ${visible(source.units)}. ${neurons}` : "");
+    ? `Give neurons as ${source.neuron}s.`
+    : "This source cannot look up neurons; give positions.");
+  put($("units"), source ? `x, y and z are in ${visible(source.units)}. ${neurons}` : "");
   changed(0);
 }
 
@@ -98,7 +98,7 @@ export function changed(wait = 600) {
     const content = asked();
     checking = repeat(async (signal) => {
       if (new Blob([content]).size > MOST_BYTES) {
-        throw new Refused(413, "This is more than 16 MiB; divide it into parts.", null, 0);
+        throw new Refused(413, "The text is larger than 16 MiB; send it in parts.", null, 0);
       }
       const path = `/api/checks?${query()}`;
       showCheck((await call("POST", path, content, signal)).body);
@@ -111,7 +111,8 @@ export function changed(wait = 600) {
   }, wait);
 }
 
-// When a model that is being opened is open, all is checked anew (see `fillModels`).
+// Shows the result of a check. The user can start the request only when the model is
+// open. `fillModels` checks the rows again when a model changes.
 function showCheck(check) {
   checked = check;
   const errors = check ? check.error_count : 0;
@@ -121,10 +122,11 @@ function showCheck(check) {
   $("start").disabled = !check || errors > 0 || starting;
   $("verdict").className = !check ? "" : errors ? "bad" : "good";
   const also = warnings ? ` and ${count(warnings, "warning")}` : "";
-  put($("verdict"), !check ? "Rows are checked as soon as there are any."
-    : errors ? `${count(errors, "error")}${also}. Mend the text and it is checked again.`
+  put($("verdict"), !check ? "The page checks the rows as soon as you give rows."
+    : errors ? `${count(errors, "error")}${also}. Correct the text; the page then checks the rows again.`
       : `No error${also}. ${starting
-        ? "The model is being opened; it can start in a moment." : "It can start."}`);
+        ? "The model is being opened; you can start in a moment."
+        : "You can start the request."}`);
   const sizes = [];
   if (check && !errors) {
     const { rows, neurons, seconds } = check;
@@ -150,7 +152,7 @@ function problemTable(name, problems, total) {
     row.append(make("td", { class: "text name" }, visible(problem.column || "–")));
     row.append(make("td", { class: "text long" }, visible(problem.message)));
   }
-  const heads = ["line", "column", "what to do"].map((text) =>
+  const heads = ["line", "column", "what is wrong"].map((text) =>
     make("th", { scope: "col", class: "text" }, text));
   return scrollBox(name, make("table", {},
     make("caption", {}, `${name}: ${whole(total)}${few}`),
@@ -174,7 +176,7 @@ function goToLine(line) {
   text.scrollTop = Math.max(0, (line - 4) * height);
 }
 
-// A cell that a spreadsheet would take for a formula gets a ' before it.
+// A spreadsheet could run a cell as a formula. Such a cell gets a ' at its beginning.
 function csvCell(value) {
   const text = String(value);
   const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
@@ -203,7 +205,7 @@ export async function take(given) {
     try {
       text = new TextDecoder("utf-8", { fatal: true }).decode(await given.arrayBuffer());
     } catch {
-      text = null; // the server says what is wrong with it
+      text = null; // the server explains what is wrong with the file
     }
   }
   clearRequest();
@@ -238,13 +240,14 @@ export async function start(event) {
   try {
     const { status, body } = await call("POST", `/api/jobs?${values}`, asked());
     clearRequest();
-    if (status === 200) state.parting = "The same was asked before: this is that request.";
+    if (status === 200) state.parting = "You have asked for the same before. This is the earlier request.";
     location.hash = `job=${body.id}`;
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     if (error.body && error.body.check) showCheck(error.body.check);
     else $("start").disabled = false;
     put($("start-problem"), error.message);
-    if (error.status === 503 && state.shown === "new") watchModels(); // opened anew, perhaps
+    // After 503, the server may be opening the models again.
+    if (error.status === 503 && state.shown === "new") watchModels();
   }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asking the server, again and again where need be, and saying so while it is away.
+// Sends requests to the server and repeats them. The page shows a message while the
+// server does not answer.
 
 import { $, put } from "./elements.js";
 import { state } from "./state.js";
@@ -13,8 +14,8 @@ export class Refused extends Error {
     super(message);
     this.status = status;
     this.body = body;
-    this.wait = 1000 * seconds; // that the server asks for
-    this.passes = status === 0 || status === 429 || status >= 500; // worth another try
+    this.wait = 1000 * seconds; // milliseconds that the server asks the page to wait
+    this.passes = status === 0 || status === 429 || status >= 500; // try again
   }
 }
 
@@ -55,8 +56,9 @@ export const get = async (path, signal) => (await call("GET", path, undefined, s
 const failing = new Set(); // tasks that wait for the server to come back
 const repeated = new Set();
 
-// Calls the task again after the milliseconds that it returns, until it returns null;
-// after what may pass it is called again later and later, and the page says so.
+// Calls a task again after the milliseconds that the task returns, until the task returns
+// null. After an error that may pass, the next call comes later each time, and the page
+// shows the error.
 export function repeat(task, refused) {
   const stopping = new AbortController();
   let timer = null, failures = 0, running = false;
@@ -109,7 +111,7 @@ function tellFailing(control, message) {
     failing.delete(control);
   } else {
     failing.add(control);
-    put($("away"), `${message} Trying again; nothing is lost.`);
+    put($("away"), `${message} The page tries again; nothing is lost.`);
   }
   $("away").hidden = failing.size === 0;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tables that the server searches and cuts into pages.
+// Tables with pages. The server searches the rows and returns one page at a time.
 
 import { $, count, make, put, scrollBox, visible, whole } from "./elements.js";
 import { get, repeat } from "./server.js";
@@ -7,12 +7,15 @@ import { get, repeat } from "./server.js";
 const PAGE_ROWS = 25;
 
 export const NEURON_HEADS = [
-  "neuron", "called", "synapses called each class", "synapses", "predicted",
+  "neuron", "called", "synapses per called class", "synapses", "predicted",
 ];
 export const SYNAPSE_HEADS = [
-  "synapse", "called", "probability", "of each class", "neuron", "status", "x nm", "y nm", "z nm",
+  "synapse", "called", "probability", "probability of each class", "neuron",
+  "status", "x nm", "y nm", "z nm",
 ];
-const WORDS = new Set(["status", "called", "synapses called each class", "of each class"]);
+const WORDS = new Set([
+  "status", "called", "synapses per called class", "probability of each class",
+]);
 
 export function paged(section, path, key, what, heads, line) {
   section.querySelector(".scroll")?.remove();
@@ -22,7 +25,7 @@ export function paged(section, path, key, what, heads, line) {
   const body = make("tbody"), output = make("output"), head = make("tr");
   head.append(...heads.map((text) =>
     make("th", { scope: "col", ...(WORDS.has(text) ? { class: "text" } : {}) }, text)));
-  const back = make("button", { type: "button" }, "‹ Before");
+  const back = make("button", { type: "button" }, "‹ Previous");
   const next = make("button", { type: "button" }, "Next ›");
   section.append(
     scrollBox(`${what}s`, make("table", {}, make("thead", {}, head), body)),
@@ -95,7 +98,7 @@ export function synapseRow(row, classes) {
     nm(row.x), nm(row.y), nm(row.z));
 }
 
-// A bar divided by class; the numbers are its name for who cannot see it.
+// A bar divided by class. Its label has the numbers, for screen readers.
 function stack(classes, values, total, written) {
   const named = classes.filter((c) => values[c.name]).map((c) =>
     `${visible(c.short)} ${written(values[c.name])}`).join(", ");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The views of the page, one of which is shown.
+// The views of the page. The page shows one view at a time.
 
 import { $, put } from "./elements.js";
 import { state } from "./state.js";

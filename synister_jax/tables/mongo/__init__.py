@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original system's MongoDB collections and their JSON export."""
+"""The MongoDB collections of the original system, and their JSON export."""

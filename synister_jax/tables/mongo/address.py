@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a MongoDB is: its URI, or the original system's ini file, and what to show.
+"""The address of a MongoDB database: a URI, or the ini file of the original system.
 
-Nothing here talks to a server. What may be shown is what `redact` leaves.
+This module does not talk to a server. A message may show only the URI that `redact`
+returns, because the full URI can hold a password.
 """
 
 import configparser
@@ -21,32 +22,37 @@ _URI = re.compile(
 
 
 def redact(uri: str) -> str:
-    """A MongoDB URI without user, password and options; anything else as it is."""
+    """Returns a MongoDB URI without user, password and options.
+
+    Any other text is returned unchanged.
+    """
     if not uri.startswith(SCHEMES):
         return uri
     parts = _URI.fullmatch(uri)
-    if parts is None:  # then nobody knows where the password ends
+    if parts is None:  # it is unknown where the password ends
         return "mongodb://…/"
     return f"{parts['scheme']}{parts['hosts']}/{parts['database'] or ''}"
 
 
 def resolve(target: str, credentials: str | None = None) -> str:
-    """The URI of a database, checked as far as that goes without asking a server.
+    """Returns the URI of a database, checked without asking a server.
 
     Args:
       target: mongodb://[user:password@]host[:port]/DB[?options], or a database name.
-      credentials: with a name, the original system's ini file: section `[Credentials]`
-        with host, and port, user and password where needed.
+      credentials: the ini file of the original system, if `target` is a database name.
+        Its section `[Credentials]` has host, and port, user and password if the server
+        needs them.
 
     Raises:
-      UserError: says what is wrong; the message never holds user or password.
+      UserError: the URI, the name or the ini file is not usable. The message never
+        shows the user or the password.
     """
     if not target.startswith(SCHEMES):
         _check_name(target, "--mongo is neither mongodb://host/DB nor a database name")
         if credentials is None:
             raise UserError(
-                f"--mongo={target} is a database name; give --credentials=INI with its "
-                f"host as well, or mongodb://host/{target}"
+                f"--mongo={target} is a database name; give --credentials=INI with the "
+                f"host of the database, too, or give --mongo=mongodb://host/{target}"
             )
         return _from_ini(pathlib.Path(credentials), target)
     if credentials is not None:
@@ -54,7 +60,7 @@ def resolve(target: str, credentials: str | None = None) -> str:
     if _URI.fullmatch(target) is None:
         raise UserError(
             "a MongoDB URI is mongodb://[user:password@]host[:port]/DB[?options]; in "
-            "user and password, special characters are written as %40 for @ and so on"
+            "user and password, write special characters as %40 for @ and so on"
         )
     complaint = f"{redact(target)} does not end with a database name"
     _check_name(database_name(target), complaint)
@@ -63,11 +69,11 @@ def resolve(target: str, credentials: str | None = None) -> str:
 
 def _check_name(name: str, complaint: str) -> None:
     if not name or set(name) & set('/\\. "$\0*<>:|?@'):
-        raise UserError(f'{complaint} (not empty, none of /\\."$*<>:|?@ and blanks)')
+        raise UserError(f'{complaint} (without blanks and /\\."$*<>:|?@)')
 
 
 def _from_ini(path: pathlib.Path, database: str) -> str:
-    # A % in a password is no interpolation.
+    # Without interpolation, a password may contain %.
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read_string(path.read_text(encoding="utf-8-sig"))
@@ -77,10 +83,10 @@ def _from_ini(path: pathlib.Path, database: str) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     except (configparser.Error, KeyError, ValueError) as error:
-        # The text of the error may be a line of the file.
+        # The message leaves out the text of the error, which may quote the password.
         raise UserError(
-            f"{path} needs a section [Credentials] with host, and port as a number; "
-            f"user and password where the server wants them ({type(error).__name__})"
+            f"{path} needs a section [Credentials] with host and, if the server needs "
+            f"them, port (a number), user and password ({type(error).__name__})"
         ) from None
     user, password = section.get("user"), section.get("password")
     if not user and not password:
@@ -88,23 +94,24 @@ def _from_ini(path: pathlib.Path, database: str) -> str:
     if not user or not password:
         raise UserError(f"{path} has only one of user and password; give both or none")
     quoted = f"{urllib.parse.quote_plus(user)}:{urllib.parse.quote_plus(password)}"
-    # The original logs in without naming a database: that is the server's `admin`.
+    # The original logs in without a database name, which means the database `admin`.
     return resolve(f"mongodb://{quoted}@{host}:{port}/{database}?authSource=admin")
 
 
 def database_name(uri: str) -> str:
+    """Returns the name of the database in a URI, or an empty text."""
     return urllib.parse.unquote(_parts(uri)["database"] or "")
 
 
 def options(uri: str) -> dict[str, str]:
-    """Options by name in lower case, as written."""
+    """Returns the options of a URI: names in lower case, and values as written."""
     written = re.split("[&;]", _parts(uri)["options"] or "")
     split = (option.partition("=") for option in written)
     return {name.lower(): value for name, _, value in split}
 
 
 def secrets(uri: str) -> list[str]:
-    """Password and values of options, as written and as meant."""
+    """Returns the password and the values of the options, as written and decoded."""
     _, _, password = (_parts(uri)["user"] or "").partition(":")
     written = [password, *options(uri).values()]
     return [*filter(None, [*written, *map(urllib.parse.unquote_plus, written)])]
@@ -112,5 +119,5 @@ def secrets(uri: str) -> list[str]:
 
 def _parts(uri: str) -> re.Match[str]:
     parts = _URI.fullmatch(uri)
-    assert parts is not None  # `resolve` refuses a URI that is none
+    assert parts is not None  # `resolve` has refused all other texts
     return parts

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions of a whole brain in MongoDB, both ways.
+"""Reads and writes the predictions of a whole brain in MongoDB.
 
-The layout is that of funkelab/synisterbrain (brain_db.py): any collection of {id,
-pre_x, pre_y, pre_z in nm}, where each network adds nts_<number>: {class: probability}.
-Ours adds the `status` of predictions.py as status_<number>, which the original passes
-over. Read back, a document without one has status null: nobody said.
+funkelab/synisterbrain (brain_db.py) defines the layout. A collection of any name has
+the documents {id, pre_x, pre_y, pre_z in nm}. Each network adds the field nts_<number>:
+{class: probability}. This project also writes the `status` of predictions.py, as
+status_<number>. The original ignores this field. A document without this field is read
+with the status null.
 """
 
 import itertools
@@ -31,17 +32,22 @@ def write_brain(
     feather: Feather,
     overwrite: bool,
 ) -> bool:
-    """The rows as a new collection `name`, or as nts_<number> of the one that is there.
+    """Writes predictions into a new collection, or as nts_<number> of an existing one.
 
-    A row without probabilities has no nts_<number>, as in the original. `overwrite`
-    replaces nts_<number> in the whole collection and never the collection.
+    A row without probabilities gets no nts_<number>, as in the original.
+
+    Args:
+      name: the collection.
+      number: the number of the network.
+      feather: the predictions.
+      overwrite: replace nts_<number> in the whole collection. Other fields stay.
 
     Returns:
-      False when exactly this is there already.
+      False if the collection already has exactly these predictions, else True.
 
     Raises:
-      UserError: nts_<number> is there already, or a synapse is not; nothing has been
-        written then.
+      UserError: the collection already has other nts_<number>, or it lacks a synapse of
+        the predictions. Nothing has been written then.
     """
     ids, known = feather.count()
     what = f"{name}.nts_{number}"
@@ -61,7 +67,7 @@ def write_brain(
         if there and not overwrite:
             raise UserError(
                 f"{there:,} documents of {database.name}.{name} have nts_{number} "
-                "already; give --overwrite to replace it, or another --predict"
+                "already; give --overwrite to replace them, or give another --predict"
             )
         _require(database[name], ids)
         databases.record(database, what, plan, databases.CLEARING)
@@ -70,7 +76,7 @@ def write_brain(
 
 
 def _drop_half(database: databases.Database, name: str) -> None:
-    """A collection that another import began to make and left is nobody's."""
+    """Drops the collection if another import created it and did not finish."""
     states = {"$in": [databases.DROPPING, databases.FILLING]}
     for half in list(database[databases.IMPORTS].find({"state": states})):
         if list(half["rows"]) == [name]:
@@ -121,7 +127,7 @@ def _require(collection: databases.Collection, ids: np.ndarray) -> None:
         shown = ", ".join(map(str, first)) + (", …" if missing > len(first) else "")
         raise UserError(
             f"{missing:,} synapses of the predictions are not in "
-            f"{collection.full_name} ({shown})"
+            f"{collection.full_name} ({shown}); name the collection that has them"
         )
 
 
@@ -132,7 +138,7 @@ def _add(
     feather: Feather,
     plan: Document,
 ) -> None:
-    """Clears nts_<number> and sets it, or goes on where that stopped."""
+    """Removes the old nts_<number> and adds the new, or continues a stopped import."""
     collection, what = database[name], f"{name}.nts_{number}"
     if databases.recorded(database, what)["state"] == databases.CLEARING:
         fields = [f"nts_{number}", f"status_{number}"]
@@ -166,14 +172,22 @@ def read_brain(
     given_classes: Sequence[str] | None,
     source: str,
 ) -> tuple[pa.Schema, Iterator[pa.RecordBatch], int]:
-    """Schema, rows and number of rows of nts_<number> as a prediction table.
+    """Returns the schema, the rows and the number of rows of a prediction table.
 
-    Probabilities go by class name, whatever their order in a document; the columns are
-    in the order of the import, else of `given_classes`, else of the first document. A
-    document without nts_<number> is NaN in every class. The layout knows no neurons.
+    The order of the classes is that of the import. If there is no record of the import,
+    the order is that of `given_classes`, or else of the first document. A document
+    without nts_<number> has NaN for every class. The layout holds no neurons, so the
+    columns about neurons are null.
+
+    Args:
+      name: the collection.
+      number: the number of the network.
+      given_classes: the classes in the network's order, or None.
+      source: where the predictions come from. The metadata of the schema keeps this.
 
     Raises:
-      UserError: names the document that is not usable.
+      UserError: the import is unfinished, the collection or nts_<number> is missing,
+        the classes differ, or a document is not usable. The message names it.
     """
     field, status = f"nts_{number}", f"status_{number}"
     record = testset_predictions.finished(database, name, f"{name}.{field}")

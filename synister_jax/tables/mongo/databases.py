@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original system's MongoDB, both ways; the only importer of pymongo.
+"""Reads and writes the MongoDB of the original system.
 
-The layout is that of documents.py (funkelab/synister, synister_db.py). Beside it, the
-collection `imports` remembers what each import was made from, so that a killed import
-goes on where it stopped and nobody takes a half for a whole: {_id: what was imported,
-sha256 of the source, rows: documents in each collection, state, …}. `_id` of a document
-is its own id, so that the server itself refuses a second one. Collections are filled in
-place: not every server that speaks MongoDB can rename one.
+Only this module imports pymongo. documents.py describes the layout of the documents
+(funkelab/synister, synister_db.py).
+
+The additional collection `imports` records what each import was made from: {_id: what
+was imported, sha256: of the source, rows: documents in each collection, state, …}. So a
+killed import can continue, and no program uses an incomplete import. The `_id` of a
+document is its own id, so the server refuses a second document with the same id.
+Collections are filled in place, because not every server that understands MongoDB's
+protocol can rename a collection.
 """
 
 import collections
@@ -30,14 +33,14 @@ from synister_jax.tables.mongo import address, documents
 from synister_jax.tables.mongo.documents import Document
 
 IMPORTS = "imports"
-# States of an import into new collections: old ones are dropped; new ones are filled.
+# An import into new collections first drops the old ones, then fills the new ones.
 DROPPING, FILLING = "dropping", "filling"
-# And into one that stays: old fields are removed; new ones are added.
+# An import into an existing collection first removes old fields, then adds new fields.
 CLEARING, ADDING = "clearing", "adding"
 DONE = "done"
 GROUND_TRUTH = "ground_truth"
 BATCH_DOCUMENTS = 5_000
-# Nothing else of a synapse is read, whatever columns an ingest has added.
+# Only these fields of a synapse are read, even if an import has added other fields.
 SYNAPSE_FIELDS = dict.fromkeys(
     ("synapse_id", "skeleton_id", "x", "y", "z", "splits", "brain_region"), True
 ) | {"_id": False}
@@ -48,11 +51,16 @@ _TIMEOUT_MS = 5_000
 
 @contextlib.contextmanager
 def connect(target: str, credentials: str | None = None) -> Iterator[Database]:
-    """The database that `address.resolve` finds, open and answering; then closed.
+    """Opens the database that `address.resolve` finds, and closes it at the end.
+
+    Args:
+      target: the URI or the name of the database.
+      credentials: the ini file, if `target` is a name.
 
     Raises:
-      UserError: what pymongo raises, here or in the body, as one line that names host
-        and database and never user or password.
+      UserError: the address is not usable, or pymongo raises an error here or in the
+        body of the `with` statement. The message is one line that names host and
+        database, and never the user or the password.
     """
     uri = address.resolve(target, credentials)
     where = address.redact(uri)
@@ -84,7 +92,9 @@ def _client(uri: str) -> pymongo.MongoClient:
     }
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # options that it leaves out
+            warnings.simplefilter(
+                "error", UserWarning
+            )  # pymongo warns of unknown options
             return pymongo.MongoClient(uri, connect=False, **ours)
     except (
         errors.PyMongoError,
@@ -104,8 +114,8 @@ def _client(uri: str) -> pymongo.MongoClient:
 def _explained(error: errors.PyMongoError, where: str) -> UserError:
     if isinstance(error, errors.OperationFailure) and error.code in _UNAUTHORISED:
         return UserError(
-            f"{where}: not authorised (the server's code {error.code}); check user, "
-            "password and the roles of the user"
+            f"{where}: not authorised (the server's code {error.code}); check the "
+            "user, the password and the roles of the user"
         )
     if isinstance(error, errors.ConnectionFailure | errors.CursorNotFound):
         return UserError(
@@ -120,7 +130,7 @@ def _explained(error: errors.PyMongoError, where: str) -> UserError:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a collection is filled with: `count` documents, always in one order."""
+    """The documents that fill a collection, always in the same order."""
 
     documents: Iterable[Document]
     count: int
@@ -135,12 +145,20 @@ def write(
     sha256: str,
     overwrite: bool = False,
 ) -> bool:
-    """Writes the ground truth; see `publish` for what happens to what is there.
+    """Writes the ground truth into the three collections, as `publish` does.
 
     Args:
-      collections: the documents of each of `documents.COLLECTIONS`; a list each, but
-        for `synapses`, one for each row of `table`, in its order.
-      sha256: of whatever the documents are made from.
+      collections: the documents of each of `documents.COLLECTIONS`. `synapses` yields a
+        document for each row of `table`, in the same order. The others are lists.
+      table: the synapse table.
+      sha256: the SHA-256 of the source of the documents.
+      overwrite: replace documents that the collections already have.
+
+    Returns:
+      False if the database already holds exactly these documents, else True.
+
+    Raises:
+      UserError: a collection is not empty, or two documents have the same id.
     """
     contents = {}
     for name in documents.COLLECTIONS:
@@ -148,12 +166,12 @@ def write(
         if name == "synapses":
             count = len(table)
         else:
-            assert isinstance(found, Sized)  # as all others are
+            assert isinstance(found, Sized)  # the other collections are lists
             count = len(found)
         contents[name] = Content(
             found, count, documents.ID_FIELDS[name], documents.INDEXES[name]
         )
-    # Their order, and names that no synapse has, are nowhere else.
+    # Only this record keeps the order of the splits, and splits that no synapse has.
     splits = [n.removeprefix("split_") for n in synapses.split_columns(table)]
     plan = {"sha256": sha256, "splits": splits}
     return publish(database, GROUND_TRUTH, contents, plan, overwrite)
@@ -166,13 +184,22 @@ def publish(
     plan: Document,
     overwrite: bool,
 ) -> bool:
-    """Fills the collections; False when exactly this is there already.
+    """Fills collections with documents.
 
-    Killed at any moment and run again, it leaves the same documents in the same order.
-    With `overwrite`, what is there is dropped first.
+    The import can be killed at any moment. If it then runs again, the collections have
+    the same documents in the same order.
+
+    Args:
+      what: the name of the import in the collection `imports`.
+      contents: what each collection is filled with.
+      plan: what the documents are made from. Another plan is another import.
+      overwrite: drop the collections first if they have documents.
+
+    Returns:
+      False if the database already holds exactly this import, else True.
 
     Raises:
-      UserError: a collection is not empty, or its documents have an id twice.
+      UserError: a collection is not empty, or two documents have the same id.
     """
     plan = {**plan, "rows": {name: content.count for name, content in contents.items()}}
     state = state_of(database, what, plan)
@@ -181,12 +208,13 @@ def publish(
         return False
     if state != FILLING:
         filled = [f"{name} ({n:,} documents)" for name, n in there.items() if n]
-        # What an import left unfinished, of this or another source, is nobody's.
+        # Documents of an unfinished import may be dropped, whatever its source was.
         unfinished = recorded(database, what).get("state") in (DROPPING, FILLING)
         if filled and not overwrite and not unfinished:
             raise UserError(
                 f"database {database.name} holds {', '.join(filled)} and nothing says "
-                "that they are this; give --overwrite to replace them, or another name"
+                "that they are from this import; give --overwrite to replace them, or "
+                "choose another name"
             )
         record(database, what, plan, DROPPING)
         for name in contents:
@@ -199,33 +227,35 @@ def publish(
 
 
 def state_of(database: Database, what: str, plan: Document) -> str | None:
-    """State of the import `what`; None if it was none of this `plan`."""
+    """Returns the state of the import `what`, or None if its plan was another one."""
     found = recorded(database, what)
     same = all(found.get(key) == value for key, value in plan.items())
     return found.get("state") if same else None
 
 
 def recorded(database: Database, what: str) -> Document:
+    """Returns the record of the import `what`, or an empty document."""
     return database[IMPORTS].find_one({"_id": what}) or {}
 
 
 def record(
     database: Database, what: str, plan: Document, state: str, **more: Any
 ) -> None:
+    """Writes the record of the import `what`."""
     content = {"_id": what, **plan, "state": state, **more}
     database[IMPORTS].replace_one({"_id": what}, content, upsert=True)
 
 
 def _fill(database: Database, name: str, content: Content) -> None:
-    """Adds what the collection lacks: it holds the first so many of the documents."""
+    """Adds the missing documents. The collection must hold the first ones, in order."""
     collection = database[name]
     if name not in database.list_collection_names():
-        database.create_collection(name)  # no documents are a collection as well
+        database.create_collection(name)  # it must exist without documents, too
     there = collection.count_documents({})
     progress = Progress(name, content.count, "documents", done=there)
     rest = iter(content.documents)
     skipped = collections.deque(itertools.islice(rest, there), maxlen=1)
-    # Only the documents of this import, or this would go on in something else.
+    # The import continues only if the last document in the collection is its own.
     ours = all(collection.find_one({"_id": d[content.id_field]}) for d in skipped)
     while ours and (batch := list(itertools.islice(rest, BATCH_DOCUMENTS))):
         _insert(collection, batch, there, content.id_field)
@@ -234,8 +264,8 @@ def _fill(database: Database, name: str, content: Content) -> None:
     if not ours or collection.count_documents({}) != content.count:
         database.drop_collection(name)
         raise UserError(
-            f"{database.name}.{name} does not hold the documents of this import; does "
-            "something else write to it? It is dropped: run the command again"
+            f"{database.name}.{name} does not hold the documents of this import, and "
+            "was dropped; make sure that no other program writes to it and run again"
         )
     for index, fields in content.indexes.items():
         collection.create_index(
@@ -246,7 +276,7 @@ def _fill(database: Database, name: str, content: Content) -> None:
 def _insert(
     collection: Collection, batch: list[Document], start: int, id_field: str
 ) -> None:
-    """Inserts documents `start`, `start` + 1, … of an import, in order."""
+    """Inserts the documents `start`, `start` + 1, … of an import in this order."""
     while batch:
         try:
             collection.insert_many([{**d, "_id": d[id_field]} for d in batch])
@@ -255,14 +285,14 @@ def _insert(
             failure = error.details["writeErrors"][0]
             if failure["code"] != _DUPLICATE_KEY:
                 raise
-            # The last batch of a client that was killed may still have been on its way:
-            # the same documents in the same order, so the count says how far they are.
+            # A killed client may have sent its last batch just before. That batch has
+            # the same documents in the same order, so the count says how many arrived.
             there = collection.count_documents({})
             if there <= start + failure["index"]:
                 key = batch[failure["index"]][id_field]
                 raise UserError(
                     f"{collection.name}: {id_field} {key} is "
-                    "there twice; an id names one document"
+                    "there twice; give every document its own id"
                 ) from None
             batch, start = batch[there - start :], there
 
@@ -270,10 +300,14 @@ def _insert(
 def set_fields(
     collection: Collection, id_field: str, fields: Mapping[int, Document]
 ) -> None:
-    """Sets fields of documents by id; run again, it changes nothing.
+    """Sets fields of documents. A second call with the same values changes nothing.
+
+    Args:
+      id_field: the field with the id of a document.
+      fields: the new fields of each document, by its id.
 
     Raises:
-      UserError: a document is not there.
+      UserError: the collection does not have one of the documents.
     """
     updates = [
         pymongo.UpdateOne({id_field: key}, {"$set": values})
@@ -282,16 +316,16 @@ def set_fields(
     ]
     if updates and collection.bulk_write(updates).matched_count != len(updates):
         raise UserError(
-            f"documents of {collection.full_name} went away meanwhile; stop whatever "
-            "writes and rerun"
+            f"documents of {collection.full_name} were removed during the import; stop "
+            "the program that removes them and run again"
         )
 
 
 def read_table(uri: str) -> pa.Table:
-    """All synapses of the database, a row each, not yet checked (synapses.conform).
+    """Reads all synapses of a database. `synapses.conform` must still check them.
 
     Raises:
-      UserError: see `connect` and `read_batches`.
+      UserError: `connect` or `read_batches` raises it.
     """
     with connect(uri) as database:
         schema, batches = read_batches(database)
@@ -299,13 +333,15 @@ def read_table(uri: str) -> pa.Table:
 
 
 def read_batches(database: Database) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """The synapse table's schema and its rows, in the order of their import.
+    """Returns the schema of the synapse table, and its rows in the order of the import.
 
-    Neurons and hemilineages are held in memory, synapses 10,000 at a time. Fields that
-    old databases lack may be absent: splits, brain_region, type, prepost, meta_id.
+    All neurons and hemilineages are in memory, but only 10,000 synapses at a time. The
+    fields splits, brain_region, type, prepost and meta_id may be absent, because old
+    databases lack them.
 
     Raises:
-      UserError: names collection, document and field where one is absent or not usable.
+      UserError: a collection, a document or a field is missing or not usable. The
+        message names it.
     """
     skeletons, hemi_lineages = read_neurons(database)
     schema = synapse_schema(database)
@@ -323,11 +359,17 @@ def read_batches(database: Database) -> tuple[pa.Schema, Iterator[pa.RecordBatch
 def read_neurons(
     database: Database,
 ) -> tuple[dict[int, Document], dict[int, Document]]:
-    """`skeletons` and `hemi_lineages` by id."""
+    """Returns the documents of `skeletons` and of `hemi_lineages` by their ids.
+
+    Raises:
+      UserError: an import is unfinished, a collection is missing, the database has no
+        synapses, or a document is not usable.
+    """
     state = recorded(database, GROUND_TRUTH).get("state", DONE)
     if state != DONE:
         raise UserError(
-            f"an import into database {database.name} is unfinished; run that again"
+            f"an import into database {database.name} is unfinished; run that "
+            "import again"
         )
     there = database.list_collection_names()
     if lacking := [name for name in documents.COLLECTIONS if name not in there]:
@@ -335,7 +377,7 @@ def read_neurons(
             f"database {database.name} has no collection {', '.join(lacking)}"
         )
     if not recorded(database, GROUND_TRUTH) and database.synapses.find_one() is None:
-        raise UserError(f"database {database.name} has no synapses")
+        raise UserError(f"database {database.name} has no synapses; import them first")
     return _by_id(database.skeletons), _by_id(database.hemi_lineages)
 
 
@@ -356,7 +398,7 @@ def _by_id(collection: Collection) -> dict[int, Document]:
 
 
 def synapse_schema(database: Database) -> pa.Schema:
-    """The synapse table's columns with all splits, any of them null."""
+    """Returns the nullable columns of the synapse table, with those of all splits."""
     names = dict.fromkeys(recorded(database, GROUND_TRUTH).get("splits", []))
     seen: set[str] = set()
     for synapse in database.synapses.find({}, {"_id": False, "splits": True}):

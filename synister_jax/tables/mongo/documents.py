@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original system's documents, and the synapse table made of them and back.
+"""Converts the documents of the original system to a synapse table, and back.
 
-Three collections, in MongoDB and in the JSON export v3 alike (funkelab/synister,
-synister_db.py): `synapses` refer to `skeletons` (neurons; they hold the known
-transmitters), which refer to `hemi_lineages`. Nothing here talks to a server or a file.
+MongoDB and the JSON export v3 have the same three collections (funkelab/synister,
+synister_db.py). A document of `synapses` refers to a document of `skeletons`, which is
+a neuron and holds its known transmitters. A document of `skeletons` refers to a
+document of `hemi_lineages`. This module uses neither a server nor files.
 """
 
 import contextlib
@@ -19,14 +20,14 @@ from synister_jax.base.errors import UserError
 
 Document = dict[str, Any]
 
-# Order of writing: what a document refers to is there before it.
+# The order of writing: a document is written after the documents that it refers to.
 COLLECTIONS = ("hemi_lineages", "skeletons", "synapses")
 ID_FIELDS = {
     "hemi_lineages": "hemi_lineage_id",
     "skeletons": "skeleton_id",
     "synapses": "synapse_id",
 }
-# Name and fields of each index that the original makes, all sparse, none unique.
+# The name and the fields of each index of the original. All are sparse, none is unique.
 INDEXES: dict[str, dict[str, tuple[str, ...]]] = {
     "hemi_lineages": {"hemi_lineage_id": ("hemi_lineage_id",)},
     "skeletons": {
@@ -39,7 +40,7 @@ INDEXES: dict[str, dict[str, tuple[str, ...]]] = {
         "skeleton_id": ("skeleton_id",),
     },
 }
-# The fields that each document has, whether known or not.
+# The fields that every document has. Unknown values are null.
 _TEMPLATES: dict[str, Document] = {
     "hemi_lineages": {"hemi_lineage_name": None, "nt_guess": None},
     "skeletons": {"hemi_lineage_id": None, "nt_known": None},
@@ -61,7 +62,7 @@ _BATCH_ROWS = 10_000
 
 
 def complete(collection: str, key: int, fields: Document) -> Document:
-    """The document of `collection` with all its fields, the id first."""
+    """Returns a document of `collection` with all its fields, the id first."""
     return {ID_FIELDS[collection]: key, **_TEMPLATES[collection], **fields}
 
 
@@ -70,10 +71,17 @@ def row(
     skeletons: Mapping[int, Document],
     hemi_lineages: Mapping[int, Document],
 ) -> Document:
-    """One synapse document as a row of the synapse table, in nm as stored.
+    """Returns a synapse document as a row of the synapse table.
+
+    The position is in nm, as in the document.
+
+    Args:
+      synapse: the document.
+      skeletons: the documents of `skeletons` by id.
+      hemi_lineages: the documents of `hemi_lineages` by id.
 
     Raises:
-      UserError: a field is missing or is not usable, or refers to nothing.
+      UserError: a field is missing or not usable, or refers to a missing document.
     """
     try:
         neuron_id = synapse["skeleton_id"]
@@ -105,7 +113,8 @@ def row(
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"synapse {synapse.get('synapse_id')}: {error} is missing or not usable; "
-            "it needs synapse_id, skeleton_id (a known skeleton or null), x, y and z"
+            "a synapse needs synapse_id, skeleton_id (a known skeleton or null), x, y "
+            "and z"
         ) from None
 
 
@@ -116,31 +125,43 @@ def _referred(collection: Mapping[int, Document], key: Any, what: str) -> Docume
 
 
 def integer(value: Any) -> int:
-    """The id as it is; `TypeError` for what is none."""
-    # Doubles have lost digits of large ids; True is an int to Python.
+    """Returns the id unchanged.
+
+    Raises:
+      TypeError: it is not an integer.
+    """
+    # A double has lost digits of a large id. For Python, True is an int.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"id {value!r}, not an integer,")
     return value
 
 
 def number(value: Any) -> float | None:
-    """A coordinate, None where it is null; `TypeError` for what is none."""
+    """Returns a number as a float, or None if it is null.
+
+    Raises:
+      TypeError: it is not a number.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | None):
         raise TypeError(f"coordinate {value!r}, not a number,")
     return None if value is None else float(value)
 
 
 def from_table(table: pa.Table) -> dict[str, list[Document] | Iterator[Document]]:
-    """The documents of each collection, `synapses` one by one in the table's order.
+    """Returns the documents of each collection for a synapse table.
 
-    Whole nanometres become integers, as the original stores them; others stay doubles.
-    Hemilineages are numbered from 0 in order of appearance, and "none" is one of them,
-    as in the original's ingest.py. Read back, an empty text is null, and so is a
-    hemilineage called NA, NONE, NEW or UNKNOWN: to the original these are none.
+    The documents of `synapses` are created one by one, in the order of the table. Whole
+    nanometres become integers, as the original stores them. Other positions stay
+    doubles. Hemilineages are numbered from 0 in order of appearance. A missing
+    hemilineage gets a number, too, as in ingest.py of the original.
+
+    Some values change when the documents are read back. An empty text becomes null. A
+    hemilineage called NA, NONE, NEW or UNKNOWN becomes null, because the original reads
+    these names as "no hemilineage".
 
     Raises:
-      UserError: the rows of a neuron disagree about it, or a row says something of a
-        neuron that it does not name: the original's layout has no place for that.
+      UserError: the rows of a neuron disagree about the neuron. Or a row has a property
+        of a neuron but no `neuron_id`: the original's layout cannot hold this.
     """
     neurons = _neurons(table)
     names = list(dict.fromkeys(neuron["hemilineage"] for neuron in neurons))
@@ -167,7 +188,7 @@ def from_table(table: pa.Table) -> dict[str, list[Document] | Iterator[Document]
 
 
 def synapse_documents(table: pa.Table) -> Iterator[Document]:
-    """One `synapses` document a row of the table, in its order."""
+    """Yields a document of `synapses` for each row of the table, in the same order."""
     schemes = [name for name in table.column_names if name.startswith("split_")]
     for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
         for line in batch.to_pylist():
@@ -188,14 +209,20 @@ def synapse_documents(table: pa.Table) -> Iterator[Document]:
 
 
 def whole_if_whole(value: float | None) -> int | float | None:
-    """An integer where the number is one; None where it is NaN or infinite."""
+    """Returns an integer for a whole number below 2**53, and None for NaN or infinity.
+
+    Every other number is returned unchanged.
+    """
     if value is None or not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _neurons(table: pa.Table) -> list[Document]:
-    """{neuron_id, neurotransmitter, hemilineage, cell_type} in order of appearance."""
+    """Returns the properties of each neuron, in order of appearance.
+
+    The keys are neuron_id, neurotransmitter, hemilineage and cell_type.
+    """
     lost = pc.is_valid(table[_OF_A_NEURON[0]])
     for name in _OF_A_NEURON[1:]:
         lost = pc.or_(lost, pc.is_valid(table[name]))
@@ -203,8 +230,8 @@ def _neurons(table: pa.Table) -> list[Document]:
     if len(lost):
         raise UserError(
             f"{len(lost):,} rows have no neuron_id but a {', '.join(_OF_A_NEURON)} "
-            f"(synapse {lost['synapse_id'][0]} first); the original's layout keeps "
-            "these with the neuron: give the rows a neuron_id"
+            f"(synapse {lost['synapse_id'][0]} first); the original's layout stores "
+            "these values with the neuron: give the rows a neuron_id"
         )
     facts = table.filter(pc.is_valid(table["neuron_id"])).select(
         ["neuron_id", *_OF_A_NEURON]
@@ -217,7 +244,8 @@ def _neurons(table: pa.Table) -> list[Document]:
             [name, *_] = [n for n in _OF_A_NEURON if neuron[n] != other[n]]
             raise UserError(
                 f"neuron {neuron['neuron_id']} has two values of {name}: "
-                f"{other[name]!r} and {neuron[name]!r}; make its rows agree"
+                f"{other[name]!r} and {neuron[name]!r}; give all its rows the same "
+                "value"
             )
     return list(seen.values())
 
@@ -228,20 +256,30 @@ def to_batches(
     hemi_lineages: Mapping[int, Document],
     schema: pa.Schema,
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of the synapse table in batches of `schema`, in bounded memory.
+    """Yields the rows of the synapse table in batches of `schema`.
+
+    The memory does not grow with the number of synapses.
+
+    Args:
+      synapses: the documents of `synapses`.
+      skeletons: the documents of `skeletons` by id.
+      hemi_lineages: the documents of `hemi_lineages` by id.
 
     Raises:
-      UserError: see `row`; or a value does not fit its column.
+      UserError: `row` or `in_batches` raises it.
     """
     rows = (row(synapse, skeletons, hemi_lineages) for synapse in synapses)
     return in_batches(rows, schema)
 
 
 def in_batches(rows: Iterable[Document], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Rows with a `synapse_id` as batches; a column that a row lacks is null there.
+    """Yields rows as batches. A value that a row lacks becomes null.
+
+    Args:
+      rows: the rows, each with a `synapse_id`.
 
     Raises:
-      UserError: a value does not fit its column, or has none.
+      UserError: a value does not fit its column, or `schema` has no column for it.
     """
     names = set(schema.names)
     unfit = (pa.ArrowException, OverflowError, TypeError, ValueError)
@@ -258,14 +296,15 @@ def in_batches(rows: Iterable[Document], schema: pa.Schema) -> Iterator[pa.Recor
                     raise UserError(
                         f"synapse {line['synapse_id']}: {field.name}: {error}"
                     ) from None
-        raise AssertionError("each value fits and all together do not")
+        raise AssertionError("every value fits its column, but the batch does not fit")
 
     for line in rows:
         several.append(line)
         if unforeseen := line.keys() - names:
             raise UserError(
                 f"synapse {line['synapse_id']} has {', '.join(unforeseen)}, which was "
-                "not there when reading began; stop whatever writes and rerun"
+                "not there when the reading began; stop the program that writes to the "
+                "database and run again"
             )
         if len(several) == _BATCH_ROWS:
             yield batch()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published JSON export v3: three files of documents keyed by id.
+"""Reads the published JSON export v3: three files that hold documents by id.
 
-See data/fafb_v3/README.md for where the published ones come from.
+data/fafb_v3/README.md says where the published files come from.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from synister_jax.base import files
 from synister_jax.base.errors import UserError
 from synister_jax.tables.mongo import documents
 
-# Git blob ids of the published files (github.com/funkelab/synister, data/fafb_v3).
+# The git blob ids of the published files (github.com/funkelab/synister, data/fafb_v3).
 PUBLISHED = {
     "hemi_lineages_v3.json": "325cc55265fa38f72c6d3979e570c69da2f2c4d5",
     "skeletons_v3.json": "bd822c6efce9c79c21c138751b4cd6b90dfb6683",
@@ -23,10 +23,14 @@ PUBLISHED = {
 
 
 def read(folder: pathlib.Path, schema: pa.Schema) -> pa.Table:
-    """The synapse table of the export, its columns those of `schema` and the splits.
+    """Returns the synapse table of the export.
+
+    Args:
+      folder: the folder with the three files.
+      schema: the columns of the table. A column for each split is added.
 
     Raises:
-      UserError: a file is missing, is not JSON, or a synapse is not usable.
+      UserError: a file is missing or not JSON, or a synapse is not usable.
     """
     content = collections(folder)
     by_id = {
@@ -39,7 +43,7 @@ def read(folder: pathlib.Path, schema: pa.Schema) -> pa.Table:
         if isinstance(synapse.get("splits"), dict):
             schemes.update(dict.fromkeys(synapse["splits"]))
     fields = [pa.field(f"split_{name}", pa.string()) for name in sorted(schemes)]
-    # Nullable, so that a missing coordinate is named like any other bad row.
+    # A position may be null here, so that the check of the table names its row.
     schema = pa.schema([field.with_nullable(True) for field in schema] + fields)
     try:
         batches = documents.to_batches(
@@ -51,10 +55,13 @@ def read(folder: pathlib.Path, schema: pa.Schema) -> pa.Table:
 
 
 def collections(folder: pathlib.Path) -> dict[str, list[documents.Document]]:
-    """The documents of each collection, complete, as the original's import writes them.
+    """Returns the documents of each collection with all their fields.
+
+    The import of the original writes the same documents.
 
     Raises:
-      UserError: a file is missing, is not JSON, or is not an object by integer id.
+      UserError: a file is missing or not JSON, its content is not an object, or a key
+        of this object is not an integer id.
     """
     return {name: _documents(folder, name) for name in documents.COLLECTIONS}
 
@@ -63,7 +70,9 @@ def _documents(folder: pathlib.Path, collection: str) -> list[documents.Document
     path = folder / f"{collection}_v3.json"
     content: Any = files.read_json(path, unique_keys=True)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: the files of an export v3 are objects by id")
+        raise UserError(
+            f"{path} is not a JSON object; the files of an export v3 are objects by id"
+        )
     result = []
     for key, fields in content.items():
         if not isinstance(fields, dict):
@@ -73,13 +82,13 @@ def _documents(folder: pathlib.Path, collection: str) -> list[documents.Document
         except ValueError:
             raise UserError(f"{path}: id {key!r} is not an integer") from None
         if document[documents.ID_FIELDS[collection]] != int(key):
-            raise UserError(f"{path}, id {key}: another id is inside")
+            raise UserError(f"{path}, id {key}: the document has another id")
         result.append(document)
     return result
 
 
 def unpublished(folder: pathlib.Path) -> dict[str, str]:
-    """The files of the folder that are not the published ones: "missing", "differs"."""
+    """Returns the files that are not the published ones, as "missing" or "differs"."""
     found = {}
     for name, blob in PUBLISHED.items():
         path = folder / name
@@ -91,7 +100,10 @@ def unpublished(folder: pathlib.Path) -> dict[str, str]:
 
 
 def git_blob(path: pathlib.Path) -> str:
-    """The id that git gives the content: SHA-1 of a header with its size, and it."""
+    """Returns the blob id that git gives the file, as hexadecimal text.
+
+    The id is the SHA-1 of a header, which holds the size, and the content.
+    """
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

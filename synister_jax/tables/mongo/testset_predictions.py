@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions of a test set in MongoDB, both ways, and what both layouts share.
+"""Reads and writes the predictions of a test set in MongoDB.
 
-The layout is that of funkelab/synister (synister_db.py): database `<db>_predictions`,
-one collection a network and split, {synapse_id, prediction: list of doubles or null}.
-Ours adds the `status` of predictions.py, which the original passes over. Read back, a
-document without one has status null: nobody said. The other layout is that of
-brain_predictions.py.
+funkelab/synister (synister_db.py) defines the layout. The database `<db>_predictions`
+has a collection for each network and split, with the documents {synapse_id, prediction:
+list of doubles or null}. This project also writes the `status` of predictions.py. The
+original ignores this field. A document without this field is read with the status null.
+
+brain_predictions.py has the other layout, and uses some functions of this module.
 """
 
 import dataclasses
@@ -31,26 +32,29 @@ BATCH_ROWS = databases.BATCH_DOCUMENTS
 
 @dataclasses.dataclass(frozen=True)
 class Feather:
-    """A prediction table in a file, read piece by piece: it may exceed memory."""
+    """A prediction table in a file, which is read in pieces and can exceed memory."""
 
     source: predictions.Predictions
-    # Column and its value: the rows that count; None for all.
+    # (column, value): use only the rows with this value. None uses all rows.
     part: tuple[str, str] | None
 
     @property
     def path(self) -> str:
+        """The path of the file."""
         return str(self.source.path)
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """The class names in the order of the network's outputs."""
         return self.source.classes
 
     @property
     def about(self) -> dict[str, Any]:
-        """What made it, without the classes."""
+        """The metadata that says what made the predictions, without the classes."""
         return {k: v for k, v in self.source.about.items() if k != "classes"}
 
     def tables(self) -> Iterator[pa.Table]:
+        """Yields the rows in tables of at most `BATCH_ROWS` rows."""
         for table in self.source.tables():
             if self.part is not None:
                 column, part = self.part
@@ -59,7 +63,10 @@ class Feather:
                 yield table.slice(start, BATCH_ROWS)
 
     def rows(self) -> Iterator[tuple[Document, list[float] | None]]:
-        """Each row's columns and its probabilities, None where there are none."""
+        """Yields the id, position and status of each row, and its probabilities.
+
+        The probabilities are None if the row has no prediction.
+        """
         names = ["synapse_id", *synapses.POSITION, "status"]
         for table in self.tables():
             values = self.probabilities(table)
@@ -69,11 +76,11 @@ class Feather:
                 yield line, row if is_known else None
 
     def probabilities(self, table: pa.Table) -> np.ndarray:
-        """[n, classes] float64; every float32 is a double."""
+        """Returns the probabilities as float64, [n, classes], which loses no digits."""
         return predictions.probabilities(table).astype(np.float64)
 
     def plan(self) -> Document:
-        """What tells an import from one of something else."""
+        """Returns what the import is made from, to recognise another import."""
         return {
             "sha256": files.sha256(self.path),
             "part": "all" if self.part is None else self.part[1],
@@ -82,7 +89,11 @@ class Feather:
         }
 
     def count(self) -> tuple[np.ndarray, int]:
-        """Synapse ids, checked to be unique, and how many rows have probabilities."""
+        """Returns the synapse ids, and the number of rows with probabilities.
+
+        Raises:
+          UserError: an id occurs twice.
+        """
         ids, known = [], 0
         for table in self.tables():
             ids.append(table["synapse_id"].to_numpy())
@@ -91,14 +102,22 @@ class Feather:
 
 
 def open_feather(path: str, split: str | None = None, part: str = "all") -> Feather:
-    """Checks that the file is a prediction table, and picks a part of a split.
+    """Opens a prediction table in a file, and selects a part of a split.
+
+    Args:
+      path: the file.
+      split: the split that `part` belongs to.
+      part: train, validation or test, or "all" for all rows.
 
     Raises:
-      UserError: it is none, or lacks the split.
+      UserError: the file is not a prediction table or does not have the split, or
+        `path` is a folder.
     """
     source = predictions.open(path)
     if source.path.is_dir():
-        raise UserError(f"{path} is a folder; predict with --format=feather for this")
+        raise UserError(
+            f"{path} is a folder; predict with --format=feather to get one file"
+        )
     if part == "all":
         return Feather(source, None)
     synapses.in_part(source.schema.empty_table(), split or "", part)
@@ -106,12 +125,12 @@ def open_feather(path: str, split: str | None = None, part: str = "all") -> Feat
 
 
 def test_set_name(split: str, experiment: str, train: int, predict: int) -> str:
-    """Of the collection, as the original puts it together."""
+    """Returns the name that the original gives to the collection."""
     return f"{split}_{experiment}_t{train}_p{predict}"
 
 
 def check_name(collection: str) -> None:
-    """Raises `UserError` for a name that no collection of predictions can have."""
+    """Raises `UserError` if a collection of predictions cannot have this name."""
     if collection == databases.IMPORTS or not re.fullmatch(
         r"[A-Za-z_][\w.-]*", collection
     ):
@@ -123,7 +142,18 @@ def check_name(collection: str) -> None:
 def write_test_set(
     database: databases.Database, name: str, feather: Feather, overwrite: bool
 ) -> bool:
-    """The rows as collection `name` of `<db>_predictions`; see `databases.publish`."""
+    """Writes predictions into the collection `name` of `<db>_predictions`.
+
+    Args:
+      database: the database of the ground truth, <db>.
+      overwrite: replace the collection if it has other documents.
+
+    Returns:
+      False if the collection already has exactly these predictions, else True.
+
+    Raises:
+      UserError: a synapse id occurs twice, or `databases.publish` raises it.
+    """
     ids, _ = feather.count()
     found = (
         {
@@ -133,7 +163,7 @@ def write_test_set(
         }
         for line, probabilities in feather.rows()
     )
-    # The original has no index at all, and so reads all documents for each update.
+    # The original has no index, so it reads all documents for each update.
     indexes = {"synapse_id": ("synapse_id",)}
     content = databases.Content(found, len(ids), "synapse_id", indexes)
     there = _predictions_of(database)
@@ -150,17 +180,21 @@ def read_test_set(
     given_classes: Sequence[str] | None,
     source: str,
 ) -> tuple[pa.Schema, Iterator[pa.RecordBatch], int]:
-    """Schema, rows and number of rows of a prediction table, facts from `database`.
+    """Returns the schema, the rows and the number of rows of a prediction table.
 
-    A null prediction is NaN in every class.
+    The columns of the synapse table come from `database`. A null prediction becomes NaN
+    for every class.
 
     Args:
-      given_classes: in the network's order; needed where the original wrote the
-        collection, which names none.
-      source: where this comes from, kept in the schema's metadata.
+      database: the database of the ground truth, <db>.
+      name: the collection in `<db>_predictions`.
+      given_classes: the classes in the network's order. This is needed for a collection
+        that the original wrote, because the original does not store the classes.
+      source: where the predictions come from. The metadata of the schema keeps this.
 
     Raises:
-      UserError: names the document that is not usable.
+      UserError: the import is unfinished, the collection is missing, the classes are
+        not known or differ, or a document is not usable. The message names it.
     """
     there = _predictions_of(database)
     record = finished(there, name, name)
@@ -168,7 +202,7 @@ def read_test_set(
     if classes is None:
         raise UserError(
             f"nothing says what the classes of {there.name}.{name} are; give --classes "
-            "in the order of the network"
+            "in the order of the network's outputs"
         )
     skeletons, hemi_lineages = databases.read_neurons(database)
     facts = databases.synapse_schema(database)
@@ -218,11 +252,17 @@ def _listed(document: Document, classes: int, where: str) -> list[float | None]:
 
 
 def finished(database: databases.Database, name: str, what: str) -> Document:
-    """The record of the import `what`, {} for a collection that is not of ours."""
+    """Returns the record of the import `what`, or {} for a collection without a record.
+
+    Raises:
+      UserError: the import is unfinished, or there is no collection `name`.
+    """
     there = database.list_collection_names()
     record = databases.recorded(database, what)
     if record.get("state", databases.DONE) != databases.DONE:
-        raise UserError(f"the import of {database.name}.{what} is unfinished: rerun it")
+        raise UserError(
+            f"the import of {database.name}.{what} is unfinished; run the import again"
+        )
     if name not in there:
         raise UserError(
             f"database {database.name} has no collection {name}; it has "
@@ -232,14 +272,20 @@ def finished(database: databases.Database, name: str, what: str) -> Document:
 
 
 def classes_of(record: Document, given: Sequence[str] | None) -> list[str] | None:
+    """Returns the classes of an import, or the given ones, or None if both are absent.
+
+    Raises:
+      UserError: a given class is unknown or given twice, or the given classes are not
+        those of the import.
+    """
     known = record.get("classes")
     if given is None:
         return known
     synapses.check_classes(given)
     if known is not None and list(given) != known:
         raise UserError(
-            f"--classes={','.join(given)}, but this was imported with the classes "
-            f"{','.join(known)}; leave the flag out"
+            f"--classes={','.join(given)}, but the predictions were imported with the "
+            f"classes {','.join(known)}; leave the flag out"
         )
     return list(given)
 
@@ -247,6 +293,14 @@ def classes_of(record: Document, given: Sequence[str] | None) -> list[str] | Non
 def schema_of(
     facts: pa.Schema, classes: Sequence[str], record: Document, source: str
 ) -> pa.Schema:
+    """Returns the schema of a prediction table.
+
+    Args:
+      facts: the columns of the synapse table.
+      classes: the class names in the order of the network's outputs.
+      record: the record of the import, whose metadata is kept.
+      source: where the predictions come from.
+    """
     fields = [*facts, pa.field("status", pa.string())]
     for name in classes:
         fields.append(pa.field(predictions.probability_column(name), pa.float32()))
