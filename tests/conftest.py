@@ -19,6 +19,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Most of the suite's time goes into compiling. With less optimisation of machine code
+# the same programs compile a quarter faster.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import ml_collections
 import numpy as np
@@ -40,6 +43,14 @@ from tests.helpers.small_data import (
 
 if TYPE_CHECKING:
     from playwright import sync_api
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests of a trained run: the first of them waits until it is trained."""
+    for item in items:
+        if {"trained_run", "short_run"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

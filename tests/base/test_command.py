@@ -31,6 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -140,6 +141,7 @@ def test_unwritable_output_is_named(tmp_path: pathlib.Path) -> None:
         files.make_folder(tmp_path / "file" / "folder")
 
 
+@pytest.mark.long
 def test_progress_tells_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("work", 1_000, "things", every_seconds=0)
     time.sleep(1)  # a compilation, which must not spoil the first ETA

@@ -25,6 +25,7 @@ def test_inline_svg_leaves_colours_to_the_page() -> None:
     assert lines and not [x for x in lines if "opacity" in x]
 
 
+@pytest.mark.long
 def test_inline_svgs_of_one_page_share_no_ids() -> None:
     def ids(name: str) -> list[str]:
         text = figures.inline_svg(lambda: figures.curves(LINES), name)

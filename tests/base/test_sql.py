@@ -57,6 +57,7 @@ def test_rows_come_in_order(tmp_path: pathlib.Path, count: int) -> None:
     assert len(found) == count * 1000 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_what_does_not_fit_in_memory_goes_to_the_folder_and_is_removed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

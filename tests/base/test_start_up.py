@@ -47,6 +47,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 _EVERY_MODULE = """
 import importlib, json, pkgutil, sys
 import synister_jax
+
 for found in pkgutil.walk_packages(synister_jax.__path__, "synister_jax."):
     if found.name != "synister_jax.network.torch_weights":
         importlib.import_module(found.name)

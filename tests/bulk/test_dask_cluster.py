@@ -169,6 +169,7 @@ def test_a_job_that_is_lost_is_replaced(
     assert output_files(out) == output_files(alone)
 
 
+@pytest.mark.long
 def test_a_plan_made_anew_is_not_the_old_one(
     tmp_path: pathlib.Path, alone: pathlib.Path, trained_run: pathlib.Path
 ) -> None:
@@ -195,7 +196,7 @@ def test_a_plan_made_anew_is_not_the_old_one(
     assert worker_inputs.execute_unit(job.elsewhere(anew), 0).synapses == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_array_of_jobs(
     tmp_path: pathlib.Path,
     alone: pathlib.Path,
@@ -216,6 +217,7 @@ def test_an_array_of_jobs(
     assert output_files(tmp_path) == output_files(alone)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("option", "message"),
     [

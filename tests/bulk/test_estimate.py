@@ -135,6 +135,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> inference.Classifier
     return inference.Classifier([(workdir, None)], 8, mesh)
 
 
+@pytest.mark.long
 def test_text_tells_rows_units_bytes_and_time(
     tmp_path: pathlib.Path,
     classifier: inference.Classifier,

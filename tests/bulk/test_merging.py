@@ -375,6 +375,7 @@ def test_a_part_of_the_table_is_answered_alone(
     np.testing.assert_array_equal(predictions.probabilities(answer), probabilities)
 
 
+@pytest.mark.long
 def test_parts_larger_than_the_memory_are_merged_on_the_disk(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,7 @@ def test_the_next_unit_goes_on_beside_the_last(tmp_path: pathlib.Path) -> None:
         assert (np.diff(unit) >= 0).all()
 
 
+@pytest.mark.long
 def test_a_sort_that_spills_gives_the_same_units(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +401,7 @@ def test_what_a_killed_planner_left_does_not_disturb(
     assert (out / "units.parquet").read_bytes() == whole
 
 
+@pytest.mark.long
 def test_some_that_plan_at_once_have_one_plan(
     tmp_path: pathlib.Path, volume: Volume
 ) -> None:
@@ -454,6 +456,7 @@ def interleaved(cell: Sequence[int]) -> int:
     return int("".join(a + b + c for a, b, c in zip(z, y, x, strict=True)), 2)
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(
     starts=st.lists(

@@ -75,6 +75,7 @@ def test_the_same_part_is_the_same_bytes(plan: Plan) -> None:
     assert unit_results.path_of(plan, 1).read_bytes() == first
 
 
+@pytest.mark.long
 def test_any_byte_that_changed_is_noticed_or_changes_nothing(plan: Plan) -> None:
     part = made_up(plan, 1)
     unit_results.write(plan, 1, part)

@@ -141,10 +141,10 @@ def test_what_is_read_is_not_replaced(tmp_path: pathlib.Path) -> None:
         tmp_path / "link.feather",
         f"{tmp_path}/../{tmp_path.name}/p.feather",
     ):
-        with pytest.raises(UserError, match="is what is read; name another file"):
+        with pytest.raises(UserError, match="is the input; name another file"):
             files.require_other(same, path)
     done = run(f"--predictions={path}", f"--output={path}")
-    assert done.returncode == 1 and "is what is read" in done.stderr
+    assert done.returncode == 1 and "is the input" in done.stderr
     assert len(predictions.load(path)) == 50
 
 

@@ -102,6 +102,7 @@ def test_the_file_says_what_was_fitted(fitted_run: pathlib.Path) -> None:
     assert list(fitted["by_class"]) == list(CLASSES)
 
 
+@pytest.mark.long
 def test_again_gives_the_same_bytes_and_test_is_never_opened(
     run: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_again_gives_the_same_bytes_and_test_is_never_opened(
     assert {p.name: p.read_bytes() for p in (run / "calibration").iterdir()} == written
 
 
+@pytest.mark.long
 def test_check_measures_and_fits_nothing(run: pathlib.Path) -> None:
     with pytest.raises(UserError, match="calibrate --workdir=.* --steps=7 first"):
         calibrating.check(run, 7, "test")
@@ -140,6 +142,7 @@ def test_check_measures_and_fits_nothing(run: pathlib.Path) -> None:
     assert checked["precision"] == pytest.approx(0.9, abs=0.06)
 
 
+@pytest.mark.long
 def test_no_threshold_is_precise_enough(
     run: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,7 +156,8 @@ def test_no_threshold_is_precise_enough(
     for name in ("abstain_below", "coverage", "precision", "by_class"):
         assert fitted[name] is None
     said = capsys.readouterr().out
-    assert "no threshold keeps 0.95 right; the most is 0.000, of 1 synapses" in said
+    assert "at no confidence is a share of 0.95 right; the highest share is 0.0" in said
+    assert ", of the 1 synapses" in said
     assert "the temperature is at its bound, 20" in said
     write_evaluation(run, "test")
     checked = calibrating.check(run, 7, "test")
@@ -171,7 +175,7 @@ def test_a_check_of_other_crops_is_refused(
     if name == "classes":  # none of its labels is one of them
         expected = "no labelled synapse"
     else:
-        expected = f"fitted with {name} .*, test was evaluated with {value}"
+        expected = f"fitted with {name} .*, but test was evaluated with {value}"
     with pytest.raises(UserError, match=expected):
         calibrating.check(fitted_run, 7, "test")
 
@@ -185,11 +189,13 @@ def test_mistakes_in_what_was_evaluated(run: pathlib.Path) -> None:
     for name in ("metrics.json", "predictions.feather"):
         kept = (folder / name).read_bytes()
         shutil.copy(run / "evaluation/test/step-7" / name, folder)
-        with pytest.raises(UserError, match=f"{name} is of part test, not of valid"):
+        with pytest.raises(
+            UserError, match=f"{name} belongs to part test, not to valid"
+        ):
             calibrating.fit(run, 7, 0.9)
         (folder / name).write_bytes(kept)
     shutil.copytree(folder, folder.with_name("step-8"))
-    with pytest.raises(UserError, match="is of step 7, not of 8"):
+    with pytest.raises(UserError, match="belongs to step 7, not to 8"):
         calibrating.fit(run, 8, 0.9)
     write_evaluation(run, "validation", n=5)
     table = predictions.load(folder / "predictions.feather")
@@ -222,7 +228,7 @@ def test_parameters_are_kept_where_they_are_known(run: pathlib.Path) -> None:
     write_evaluation(run, "validation", parameters_sha256="abc")
     assert calibrating.fit(run, 7, 0.9)["parameters_sha256"] == "abc"
     write_evaluation(run, "test", parameters_sha256="abd")
-    with pytest.raises(UserError, match="parameters_sha256 abc, test was .* abd"):
+    with pytest.raises(UserError, match="parameters_sha256 abc, but test was .* abd"):
         calibrating.check(run, 7, "test")
 
 
@@ -268,6 +274,7 @@ def test_temperatures_that_are_not_possible(
         saved_calibration.read(run, content["step"])
 
 
+@pytest.mark.long
 def test_imported_weights_have_no_crops_to_compare(run: pathlib.Path) -> None:
     config = {"classes": list(CLASSES), "crops_sha256": ""}
     files.write_json(run / "config.json", config)

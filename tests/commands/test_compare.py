@@ -310,7 +310,7 @@ def test_a_folder_of_others_is_refused(tmp_path: pathlib.Path, case: Case) -> No
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
     case.b.rename(tmp_path / "neurons.feather")
     case.b = tmp_path / "neurons.feather"
-    with pytest.raises(UserError, match="neurons.feather is what is read"):
+    with pytest.raises(UserError, match="neurons.feather is the input"):
         case.compare(tmp_path)
 
 
@@ -363,7 +363,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: pathlib.Path, case: Case) -> 
     assert "none of the 300 synapses that both have is predicted in both" in text
     write(case.a, ours(case.ids_a[:0], case.p[:0]))
     assert message(tmp_path, case) == f"{case.a} has no rows"
-    with pytest.raises(UserError, match="z of 55960 nm has no number on a grid of 1e-"):
+    with pytest.raises(UserError, match="z of 55960 nm is too large for a grid of 1e-"):
         write(case.a, ours(case.ids_a, case.p))
         case.compare(tmp_path / "out", by="position", tolerance_nm=1e-300)
     other = {"id": [1], "serotonin": [0.5], "octopamine": [0.5]}

@@ -20,6 +20,7 @@ from synister_jax.training import (
 )
 
 
+@pytest.mark.long
 def test_independent_of_batch_size_and_devices(
     short_run: pathlib.Path, short_config: ml_collections.ConfigDict
 ) -> None:
@@ -39,6 +40,7 @@ def test_independent_of_batch_size_and_devices(
         assert a["synapses"] == b["synapses"] and a["neurons"] == b["neurons"]
 
 
+@pytest.mark.long
 def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -> None:
     summary = checkpoint_evaluation.evaluate(
         short_run, "validation", [10, 20], batch_size=8
@@ -110,6 +112,7 @@ def test_mistakes(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
         checkpoint.load_config(tmp_path)
 
 
+@pytest.mark.long
 def test_part_predictions_keep_ids(
     short_run: pathlib.Path, short_config: ml_collections.ConfigDict
 ) -> None:
@@ -134,15 +137,16 @@ def test_part_predictions_keep_ids(
 def test_variants_that_are_not_possible() -> None:
     assert measured_table.NeuronSelections.of(["5"], ["0.5"]).n_mins == (5,)
     for n_mins, cutoffs, why in (
-        (["-3"], ["0"], "--n_min=-3: numbers from 1 up"),
+        (["-3"], ["0"], "--n_min=-3: give numbers from 1 up"),
         (["x"], ["0"], "--n_min or --cutoff: invalid literal"),
-        (["1"], ["nan"], "--cutoff=nan: shares, from 0 to 1"),
-        (["1"], ["2"], "--cutoff=2: shares"),
+        (["1"], ["nan"], "--cutoff=nan: give shares from 0 to 1"),
+        (["1"], ["2"], "--cutoff=2: give shares"),
     ):
         with pytest.raises(UserError, match=why):
             measured_table.NeuronSelections.of(n_mins, cutoffs)
 
 
+@pytest.mark.long
 def test_a_table_of_predictions(
     short_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

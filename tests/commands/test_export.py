@@ -19,13 +19,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return commands.run("-m", "synister_jax.export", *arguments)
 
 
+@pytest.mark.long
 def test_command(tmp_path: pathlib.Path) -> None:
     table = prediction_tables.make([NEURON, None], ["gaba", None])
     path = prediction_tables.write(tmp_path, table)
     output = tmp_path / "out"
     done = run(f"--predictions={path}", "--to=fafbseg", f"--output={output}")
     assert done.returncode == 0, done.stderr
-    assert "note: there are no cleft scores: every synapse weighs 1" in done.stdout
+    assert (
+        "note: the predictions have no cleft scores: every synapse gets the weight 1"
+        in done.stdout
+    )
     assert done.stdout.endswith(f"{output}: files for fafbseg of 2 synapses\n")
     assert len(feather.read_table(output / "synapses.feather")) == 2
     content = json.loads((output / "export.json").read_text())
@@ -83,7 +87,7 @@ def test_files_of_others_stay(tmp_path: pathlib.Path) -> None:
         output = tmp_path / f"has {len(text)}"
         output.mkdir()
         (output / "export.json").write_text(text)
-        with pytest.raises(UserError, match="export.json is there, and not from this"):
+        with pytest.raises(UserError, match="export.json exists and another command"):
             export.export(path, "fafbseg", output, ExportOptions())
         assert contents(output) == {"export.json": text.encode()}
 
@@ -95,24 +99,24 @@ def test_what_is_read_is_never_written(tmp_path: pathlib.Path) -> None:
     before = contents(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
     for output in (tmp_path, tmp_path / "link"):
-        with pytest.raises(UserError, match="synapses.feather is what is read"):
+        with pytest.raises(UserError, match="synapses.feather is the input"):
             export.export(str(path), "fafbseg", output, ExportOptions())
     # Also where an export of ours has replaced the link.
     link = tmp_path / "predictions.feather"
     link.symlink_to(path)
-    with pytest.raises(UserError, match="synapses.feather is what is read"):
+    with pytest.raises(UserError, match="synapses.feather is the input"):
         export.export(str(link), "fafbseg", tmp_path, ExportOptions())
     matrix = tmp_path / "neurotransmitter-confusion.csv"
     lines = [",".join(["", *SIX])]
     lines += [",".join([a, *(str(int(a == b)) for b in SIX)]) for a in SIX]
     matrix.write_text("\n".join(lines))
     options = ExportOptions((40, 4, 4), str(matrix))
-    with pytest.raises(UserError, match="confusion.csv is what is read"):
+    with pytest.raises(UserError, match="confusion.csv is the input"):
         export.export(str(path), "flyem", tmp_path, options)
     parts = tmp_path / "parts"
     parts.mkdir()
     parquet.write_table(table, parts / "part-0.parquet")
-    with pytest.raises(UserError, match="parts is what is read"):
+    with pytest.raises(UserError, match="parts is the input"):
         export.export(str(parts), "banc", parts, ExportOptions())
     assert path.read_bytes() == before["synapses.feather"]
     assert not (tmp_path / "export.json").exists()

@@ -84,6 +84,7 @@ EXPECTED_STATUS = {
 }
 
 
+@pytest.mark.long
 def test_every_row_has_a_row_in_order(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,
@@ -121,6 +122,7 @@ def test_every_row_has_a_row_in_order(
     assert record["file"] == "predictions.feather" and record["unreadable_chunks"] == 0
 
 
+@pytest.mark.long
 def test_result_does_not_depend_on_batch_units_or_devices(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,
@@ -146,6 +148,7 @@ def test_result_does_not_depend_on_batch_units_or_devices(
         assert other["status"].equals(results[0]["status"])
 
 
+@pytest.mark.long
 def test_missing_chunk_is_a_status(
     tmp_path: pathlib.Path, trained_run: pathlib.Path, synapse_table: pa.Table
 ) -> None:
@@ -202,6 +205,7 @@ def test_missing_chunk_is_a_status(
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "damage", ["another", "empty", "changed", "cut", "no checksum"]
 )
@@ -345,6 +349,7 @@ def test_mistaken_units_stop_cutting_and_warn_in_prediction(
     assert "multiplied by the voxel size once more" in finished.stderr
 
 
+@pytest.mark.long
 def test_other_arguments_in_the_same_folder_are_refused(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,
@@ -481,6 +486,7 @@ def refusals(command: list[str], cases: list[tuple[list[str], str]]) -> None:
         assert len(refused.stderr.splitlines()) == 1 and message in refused.stderr
 
 
+@pytest.mark.long
 def test_a_dry_run_says_what_it_will_take(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,
@@ -504,6 +510,7 @@ def test_a_dry_run_says_what_it_will_take(
     assert len(list(out.glob("parts/*"))) == 29
 
 
+@pytest.mark.long
 def test_one_part_of_a_split_as_parquet(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,
@@ -539,6 +546,7 @@ def test_one_part_of_a_split_as_parquet(
     )
 
 
+@pytest.mark.long
 def test_a_grid_is_a_volume_of_probabilities(
     tmp_path: pathlib.Path, trained_run: pathlib.Path, volume_path: pathlib.Path
 ) -> None:
@@ -576,6 +584,7 @@ def test_a_grid_is_a_volume_of_probabilities(
     )
 
 
+@pytest.mark.long
 def test_views_and_several_checkpoints(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,
@@ -643,7 +652,7 @@ def test_a_damaged_plan_is_made_again(
     predict_all(*arguments, tmp_path)
     assert output_files(tmp_path) == expected
     (tmp_path / "plan.json").write_text("[]")
-    with pytest.raises(UserError, match="plan.json is not what was written; remove it"):
+    with pytest.raises(UserError, match="plan.json was changed; remove it"):
         predict_all(*arguments, tmp_path)
 
 
@@ -700,6 +709,7 @@ def calibrated_run(
     return run
 
 
+@pytest.mark.long
 def test_calibrated_is_the_temperature_of_the_plain_answer(
     tmp_path: pathlib.Path,
     calibrated_run: pathlib.Path,
@@ -730,6 +740,7 @@ def test_calibrated_is_the_temperature_of_the_plain_answer(
     assert answer["status"].equals(plain["status"])
 
 
+@pytest.mark.long
 def test_calibrated_and_plain_parts_do_not_mix(
     tmp_path: pathlib.Path,
     trained_run: pathlib.Path,

@@ -14,6 +14,8 @@ from pyarrow import csv
 from synister_jax.tables import predictions, synapses
 from tests.helpers import commands, service_servers
 
+pytestmark = pytest.mark.long
+
 ANSWER = ("predictions.feather", "predictions.csv", "report.html", "answer.json")
 
 
@@ -90,7 +92,6 @@ def test_catmaid_is_asked_and_one_section_lies_between(
     np.testing.assert_array_equal(shared[0], shared[1])
 
 
-@pytest.mark.slow
 def test_killed_and_typed_again(command: list[str], tmp_path: pathlib.Path) -> None:
     rows = ["id,skid,x,y,z"]
     rows += [

@@ -55,6 +55,7 @@ def full(
     return config
 
 
+@pytest.mark.long
 def test_resume_is_bitwise(
     tmp_path: pathlib.Path, full: ml_collections.ConfigDict
 ) -> None:
@@ -84,6 +85,7 @@ def test_resume_is_bitwise(
     assert np.abs(lag).max() > 0
 
 
+@pytest.mark.long
 def test_killed_and_resumed_is_bitwise(
     tmp_path: pathlib.Path, full: ml_collections.ConfigDict
 ) -> None:
@@ -165,6 +167,7 @@ def on_one_device(
     return run_steps(full, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head_devices", [1, 2])
 def test_one_device_equals_four(
     full: ml_collections.ConfigDict,
@@ -188,6 +191,7 @@ def test_one_device_equals_four(
     assert all(np.abs(np.asarray(v) - 1).max() > 1e-3 for v in variances)
 
 
+@pytest.mark.long
 def test_accumulated_gradients_are_the_mean_over_the_parts(
     full: ml_collections.ConfigDict,
 ) -> None:
@@ -235,6 +239,7 @@ def test_accumulated_gradients_are_the_mean_over_the_parts(
     )
 
 
+@pytest.mark.long
 def test_bfloat16_trains_with_float32_state(
     full: ml_collections.ConfigDict,
     on_one_device: tuple[list[float], train_step.TrainState],
@@ -282,6 +287,7 @@ def read_events(folder: pathlib.Path) -> dict[tuple[str, int], float | str]:
     return scalars
 
 
+@pytest.mark.long
 def test_a_run_leaves_what_others_need(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
@@ -307,6 +313,7 @@ def test_a_run_leaves_what_others_need(
     assert logged["validation_confusion", 6] == logged["augmented", 0] == "picture"
 
 
+@pytest.mark.long
 def test_other_config_in_the_same_folder_is_refused(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
@@ -322,6 +329,7 @@ def test_other_config_in_the_same_folder_is_refused(
         training_run.train(config, tmp_path)
 
 
+@pytest.mark.long
 def test_other_crops_in_the_same_folder_are_refused(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
@@ -340,6 +348,7 @@ def test_other_crops_in_the_same_folder_are_refused(
         training_run.train(config, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_table_without_neurons_trains(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
@@ -361,6 +370,7 @@ def test_a_table_without_neurons_trains(
     assert "validation/neuron_accuracy" not in last
 
 
+@pytest.mark.long
 def test_mistakes_stop_at_the_start(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:

@@ -25,6 +25,7 @@ def parameters(config: ml_collections.ConfigDict) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_possible(name: str) -> None:
     """Network, augmentation and recipe; and it says how it is used."""

@@ -212,6 +212,7 @@ def test_what_fails_now_and_then_is_ridden_out(
     assert_same_crops(f"{server.url}/v", tmp_path / "v")
 
 
+@pytest.mark.long
 def test_silence_is_ridden_out(server: Server, tmp_path: pathlib.Path) -> None:
     make_n5(tmp_path / "v")
     silences = itertools.chain(["silent"], itertools.repeat(None))
@@ -241,6 +242,7 @@ def test_buckets(
     assert_same_crops(json.dumps(spec), path)
 
 
+@pytest.mark.long
 def test_a_server_that_is_gone_ends_the_reading(
     server: Server, tmp_path: pathlib.Path
 ) -> None:
@@ -262,6 +264,7 @@ def test_a_server_that_is_gone_ends_the_reading(
     assert time.monotonic() - since < 10
 
 
+@pytest.mark.long
 def test_a_server_that_never_answers_ends_the_reading(
     server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,9 +72,11 @@ def test_the_format_may_stand_before_the_uri(
 
 def test_the_format_before_the_uri_must_be_right(tmp_path: pathlib.Path) -> None:
     make_n5(tmp_path)
-    with pytest.raises(UserError, match="no precomputed volume.* says that it is n5"):
+    with pytest.raises(
+        UserError, match="not a precomputed volume.* says that it is n5"
+    ):
         volumes.open(f"precomputed://{tmp_path}")
-    with pytest.raises(UserError, match="no zarr2 volume.* says that it is n5"):
+    with pytest.raises(UserError, match="not a zarr2 volume.* says that it is n5"):
         volumes.open(f"zarr2://{tmp_path}")
     # Where there are two, the one that is meant.
     make_zarr(tmp_path)

@@ -27,6 +27,7 @@ def error(probabilities: np.ndarray, truth: np.ndarray) -> float:
     return calibration.reliability(probabilities, truth)["ece"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sharpness", [2.5, 1.0, 0.4])
 def test_the_temperature_that_is_known(sharpness: float) -> None:
     probabilities, truth = drawn(20_000, sharpness)

@@ -31,7 +31,7 @@ def test_classes_in_another_order(tmp_path: pathlib.Path) -> None:
     (tmp_path / "c.csv").write_text(CSV)
     found = confusions.load(tmp_path / "c.csv").for_classes(["acetylcholine", "gaba"])
     np.testing.assert_array_equal(found.counts, [[0, 0], [2, 8]])
-    with pytest.raises(UserError, match="of the classes acetylcholine, gaba, not of"):
+    with pytest.raises(UserError, match="has the classes acetylcholine, gaba, but the"):
         found.for_classes(["gaba", "glutamate"])
 
 
@@ -40,13 +40,16 @@ def test_classes_in_another_order(tmp_path: pathlib.Path) -> None:
     [
         ("", "0 classes need"),
         ("true,gaba\ngaba,1\n", "1 classes need"),
-        (CSV.replace("acetylcholine,0,0", "gaba,0,0"), "rows must be of the classes"),
-        (CSV.replace("8", "-8"), "a confusion matrix counts"),
-        (CSV.replace("8", "nan"), "a confusion matrix counts"),
-        (CSV.replace("8", "0").replace("2", "0"), "a confusion matrix counts"),
-        (CSV.replace("8", "many"), "is all numbers"),
-        (CSV.replace("8,2", "8"), "is all numbers"),
-        (CSV.replace("acetylcholine", "gaba"), "each once"),
+        (
+            CSV.replace("acetylcholine,0,0", "gaba,0,0"),
+            "the rows must name the classes",
+        ),
+        (CSV.replace("8", "-8"), "must be finite and from 0 up"),
+        (CSV.replace("8", "nan"), "must be finite and from 0 up"),
+        (CSV.replace("8", "0").replace("2", "0"), "one must be above 0"),
+        (CSV.replace("8", "many"), "a number in every cell"),
+        (CSV.replace("8,2", "8"), "a number in every cell"),
+        (CSV.replace("acetylcholine", "gaba"), "each class once"),
     ],
 )
 def test_mistakes_in_a_csv_file(tmp_path: pathlib.Path, text: str, why: str) -> None:

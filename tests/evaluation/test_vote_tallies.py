@@ -67,6 +67,7 @@ def test_float_sums_are_the_same_bytes_every_time(tmp_path: pathlib.Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_more_groups_than_fit_in_memory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +113,7 @@ def test_nothing_predicted_nothing_weighed_no_groups() -> None:
 
 def test_a_negative_weight_is_refused() -> None:
     table = table_of([[1, 0, 0]], {"neuron_id": [1], "cleft_score": [-1]})
-    with pytest.raises(UserError, match="cleft_score is -1.0 somewhere"):
+    with pytest.raises(UserError, match="cleft_score is -1.0 in a row"):
         vote_tallies.count([table], CLASSES, "neuron")
 
 

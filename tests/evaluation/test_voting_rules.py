@@ -149,7 +149,7 @@ def test_rules_that_need_a_confusion_say_so(rule: str) -> None:
     with pytest.raises(UserError, match=f"the rule {rule} needs the network's conf"):
         group_calls.call(tally_of([GABA]), rule)
     other = Confusion("c.csv", ("gaba", "acetylcholine", "histamine"), np.eye(3))
-    with pytest.raises(UserError, match="c.csv is of the classes gaba, .* not of"):
+    with pytest.raises(UserError, match="c.csv has the classes gaba, .* but the"):
         group_calls.call(tally_of([GABA]), rule, other)
 
 

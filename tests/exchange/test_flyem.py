@@ -94,7 +94,7 @@ def test_rows_without_a_point_are_kept_apart(tmp_path: pathlib.Path) -> None:
     left_out = predictions.load(output / "left-out.feather")
     # As text, in which NaN is like NaN.
     assert str(left_out.to_pydict()) == str(table.take([2, 8]).to_pydict())
-    assert len(notes) == 1 and "21 bits of voxels): 2; they are in" in notes[0]
+    assert len(notes) == 1 and "beyond 21 bits): 2; these rows are in" in notes[0]
     # Bodies count all rows, wherever they are.
     bodies = feather.read_table(output / "body-neurotransmitters.feather")
     assert sum(bodies["total_nt_predictions"].to_pylist()) == 8
@@ -133,10 +133,10 @@ def test_splits_to_choose_from(tmp_path: pathlib.Path) -> None:
     parts = {f"split_{name}": pa.array(["train", "test"]) for name in "ab"}
     table = prediction_tables.make([NEURON] * 2, ["gaba"] * 2, **parts)
     options = ExportOptions((40, 4, 4), confusion(tmp_path))
-    with pytest.raises(UserError, match="which of the splits a, b with --split"):
+    with pytest.raises(UserError, match=r"splits \(a, b\): .* with --split"):
         export_to(tmp_path, "flyem", table, options)
     wrong = ExportOptions((40, 4, 4), options.confusion, "c")
-    with pytest.raises(UserError, match="--split=c: .* has a, b"):
+    with pytest.raises(UserError, match="--split=c: .* its splits are: a, b"):
         export_to(tmp_path, "flyem", table, wrong)
     chosen = ExportOptions((40, 4, 4), options.confusion, "b")
     output, _ = export_to(tmp_path, "flyem", table, chosen)

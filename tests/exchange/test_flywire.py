@@ -51,7 +51,9 @@ def test_fafbseg(tmp_path: pathlib.Path) -> None:
     for name in SIX:
         np.testing.assert_array_equal(made[name], probabilities(table, name))
     assert len(notes) == 1
-    assert notes[0].endswith(f"above 0: 1; their synapses weigh 1 each: {NEURON + 1}")
+    assert notes[0].endswith(
+        f"above 0: 1; each of their synapses gets the weight 1: {NEURON + 1}"
+    )
 
 
 def test_fafbseg_without_scores_or_some_classes(tmp_path: pathlib.Path) -> None:
@@ -64,7 +66,9 @@ def test_fafbseg_without_scores_or_some_classes(tmp_path: pathlib.Path) -> None:
     assert np.isnan(made["scores"].to_numpy()).all()
     np.testing.assert_array_equal(made["serotonin"], [0, np.nan, 0])
     np.testing.assert_array_equal(made["gaba"], probabilities(table, "gaba"))
-    assert notes == ["there are no cleft scores: every synapse weighs 1"]
+    assert notes == [
+        "the predictions have no cleft scores: every synapse gets the weight 1"
+    ]
 
 
 @pytest.mark.parametrize("score", [-0.5, np.inf, -np.inf])
@@ -73,7 +77,7 @@ def test_weights_that_are_none_are_refused(
 ) -> None:
     scores = pa.array([1.0] * 9 + [score], pa.float32())
     table = prediction_tables.make(NEURONS, CALLS, cleft_score=scores)
-    with pytest.raises(UserError, match=f"cleft_score is {score} somewhere"):
+    with pytest.raises(UserError, match=f"cleft_score is {score} in a row"):
         export_to(tmp_path, "fafbseg", table)
 
 

@@ -84,7 +84,7 @@ def test_keys_go_on_from_batch_to_batch(
 @pytest.mark.parametrize("grid", [1e-300, 2e-17])
 def test_a_grid_without_numbers_is_told(tmp_path: pathlib.Path, grid: float) -> None:
     a, b = side(tmp_path, "a", [80, 240]), side(tmp_path, "b", [80])
-    message = "a.feather: z of 240 nm has no number on a grid .* larger --tolerance_nm"
+    message = "a.feather: z of 240 nm is too large for a grid .* larger --tolerance_nm"
     with pytest.raises(UserError, match=message):
         list(joining.pairs(a, b, "position", (grid, 1, 1), ["gaba"], tmp_path))
 

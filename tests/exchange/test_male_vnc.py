@@ -23,6 +23,8 @@ from synister_jax.pages import report
 from synister_jax.tables import predictions
 from tests.helpers.small_data import shared_data
 
+pytestmark = pytest.mark.long
+
 CLASSES = (
     "gaba",
     "acetylcholine",

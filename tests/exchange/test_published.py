@@ -228,20 +228,32 @@ def two(**columns: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (two(id=[1.0, 2.0]), "row 0: id is 1.0; ids must be integers: floats"),
+        (
+            two(id=[1.0, 2.0]),
+            "row 0: id is 1.0; ids must be integers, because floats",
+        ),
         (two(id=["7", "1.2e18"]), "row 1: id is '1.2e18'; ids must be"),
         (two(id=[1, 2], body=[1.0, np.nan]), "row 0: body is 1.0; ids must be"),
-        (two(id=[1, 2], gaba=[0.5, 37]), "row 1: gaba is 37, not a probability"),
-        (two(id=[1, 2], gaba=["a", "b"]), "column gaba is string, not probabilities"),
-        (two(), "its columns are gaba, ach; recognised of these: gaba, ach. It needs"),
+        (
+            two(id=[1, 2], gaba=[0.5, 37]),
+            "row 1: gaba is 37, which is not a probability",
+        ),
+        (
+            two(id=[1, 2], gaba=["a", "b"]),
+            "column gaba has the type string; probabilities must be numbers",
+        ),
+        (
+            two(),
+            "its columns are gaba, ach; recognised columns: gaba, ach. The table needs",
+        ),
         (
             {"tag": ["gaba"], "value": [0.9], "id": [1]},
-            "columns are tag, value, id; recognised of these: id",
+            "columns are tag, value, id; recognised columns: id",
         ),
-        ({"id": [1], "nts_3.gaba": [0.5]}, "two classes at least"),
+        ({"id": [1], "nts_3.gaba": [0.5]}, "at least two classes"),
         (
             {"id": [1], "nts_3.gaba": [0.5], "nts_8.gaba": [0.5]},
-            "nts_3.gaba and nts_8.gaba are both of the class gaba; remove one",
+            "nts_3.gaba and nts_8.gaba both belong to the class gaba; remove one",
         ),
         (two(id=[1, 2], pre_pt_position=[[1, 2, 3], [1]]), "column pre_pt_position:"),
     ],
@@ -280,5 +292,7 @@ def test_absent_packed_and_empty_are_told(tmp_path: pathlib.Path) -> None:
 def test_files_of_a_folder_have_the_same_columns(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "a.parquet", two(id=[1, 2]))
     write(tmp_path / "b.parquet", two(id=[3, 4], body=[1, 2]))
-    with pytest.raises(UserError, match="b.parquet has other columns than .*a.parquet"):
+    with pytest.raises(
+        UserError, match="b.parquet does not have the same columns as .*a.parquet"
+    ):
         published.open(tmp_path)

@@ -188,7 +188,7 @@ def test_a_table_is_never_moved_twice(tmp_path: pathlib.Path) -> None:
     synapses.write(table, tmp_path / "a.feather")
     again = dialects.of_table({axis: f"{axis}_nm" for axis in "xyz"})
     options = ALL | {"space": spaces.SPACES["fafb-catmaid"]}
-    with pytest.raises(UserError, match="in its volume's frame already"):
+    with pytest.raises(UserError, match="are already in the volume frame"):
         importing.read([tmp_path / "a.feather"], again, **options)
     same = importing.read([tmp_path / "a.feather"], again, **ALL).table
     assert synapses.positions_nm_zyx(same).tolist() == [[60, 2, 1]]
@@ -212,7 +212,7 @@ def test_duplicates(tmp_path: pathlib.Path) -> None:
     conflict = "conflicting rows of one synapse id"
     assert [tuple(line.values()) for line in listed] == [
         (1, 6, conflict),
-        (2, 5, "identical row again"),
+        (2, 5, "repeats an identical row"),
         (3, 6, conflict),
         (5, 6, conflict),
     ]
@@ -226,7 +226,7 @@ def test_small_classes_are_left_out_with_their_numbers(tmp_path: pathlib.Path) -
     found = importing.read([tmp_path / "a.csv"], FAFB, **options)
     # Counted after the identical row is gone.
     assert found.report["dropped"] == {
-        "identical row again": 1,
+        "repeats an identical row": 1,
         "glutamate: only 1 synapses of 1 neurons (needed: 2 of 1)": 1,
     }
     with_three = importing.read(
@@ -247,8 +247,8 @@ GOOD = (16, 5, "gaba", "unknown", "", "", "AL", 1, 2, 100)
         ({"skid": ""}, "neuron id is not a whole number.*row 1"),
         ({"connector_id": "5.0"}, "synapse id is not a whole number.*row 1"),
         ({"known.classic.transmitter": "gabba"}, "'gabba'.*row 1"),
-        ({"known.classic.transmitter": "dopamine"}, "name other trans.*row 0.*row 1"),
-        ({"connector_id": "unknown", "x": "-9"}, "no voxel that one is made of.*row 1"),
+        ({"known.classic.transmitter": "dopamine"}, "name another tr.*row 0.*row 1"),
+        ({"connector_id": "unknown", "x": "-9"}, "its voxel is negative or too.*row 1"),
     ],
 )
 def test_bad_rows_are_named_or_listed(
@@ -273,7 +273,7 @@ def test_partly_unknown_neurons_go_whole(tmp_path: pathlib.Path) -> None:
     write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows, (18, 8, *GOOD[2:]))
     found = importing.read([tmp_path / "a.csv"], FAFB, **ALL)
     assert found.table["neuron_id"].to_pylist() == [18]
-    partly = "neuron partly without a transmitter"
+    partly = "a row of its neuron has no transmitter"
     known = ["no known neurotransmitter"]
     assert found.dropped["reason"].to_pylist() == [partly, partly, *known]
     options = ALL | {"keep_unknown": True}
@@ -536,6 +536,7 @@ def decimal(text: str | None) -> float | None:
     return float(text) if math.isfinite(float(text)) else None
 
 
+@pytest.mark.long
 def test_hundreds_of_damaged_files(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(19120623)
     path = tmp_path / "damaged.csv"

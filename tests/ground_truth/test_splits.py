@@ -98,6 +98,7 @@ def check_against_all(counts: np.ndarray, fractions: Sequence[float]) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_small_cases_equal_brute_force() -> None:
     rng = np.random.default_rng(0)
     possible = 0
@@ -112,6 +113,7 @@ def test_small_cases_equal_brute_force() -> None:
     assert 10 < possible < 55
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
@@ -149,6 +151,7 @@ def sizes(seed: int, count: int) -> list[int]:
     ).tolist()
 
 
+@pytest.mark.long
 def test_answer_depends_on_seed_and_not_on_row_order() -> None:
     table = neurons({"gaba": sizes(0, 40), "dopamine": sizes(1, 30)})
     split = splits.make(table, splits.Scheme("neuron"))
@@ -250,6 +253,7 @@ def test_balance_of_neurons() -> None:
     assert split.objective == 0
 
 
+@pytest.mark.long
 def test_cell_types() -> None:
     table = neurons({"gaba": sizes(0, 60), "dopamine": sizes(1, 60)}, cell_types=True)
     own = splits.make(table, splits.Scheme("cell_type", (0.5, 0.25, 0.25)))
@@ -272,6 +276,7 @@ def test_neurons_without_a_type_stay_whole_in_a_split_by_type() -> None:
     assert None not in set(split.parts)
 
 
+@pytest.mark.long
 def test_published_hemilineages() -> None:
     """The published neurons with synapses made up for them; all six classes at once."""
     folder = shared_data("fafb_v3")
@@ -309,6 +314,7 @@ def test_published_hemilineages() -> None:
     assert np.abs(share[common] - FRACTIONS).max() < 0.001
 
 
+@pytest.mark.long
 def test_male_vnc() -> None:
     folder = shared_data("malevnc_tbars")
     paths = [folder / f"{n}.csv.gz" for n in ("acetylcholine", "gaba", "glutamate")]
@@ -324,6 +330,7 @@ def test_male_vnc() -> None:
         assert abs(share - fraction) < 0.04
 
 
+@pytest.mark.long
 def test_shared_cell_types_equal_brute_force() -> None:
     rng = np.random.default_rng(2)
     possible = 0

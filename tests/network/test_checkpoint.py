@@ -12,6 +12,8 @@ from synister_jax.network import checkpoint, inference, sharding
 from synister_jax.training import checkpoint_evaluation
 from tests.helpers.small_data import tiny_config
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def config() -> ml_collections.ConfigDict:

@@ -89,6 +89,7 @@ def test_every_network_was_looked_at() -> None:
     assert ((3, 7, 7, 1, 64), (1, 2, 2)) in ALL_LAYERS
 
 
+@pytest.mark.long
 @needs_library
 @pytest.mark.parametrize(("kernel", "strides"), ALL_LAYERS)
 def test_library_is_the_native_one_for_every_layer(
@@ -98,6 +99,7 @@ def test_library_is_the_native_one_for_every_layer(
     assert_equal_to_native(function, (2, 5, 7, 10), kernel)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 7, 5), (2, 5, 1, 6)])
 @pytest.mark.parametrize("channels", [(1, 1), (3, 4), (30, 5)])
 def test_odd_shapes(shape: tuple[int, ...], channels: tuple[int, int]) -> None:
@@ -116,6 +118,7 @@ def test_native_is_scipys() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @needs_library
 def test_network_is_the_same_by_each_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()

@@ -15,6 +15,8 @@ from synister_jax.evaluation import calibration
 from synister_jax.network import checkpoint, inference, input_scaling, model, sharding
 from tests.helpers.small_data import CLASSES, VOXEL_SIZE_NM_ZYX
 
+pytestmark = pytest.mark.long
+
 Members = list[tuple[pathlib.Path, int | None]]
 
 

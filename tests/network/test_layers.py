@@ -7,6 +7,7 @@ import pytest
 from synister_jax.network import layers
 
 
+@pytest.mark.long
 def test_gradient_of_batch_norm_is_that_of_its_formula() -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(3, 2, (2, 3, 4, 5, 6)), jnp.float32)
@@ -32,6 +33,7 @@ def test_gradient_of_batch_norm_is_that_of_its_formula() -> None:
     np.testing.assert_allclose(var, x.var(axis=(0, 1, 2, 3)), rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2), (1, 1, 3), (1, 1, 1)])
 def test_gradient_of_the_maximum_is_shared_by_equal_ones(factors: tuple) -> None:
     # Few different numbers: most blocks have their maximum more than once.

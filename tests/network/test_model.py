@@ -33,6 +33,7 @@ def reference_vgg(variables: dict, x: np.ndarray, config: object) -> np.ndarray:
     return x @ params["logits"]["kernel"] + params["logits"]["bias"]
 
 
+@pytest.mark.long
 def test_network_agrees_with_an_independent_one() -> None:
     config = tiny_config()
     variables = random_variables(config)
@@ -43,6 +44,7 @@ def test_network_agrees_with_an_independent_one() -> None:
     assert np.abs(logits[0] - logits[1]).max() > 1e-3  # the crop matters
 
 
+@pytest.mark.long
 def test_batch_norm_decays_as_published() -> None:
     config = tiny_config()
     network = model.from_config(config)
@@ -65,6 +67,7 @@ def test_batch_norm_decays_as_published() -> None:
     np.testing.assert_allclose(after, 0.9 * before + 0.1 * mean, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_initial_weights_are_those_of_pytorch() -> None:
     config = tiny_config()
     config.model.dense_features = 64
@@ -119,6 +122,7 @@ def test_resnet_has_the_published_size() -> None:
     assert sum(leaf.size for leaf in leaves) == 33_151_560
 
 
+@pytest.mark.long
 def test_resnet_starts_as_torchvisions() -> None:
     config = resnet_config()
     crops = jnp.zeros((1, *config.crop_shape_zyx))
@@ -135,6 +139,7 @@ def test_resnet_starts_as_torchvisions() -> None:
     assert not params["logits"]["bias"].any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make_config", [tiny_config, resnet_config])
 def test_bfloat16_computes_about_the_same(make_config: object) -> None:
     config = make_config()
@@ -175,6 +180,7 @@ def test_bfloat16_computes_about_the_same(make_config: object) -> None:
         assert leaf.dtype == jnp.float32
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make_config", [tiny_config, resnet_config])
 def test_a_split_head_gives_the_same(make_config: object) -> None:
     config = make_config()

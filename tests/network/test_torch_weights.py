@@ -56,7 +56,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-    gc.collect()  # up to 6 GB a test
+
+
+@pytest.fixture
+def freed() -> Iterator[None]:
+    """Frees up to 6 GB after a test of a large network."""
+    yield
+    gc.collect()
 
 
 def small_config() -> ml_collections.ConfigDict:
@@ -80,6 +86,7 @@ SMALL = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_imported_vgg_gives_the_same_logits(name: str) -> None:
     config = SMALL[name]
@@ -88,10 +95,12 @@ def test_imported_vgg_gives_the_same_logits(name: str) -> None:
     assert found < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "crop_shape_zyx",
     [(5, 32, 48), pytest.param((14, 160, 160), marks=pytest.mark.slow)],
 )
+@pytest.mark.usefixtures("freed")
 def test_imported_resnet_gives_the_same_logits(
     crop_shape_zyx: tuple[int, int, int],
 ) -> None:
@@ -127,6 +136,7 @@ def loss_and_grads(
     return jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
 
 
+@pytest.mark.long
 def test_one_training_step_is_the_originals() -> None:
     config = small_config()
     config.model.dropout = 0.0
@@ -187,6 +197,8 @@ def test_one_training_step_is_the_originals() -> None:
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("freed")
 def test_gradients_of_the_resnet_are_those_of_pytorch() -> None:
     """In float64: in float32 rounding alone changes them by 1e-3, here as there."""
     config = resnet_config((6, 32, 48))
@@ -222,6 +234,7 @@ def test_gradients_of_the_resnet_are_those_of_pytorch() -> None:
             np.testing.assert_allclose(ours, found, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.long
 def test_fifty_training_steps_differ_by_rounding_alone() -> None:
     """The measure of rounding: PyTorch against itself, weights perturbed by 1e-6."""
     config = small_config()
@@ -451,6 +464,7 @@ def test_a_name_twice_is_refused(tmp_path: pathlib.Path) -> None:
         torch_weights.load(path)
 
 
+@pytest.mark.long
 def test_without_pytorch_the_package_says_what_to_install() -> None:
     program = """
 import sys

@@ -108,19 +108,20 @@ def test_page_says_what_was_asked_and_answered(page_text: str) -> None:
     assert headings == [1, 2, *[3] * 5, 2]
     text = _text(page_text)
     for said in (
-        "5 neurons asked for",
-        "Hemibrain, neuPrint, by body id",
-        "315 synapses, a row each in predictions.csv, in the order asked",
+        "The request asks for 5 neurons.",
+        "Hemibrain, neuPrint; neurons are given by body id",
+        "315 synapses; predictions.csv has one row for each, "
+        "in the order of the request",
         "hemi , checkpoint of step 417000",
         "https://…@host/hemibrain",
-        "of the answer: nm in the volume’s frame",
+        "in the answer: nm in the volume frame",
         "calibrated: temperature 1.25",
         "Warning: half of them are outside",
-        "Not known to Hemibrain, neuPrint (2): 17, 720575940600000099.",
-        "Known, but without presynaptic sites (1): 18.",
+        "Neurons not known to Hemibrain, neuPrint (2): 17, 720575940600000099.",
+        "Known neurons without presynaptic sites (1): 18.",
         "ok 308 97.8 % outside 7 2.2 %",
-        "Neurons, in the order asked",
-        "1 row names no neuron: only predictions.csv has it.",
+        "Neurons, in the order of the request",
+        "1 row names no neuron: only predictions.csv contains this row.",
     ):
         assert said in text
     assert "secret" not in page_text
@@ -135,9 +136,13 @@ def test_neurons_are_in_the_order_asked(page_text: str) -> None:
     assert few.startswith("octopamine uncertain gaba 0")
     assert few.endswith("3 of 3 synapses predicted: fewer than 100 predicted synapses.")
     assert none_above_half.startswith("serotonin uncertain ")
-    assert none_above_half.endswith("predicted: no class with more than half of them.")
+    assert none_above_half.endswith(
+        "predicted: no class has more than half of the predicted synapses."
+    )
     assert tie.startswith("gaba , dopamine (tie) uncertain ")
-    assert tie.endswith("predicted synapses, no class with more than half of them.")
+    assert tie.endswith(
+        "predicted synapses, no class has more than half of the predicted synapses."
+    )
     assert nothing.startswith("not predicted gaba 0 ")
     assert nothing.endswith("0 of 7 synapses predicted.")
     label = f'role="img" aria-label="neuron {NEURON + 5}: gaba 90, acetylcholine 0, '
@@ -151,7 +156,7 @@ def test_table_has_all_neurons_and_nothing_known(page_text: str) -> None:
     table = page_text.partition('aria-label="table of neurons"')[2]
     assert 'data-by="called"' in table
     assert "known" not in table.partition("</table>")[0]
-    assert " hidden><input type=" in page_text  # differs from known
+    assert " hidden><input type=" in page_text  # call differs from the known class
 
 
 def test_only_its_own_script_may_run(page_text: str) -> None:
@@ -180,7 +185,7 @@ def test_more_neurons_than_charts(tmp_path: pathlib.Path) -> None:
     ids = [NEURON + (i * 37) % 101 for i in range(101)]
     page = _render(tmp_path, ids, ["gaba"] * 101)
     assert list(_cards(page)) == [str(i) for i in ids[: answer_page.MOST_CHARTS]]
-    assert "The first 60 of 101 neurons, in the order asked" in _text(page)
+    assert "The first 60 of 101 neurons, in the order of the request" in _text(page)
     assert len(Page(page).data[0]["counts"]) == 101
 
 
@@ -188,7 +193,7 @@ def test_many_unknown_neurons_are_counted(tmp_path: pathlib.Path) -> None:
     unknown = [str(i) for i in range(1000, 2250)]
     text = _text(_render(tmp_path, [1], ["gaba"], unknown_neurons=unknown))
     assert "(1,250): 1000, 1001" in text
-    assert ", 1199 and 1,050 more, which answer.json names." in text
+    assert ", 1199 and 1,050 more, which answer.json lists." in text
 
 
 def test_positions_without_neurons(tmp_path: pathlib.Path) -> None:
@@ -198,7 +203,7 @@ def test_positions_without_neurons(tmp_path: pathlib.Path) -> None:
     page = _render(tmp_path, [None] * rows, calls, **options)
     text = _text(page)
     assert Page(page).data == []
-    assert "Hemibrain, neuPrint; asked in voxels of 8 nm" in text
+    assert "Hemibrain, neuPrint; positions are given in voxels of 8 nm" in text
     assert "gaba 115 (55.6 %) acetylcholine 92 (44.4 %) glutamate 0" in text
     assert "207 of 230 positions predicted." in text
     assert "The first 200 of 230 positions" in text
@@ -216,10 +221,10 @@ def test_positions_without_neurons(tmp_path: pathlib.Path) -> None:
 def test_few_positions_are_all_there(tmp_path: pathlib.Path) -> None:
     page = _render(tmp_path, [None], ["gaba"], kind="positions", asked=1)
     text = _text(page)
-    assert "1 position asked for" in text
+    assert "The request asks for 1 position." in text
     assert "position called probability status" in text
     assert "1 of 1 position predicted." in text
-    assert "The first" not in text and "All are in" not in text
+    assert "The first" not in text and "All positions are in" not in text
 
 
 def test_nothing_to_predict(tmp_path: pathlib.Path) -> None:
@@ -316,6 +321,7 @@ def test_table_is_sorted_and_searched(page: "sync_api.Page") -> None:
     assert f"\n{NEURON + 1},,octopamine," in text
 
 
+@pytest.mark.long
 def test_long_names_push_nothing_out(
     browser: "sync_api.Browser", tmp_path: pathlib.Path
 ) -> None:
@@ -335,6 +341,7 @@ def test_long_names_push_nothing_out(
             assert page.evaluate(_FITS)
 
 
+@pytest.mark.long
 def test_printed_and_without_javascript(
     browser: "sync_api.Browser", page_path: pathlib.Path
 ) -> None:

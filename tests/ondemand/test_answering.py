@@ -168,6 +168,7 @@ def _stop_after(calls: int) -> Callable[[str, int, int], None]:
     return tell
 
 
+@pytest.mark.long
 def test_stopped_anywhere_and_started_again_is_the_same(
     network: answering.OpenNetwork,
     table_path: pathlib.Path,
@@ -251,6 +252,7 @@ def test_other_table_of_the_same_name_is_refused(
         answering.answer(asked, network, of_table(path), folder, nothing)
 
 
+@pytest.mark.long
 def test_damaged_sites_are_asked_for_again(
     network: answering.OpenNetwork,
     table_path: pathlib.Path,

@@ -311,6 +311,7 @@ _NUMBER = st.floats(-1e15, 1e15) | st.just(math.nan)
 _TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), max_size=10)
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(
     rows=st.lists(
@@ -412,6 +413,7 @@ def test_any_bytes_are_checked(
         assert 0 < len(table) <= checked.rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "row",
     [

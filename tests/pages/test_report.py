@@ -88,13 +88,13 @@ def test_page_of_a_run_and_its_predictions(page_text: str) -> None:
     assert all(b - a <= 1 for a, b in zip(headings, headings[1:], strict=False))
     text = " ".join(page.words)
     for said in (
-        "of neurons’ accuracy Wilson’s",
+        "accuracy of neurons has Wilson’s",
         "of 27 synapses right (95 %: ",
-        "Accuracy against checkpoints",
+        "Accuracy of the checkpoints",
         "Mean probabilities of synapses",
         "precision",
         "Brain regions",
-        "most confident of the wrong",
+        "wrong calls with the highest probability",
         "Temperature",
         "720575940600000017",  # a neuron of the test part, not rounded
     ):
@@ -110,6 +110,7 @@ def test_only_its_own_script_may_run(page_text: str) -> None:
     assert "http" not in policy
 
 
+@pytest.mark.long
 def test_an_earlier_evaluation_has_fewer_sections(
     tmp_path: pathlib.Path, run: pathlib.Path
 ) -> None:
@@ -140,7 +141,7 @@ def test_predictions_alone(tmp_path: pathlib.Path) -> None:
     page = Page(_render(tmp_path, table))
     text = " ".join(" ".join(page.words).split())
     assert "calibrated: temperature 1.5" in text
-    assert "below 0.625 is to be taken as no call" in text
+    assert "a probability below 0.625 as no call" in text
     assert "90 rows" in text
     assert "outside 12 13.3 %" in text
     assert EVIL in page.words  # text, not tags
@@ -170,6 +171,7 @@ def _text(page_text: str) -> str:
     return " ".join(" ".join(Page(page_text).words).split())
 
 
+@pytest.mark.long
 def test_intervals_that_say_nothing_are_not_shown(
     tmp_path: pathlib.Path, run: pathlib.Path
 ) -> None:
@@ -184,13 +186,14 @@ def test_intervals_that_say_nothing_are_not_shown(
     text = _text(report.render(tmp_path / "run", None))
     assert text.count("(95 %: 25.0 to 75.0 %)") == 1
     assert text.count("(95 %: ") == 2  # the number's and the note's
-    assert "of neurons’ accuracy Wilson’s interval, of the others" in text
+    assert "accuracy of neurons has Wilson’s interval. All other" in text
     assert "None" not in text.partition("Configuration")[0]
     measured["synapses"]["interval"]["accuracy"] = None
     files.write_json(path, measured)
     assert "(95 %: " not in _text(report.render(tmp_path / "run", None))
 
 
+@pytest.mark.long
 def test_without_shards_there_are_no_crops(
     tmp_path: pathlib.Path, run: pathlib.Path
 ) -> None:
@@ -208,7 +211,7 @@ def test_without_shards_there_are_no_crops(
     assert "Crops and calls" in given and Page(given).pictures
     with pytest.raises(UserError, match="gone are not there"):
         report.render(copy, None, shards=tmp_path / "gone")
-    with pytest.raises(UserError, match="--shards means nothing without --workdir"):
+    with pytest.raises(UserError, match="--shards has no effect without --workdir"):
         report.render(None, tmp_path / "p.feather", shards=moved)
 
 
@@ -225,6 +228,7 @@ def _cut(path: pathlib.Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -265,6 +269,7 @@ def test_a_damaged_calibration_says_what_to_run_again(
         report.render(copy, None)
 
 
+@pytest.mark.long
 def test_contact_sheet_has_the_surest_and_the_least_sure_first(
     tmp_path: pathlib.Path, run: pathlib.Path
 ) -> None:
@@ -297,9 +302,9 @@ def test_contact_sheet_has_the_surest_and_the_least_sure_first(
     shown = {kind: [tile["id"] for tile in tiles] for kind, tiles in kinds}
     # Margins 0.01, 0.02, 0.05 (right ones) and 0.1 (the wrong one).
     least_sure = ids[[1, 3, 2, 5]].tolist()
-    assert shown["least sure (smallest margin)"] == least_sure
-    assert shown["most confident of the right"] == [*ids[6:], ids[0]][:4]
-    assert shown["most confident of the wrong"] == [ids[5]]
+    assert shown["calls with the smallest margin"] == least_sure
+    assert shown["right calls with the highest probability"] == [*ids[6:], ids[0]][:4]
+    assert shown["wrong calls with the highest probability"] == [ids[5]]
 
 
 def test_share_of_sure_calls(tmp_path: pathlib.Path) -> None:
@@ -332,7 +337,7 @@ def test_ties_are_marked(tmp_path: pathlib.Path) -> None:
     text = _text(page)
     assert f"{CLASSES[0]} (tie)" in text
     assert f"{CLASSES[2]} (tie)" not in text
-    assert "lead with the same number (tie)" in text
+    assert "have the same highest value (tie)" in text
 
 
 def test_invisible_characters_in_names_are_spelled_out(tmp_path: pathlib.Path) -> None:

@@ -18,6 +18,8 @@ from synister_jax.training import checkpoint_evaluation
 from tests.helpers import html_pages
 from tests.helpers.html_pages import CONTRAST
 
+pytestmark = pytest.mark.long
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
@@ -263,7 +265,7 @@ def test_a_tie_is_marked(page: "sync_api.Page") -> None:
     first, second, detail, text = made
     assert first.startswith("gaba (tie)")
     assert "tie" not in second
-    assert "several classes lead with the same number" in detail
+    assert "several classes have the same highest value" in detail
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert [row["tie"] for row in rows] == ["1", "0"]
 
@@ -295,7 +297,7 @@ def test_matrix_switches_to_the_share_of_called(page: "sync_api.Page") -> None:
     before = cell.inner_text(), cell.evaluate(colour)
     matrix.get_by_label("counts").check()
     assert cell.inner_text().strip().isdigit()
-    matrix.get_by_label("share of called").check()
+    matrix.get_by_label("share of the called class").check()
     assert "." in cell.inner_text()
     assert (cell.inner_text(), cell.evaluate(colour)) != before
 

@@ -478,6 +478,7 @@ def test_the_log_says_nothing_of_whom_or_what(
         assert hidden not in said
 
 
+@pytest.mark.long
 def test_answers_of_many_rows_come_quickly(service: Running) -> None:
     rows = 100_000
     lines = (f"{n},{n % 1000},{n},{n},{n}" for n in range(rows))

@@ -16,6 +16,8 @@ from pyarrow import feather
 from synister_jax.tables import synapses
 from tests.helpers import commands, html_pages, serving
 
+pytestmark = pytest.mark.long
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
 expect = sync_api.expect
 
@@ -181,7 +183,6 @@ def test_signing_in_by_hand(anyone: "sync_api.Page", site: Site) -> None:
     expect(anyone.locator("#view-jobs")).to_be_visible()  # where one wanted to go
 
 
-@pytest.mark.slow
 def test_from_a_faulty_file_to_what_request_writes(
     page: "sync_api.Page", site: Site, tmp_path: pathlib.Path
 ) -> None:
@@ -249,16 +250,16 @@ def test_neurons_are_found_searched_and_led_from(page: "sync_api.Page") -> None:
     expect(rows).to_have_count(1)
     page.get_by_role("button", name=f"synapses of neuron {ids[3]}").click()
     synapses_ = page.locator("#synapses")
-    expect(synapses_.get_by_label("Of neuron")).to_have_value(str(ids[3]))
+    expect(synapses_.get_by_label("Neuron id")).to_have_value(str(ids[3]))
     expect(synapses_.locator("output")).to_have_text("1 to 5 of 5 synapses")
-    synapses_.get_by_label("Of neuron").fill("")
+    synapses_.get_by_label("Neuron id").fill("")
     expect(synapses_.locator("output")).to_have_text("1 to 25 of 90 synapses")
     synapses_.get_by_role("button", name="Next").click()
     expect(synapses_.locator("output")).to_have_text("26 to 50 of 90 synapses")
     synapses_.get_by_label("Called").select_option("none")
     expect(synapses_.locator("output")).to_have_text("no synapse")
     synapses_.get_by_label("Called").select_option("")
-    synapses_.get_by_label("Of neuron").fill("x")
+    synapses_.get_by_label("Neuron id").fill("x")
     expect(synapses_.locator("output")).to_contain_text("neuron")  # a reason
 
 
@@ -267,9 +268,9 @@ def test_the_same_again_is_the_same_request(page: "sync_api.Page") -> None:
     finish(page)
     expect(page.locator("#neurons")).to_be_hidden()  # there are none
     assert submit(page, "x;y;z\n160;160;200\n") == first
-    expect(page.locator("#said")).to_contain_text("asked before")
+    expect(page.locator("#said")).to_contain_text("asked for the same before")
     page.locator("#menu a").first.click()
-    page.get_by_label("Compute anew").check()
+    page.get_by_label("Compute again").check()
     page.locator("#text").fill("x,y,z\n160,160,200\n")
     page.locator("#start:enabled").click()
     page.wait_for_url(re.compile(f"#job=(?!{first})"))
@@ -281,7 +282,7 @@ def test_cancelled_and_deleted(page: "sync_api.Page") -> None:
     bar = page.get_by_role("progressbar", name="predicting")
     expect(bar).to_be_visible()
     expect(page.locator("#pace")).to_have_text(
-        re.compile(r"of 5,000 · \d+ % · .* a second"), timeout=SECONDS
+        re.compile(r"of 5,000 · \d+ % · .* per second"), timeout=SECONDS
     )
     expect(page.locator("#spoken")).to_contain_text("running")
     assert page.title().endswith("Neurotransmitter requests")
@@ -293,7 +294,7 @@ def test_cancelled_and_deleted(page: "sync_api.Page") -> None:
     expect(row).to_contain_text("cancelled")
     page.once("dialog", lambda dialog: dialog.accept())
     row.get_by_role("button", name="delete long").click()
-    expect(page.locator("#said")).to_have_text("Deleted.")
+    expect(page.locator("#said")).to_have_text("The request is deleted.")
     expect(row).to_have_count(0)
 
 
@@ -335,7 +336,7 @@ def test_files_that_are_not_shown_are_checked(
     expect(page.locator("#verdict")).to_contain_text(re.compile("error|warning"))
     page.get_by_role("button", name="Remove").click()
     expect(page.locator("#text")).to_be_focused()
-    expect(page.locator("#verdict")).to_contain_text("as soon as there are any")
+    expect(page.locator("#verdict")).to_contain_text("as soon as you give rows")
 
 
 def test_start_waits_for_the_model(page: "sync_api.Page", site: Site) -> None:
@@ -348,12 +349,12 @@ def test_start_waits_for_the_model(page: "sync_api.Page", site: Site) -> None:
     page.locator("#text").fill("x,y,z\n160,160,280\n")
     verdict, start = page.locator("#verdict"), page.locator("#start")
     expect(verdict).to_have_text(
-        "No error. The model is being opened; it can start in a moment."
+        "No error. The model is being opened; you can start in a moment."
     )
     expect(start).to_be_disabled()
     answers.append(found)
     expect(start).to_be_enabled()
-    expect(verdict).to_have_text("No error. It can start.")
+    expect(verdict).to_have_text("No error. You can start the request.")
     # The server begins anew, which the page does not know.
     refusal = {"detail": "model small is being opened"}
     page.route(
@@ -488,7 +489,6 @@ _SMALL = """() => [...document.querySelectorAll("a, button, input, select, summa
     .map((x) => x.outerHTML)"""
 
 
-@pytest.mark.slow
 def test_killed_in_mid_job_the_page_and_the_job_go_on(
     page: "sync_api.Page", site: Site
 ) -> None:

@@ -119,6 +119,7 @@ def test_killed_worker_and_killed_server(models_folder: pathlib.Path) -> None:
         assert server.stop(signal.SIGINT) == 0
 
 
+@pytest.mark.long
 def test_one_server_a_folder(tmp_path: pathlib.Path) -> None:
     models_folder = serving.write_models(tmp_path)
     with serving.Command(models_folder) as server:

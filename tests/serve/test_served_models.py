@@ -38,7 +38,7 @@ def test_paths_are_relative_to_the_file(tmp_path: pathlib.Path) -> None:
         ({"sources": []}, "at least one"),
         ({"sources": ["none", "none"]}, "each once"),
         ({"sources": ["moon"]}, "'moon' is not known"),
-        ({"sources": ["hemibrain"], "synapses": "t.feather"}, "leave synapses out"),
+        ({"sources": ["hemibrain"], "synapses": "t.feather"}, "remove synapses"),
         ({"volum": "x"}, "volum is not known"),
         ({"title": 3}, "wrong type"),
     ],

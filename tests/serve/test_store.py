@@ -113,9 +113,9 @@ def test_the_same_request_is_one_job(store: Store) -> None:
 
 def test_limits(store: Store) -> None:
     submit(store, 1)
-    with pytest.raises(LimitReached, match="1 jobs are unfinished"):
+    with pytest.raises(LimitReached, match="1 unfinished jobs"):
         store.submit(new_job("f" * 16, "k"), most_jobs=1, most_bytes=9999)
-    with pytest.raises(LimitReached, match="100 bytes of 150"):
+    with pytest.raises(LimitReached, match="100 bytes and may take 150"):
         store.submit(new_job("f" * 16, "k"), most_jobs=9, most_bytes=150)
 
 
@@ -129,7 +129,7 @@ def test_a_job_that_stops_workers_is_given_up(store: Store) -> None:
     failed = store.job(job.id, 1)
     assert (failed.state, failed.message) == (
         "failed",
-        "stopped the worker three times",
+        "this job stopped its worker three times",
     )
 
 
@@ -181,6 +181,7 @@ while (job := store.claim(name)) is not None:
 """
 
 
+@pytest.mark.long
 def test_claims_of_several_processes_are_each_once(store: Store) -> None:
     """Some are killed as they work; nothing is lost and nothing done twice."""
     jobs = {submit(store, number).id for number in range(60)}

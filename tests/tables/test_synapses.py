@@ -84,6 +84,7 @@ row = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.lists(row, unique_by=lambda line: line["synapse_id"], min_size=1))
 def test_any_table_survives_its_file(

@@ -68,7 +68,7 @@ def run(*arguments: str) -> str:
             ["load", "--mongo=mongodb://h/d", "--synapses=mongodb://g/d"]
             + ["--overwrite"],
             1,
-            "from a database of that name: dump it",
+            "both name database d; dump this database to a file",
         ),
         (
             ["load_predictions", "--mongo=mongodb://h/d", "--predictions=p"],
@@ -107,7 +107,7 @@ def test_there_and_back(
     assert f"note: {len(table)} positions are not whole nm" in printed
     assert f"{shown}: 6 hemi_lineages, 18 skeletons, {len(table)} synapses" in printed
     again = run("load", location, f"--synapses={source}")
-    assert again.endswith(f"{len(table)} synapses, there already\n")
+    assert again.endswith(f"{len(table)} synapses, stored already\n")
     assert f"{output}: {len(table)} synapses of {shown}" in run(
         "dump", location, f"--output={output}"
     )
@@ -120,8 +120,8 @@ def test_there_and_back(
     for layout in (TEST_SET, BRAIN):
         load = ("load_predictions", location, *layout)
         load += (f"--predictions={tmp_path / 'p.feather'}",)
-        assert run(*load).endswith("p.feather written\n")
-        assert run(*load).endswith("p.feather there already\n")
+        assert run(*load).endswith("p.feather is stored\n")
+        assert run(*load).endswith("p.feather is stored already\n")
         run("dump_predictions", location, *layout, f"--output={output}")
         found = predictions.load(output)
         assert predictions.about(found)["step"] == 3

@@ -9,6 +9,8 @@ from synister_jax.network import checkpoint, inference, sharding
 torch = pytest.importorskip("torch")
 from tests.helpers import commands, torch_networks  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 SETUP = """[Training]
 synapse_types = gaba, acetylcholine, dopamine
 neither_class = True
@@ -23,6 +25,7 @@ n_convolutions = 2, 1
 """
 BANC_CONFIG = """
 from configs import skeleton
+
 
 def get_config():
     config = skeleton.get_config()
@@ -140,13 +143,13 @@ def test_mistakes_are_named(tmp_path: pathlib.Path, setup: pathlib.Path) -> None
         assert not workdir.exists()
         return wrong
 
-    assert "does not end in its step; give --step" in refused(f"--setup={setup}")
+    assert "does not end in a step; give --step" in refused(f"--setup={setup}")
     wrong = refused(f"--setup={setup}", "--step=1")  # 4,096 dense features
     assert "classifier.0.bias is (16,) in the checkpoint" in wrong
     config = tmp_path / "banc.py"
     config.write_text(BANC_CONFIG)
     wrong = refused(f"--setup={setup}", "--step=1", f"--config={config}")
-    assert "a setup is of vgg3d, --config says resnet18" in wrong
+    assert "a setup has a vgg3d, --config has a resnet18" in wrong
     ini = setup / "train_config.ini"
     ini.write_text(SETUP.replace("input_shape", "shape"))
     wrong = refused(f"--setup={setup}", "--step=1")

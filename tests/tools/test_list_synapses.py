@@ -20,6 +20,8 @@ from tests.helpers import commands
 from tests.helpers.service_servers import Answer, NeuPrint, make_certificate
 from tests.helpers.small_data import ROOT
 
+pytestmark = pytest.mark.long
+
 TOOL = ROOT / "tools" / "list_synapses.py"
 SHAPE_ZYX = (60, 50, 40)
 
@@ -112,7 +114,7 @@ def test_killed_and_started_again_it_has_the_same_bytes(
     before = len(server.asked)
     code, output, errors = run(server, tmp_path, *flags, f"--output={killed}")
     assert (code, errors) == (0, "")
-    assert "going on behind" in output
+    assert "continuing after" in output
     assert not pages.exists()
     cyphers = [json.loads(r.body)["cypher"] for r in server.asked[before:] if r.body]
     assert "n.bodyId > -1 " not in cyphers[0]

@@ -11,6 +11,8 @@ from synister_jax.tables import reading, synapses
 from tests.helpers import commands
 from tests.helpers.small_data import shared_data
 
+pytestmark = pytest.mark.long
+
 SMALL = ["--synapses=150", "--neurons=40", "--shape_zyx=25,600,650"]
 
 
@@ -69,7 +71,7 @@ def test_same_seed_same_bytes(demo: pathlib.Path, tmp_path: pathlib.Path) -> Non
 def test_mistakes(demo: pathlib.Path, tmp_path: pathlib.Path) -> None:
     before = checksums(demo)
     again = make(demo, *SMALL)
-    assert again.returncode == 0 and "is there already" in again.stdout
+    assert again.returncode == 0 and "exists already" in again.stdout
     assert checksums(demo) == before
     for folder, options in (
         (demo, ["--seed=5", *SMALL]),

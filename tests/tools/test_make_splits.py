@@ -34,6 +34,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
+@pytest.mark.long
 def test_split_report_and_second_split(
     tmp_path: pathlib.Path, table: pathlib.Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_columns_of_ones_own_are_not_written_over(
     assert run(*options, f"--output={tmp_path / 'other.feather'}")[0] == 0
 
 
+@pytest.mark.long
 def test_male_vnc(tmp_path: pathlib.Path) -> None:
     folder = shared_data("malevnc_tbars")
     paths = [folder / f"{n}.csv.gz" for n in ("acetylcholine", "gaba", "glutamate")]

@@ -3,6 +3,7 @@ import pathlib
 import subprocess
 
 import numpy as np
+import pytest
 
 from synister_jax.base import figures
 from tests.helpers import commands, pictures
@@ -24,6 +25,7 @@ def show(
     return commands.run(*command)
 
 
+@pytest.mark.long
 def test_a_sheet_of_every_class(
     tmp_path: pathlib.Path, shards_folder: pathlib.Path
 ) -> None:

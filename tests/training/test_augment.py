@@ -15,6 +15,8 @@ from synister_jax.network import input_scaling
 from synister_jax.training import augment, warp
 from tests.helpers.small_data import tiny_config
 
+pytestmark = pytest.mark.long
+
 SHAPE = (4, 16, 16)
 MARGIN = (1, 2, 2)
 RECORD = (6, 20, 20)

@@ -121,6 +121,7 @@ def test_rows_left_out_are_listed(
     shards.verify(written)
 
 
+@pytest.mark.long
 def test_killed_anywhere_and_rerun_gives_the_same_bytes(
     tmp_path: pathlib.Path,
     shards_folder: pathlib.Path,
@@ -156,6 +157,7 @@ pathlib.Path.unlink = die_after(pathlib.Path.unlink)
     assert died >= 8
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_of_a_shard(
     tmp_path: pathlib.Path,
     shards_folder: pathlib.Path,

@@ -60,6 +60,7 @@ def test_classes_are_uniform_and_only_train_examples_appear(
         assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.long
 def test_every_part_of_a_batch_has_every_class_in_the_long_run(
     opened: shards.Shards,
 ) -> None:
@@ -98,6 +99,7 @@ def test_clustered_synapses_share_one_chance(opened: shards.Shards) -> None:
     np.testing.assert_array_equal(again.rows(7), examples.rows(7))
 
 
+@pytest.mark.long
 def test_same_seed_same_batches_on_any_number_of_devices(opened: shards.Shards) -> None:
     streams = [stream(opened), stream(opened, devices=4), stream(opened, seed=1)]
     first, sharded, other = ([next(s) for _ in range(5)] for s in streams)

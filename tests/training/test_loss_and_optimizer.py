@@ -75,6 +75,7 @@ def descend_in_torch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]
     return {name: parameter.detach().numpy() for name, parameter in params.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change",
     [
@@ -147,6 +148,7 @@ def test_cross_entropy_is_torch_s(smoothing: float) -> None:
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_focal_loss_and_class_weights_follow_their_formula() -> None:
     logits, labels = examples()
     alpha = (1.0, 1.1, 0.9)
@@ -168,6 +170,7 @@ def test_class_weights_alone_multiply() -> None:
     np.testing.assert_allclose(ours, plain * np.asarray(weights)[labels], rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("logit", [-200.0, 0.0, 20.0, 200.0])
 def test_loss_and_gradient_are_finite_for_sure_examples(

@@ -18,6 +18,8 @@ from synister_jax.training import input_pipeline, metrics_log, stopping, trainin
 from tests.helpers import runs
 from tests.helpers.small_data import tiny_config
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def config(shards_folder: pathlib.Path) -> ml_collections.ConfigDict:
@@ -47,7 +49,7 @@ def test_sigterm_saves_and_ends_well(
     assert process.returncode == 0, output
     [step] = checkpoint.steps(tmp_path / "run")
     assert step >= 20
-    assert f"SIGTERM: saved at step {step}; the same command goes on" in output
+    assert f"SIGTERM: saved at step {step}; the same command continues" in output
     config.num_train_steps = step + 1  # and it does
     training_run.train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [step, step + 1]

@@ -10,6 +10,8 @@ from scipy import ndimage
 
 from synister_jax.training import warp
 
+pytestmark = pytest.mark.long
+
 
 def reference_field(
     control: np.ndarray,

@@ -79,6 +79,7 @@ def test_batches_ask_for_each_skeleton_once(
     assert server.asked[1].form["with_tags"] == ["false"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "faults", [["slow"], [Answer(500)] * 2, ["cut off"], [Answer(429)], ["drop"]]
 )

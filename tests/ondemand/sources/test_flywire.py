@@ -173,6 +173,7 @@ def test_queries_answered_wrongly(
         ask(server, [ROOT])
 
 
+@pytest.mark.long
 def test_it_asks_again(server: Cave) -> None:
     server.faults = [Answer(500), Answer(503), "cut off", "drop", "slow"]
     assert len(ask(server, [ROOT])[0].sites) == 2

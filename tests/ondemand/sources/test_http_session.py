@@ -35,6 +35,7 @@ def ask(server: Server) -> object:
         return session.json("POST", f"{server.url}/path", json=[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "faults",
     [
@@ -54,6 +55,7 @@ def test_an_answer_comes_all_the_same(server: Number, faults: list[Fault]) -> No
     assert {request.body for request in server.asked} == {b"[1]"}
 
 
+@pytest.mark.long
 def test_it_waits_as_long_as_the_service_says(server: Number) -> None:
     server.faults = [Answer(429, headers={"Retry-After": "1"})]
     start = time.monotonic()

@@ -140,6 +140,7 @@ def test_settings_that_do_not_fit(
     assert "wr0ng" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_certificate_that_nobody_knows(
     server: NeuPrint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_listing_that_would_not_end(server: NeuPrint) -> None:
         pages(server)
 
 
+@pytest.mark.long
 def test_it_asks_again(server: NeuPrint) -> None:
     server.faults = [Answer(502), "cut off", "drop", "slow", *[Answer(500)] * 2]
     assert len(ask(server, [13])[0].sites) == 3

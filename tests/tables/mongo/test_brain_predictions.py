@@ -130,6 +130,7 @@ def test_predictions_of_unknown_synapses(
     assert contents(mongo_database) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["new", "added", "replaced"])
 def test_predictions_of_a_brain_interrupted_anywhere(
     tmp_path: pathlib.Path,

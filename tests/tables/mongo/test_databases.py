@@ -115,10 +115,11 @@ def test_what_is_there_stays_unless_told(mongo_database: str) -> None:
     assert contents(mongo_database) == before
     with databases.connect(mongo_database) as database:
         database.synapses.delete_one({"synapse_id": first["synapse_id"][3].as_py()})
-    with pytest.raises(UserError, match="nothing says that they are this"):
+    with pytest.raises(UserError, match="nothing says that they are from this import"):
         load_table(mongo_database, first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_import_interrupted_anywhere(
     mongo_database: str, monkeypatch: pytest.MonkeyPatch, overwrite: bool
@@ -169,7 +170,9 @@ def test_reading_what_is_half_replaced_is_refused(
         patch.setattr(Collection, "insert_many", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             load_table(mongo_database, random_table(4), overwrite=True)
-    with pytest.raises(UserError, match="import .* is unfinished; run that again"):
+    with pytest.raises(
+        UserError, match="import .* is unfinished; run that import again"
+    ):
         reading.load(mongo_database)
 
 
@@ -312,6 +315,7 @@ def test_a_split_named_while_reading(mongo_database: str) -> None:
             pa.Table.from_batches(batches, schema)
 
 
+@pytest.mark.long
 def test_a_server_that_stops_half_way(tmp_path: pathlib.Path) -> None:
     server, uri = mongo_server.start(tmp_path)
     try:

@@ -109,7 +109,7 @@ def test_predictions_that_the_original_wrote(
         assert found["neuron_id"][0] == table["neuron_id"][2]
         assert found["status"].to_pylist() == [None, None]
         assert predictions.called(found).tolist() == [1, -1]
-        with pytest.raises(UserError, match="'glu' is unknown or there twice"):
+        with pytest.raises(UserError, match="'glu' is unknown or given twice"):
             read_test_set(mongo_database, output, ["glu", "gaba"])
         two = rf"synapse {ids[2]}: prediction \[.*\], not a list of 2 numbers"
         with pytest.raises(UserError, match=two):
@@ -128,6 +128,7 @@ def test_predictions_that_the_original_wrote(
             read_test_set(mongo_database, output, list(CLASSES))
 
 
+@pytest.mark.long
 def test_predictions_interrupted_anywhere(
     tmp_path: pathlib.Path, mongo_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
