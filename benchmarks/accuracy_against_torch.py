@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the accuracy of our trainer with a plain PyTorch loop on the same batches.
+r"""Compares the accuracy of our trainer with a simple PyTorch loop on equal batches.
 
     python -m benchmarks.accuracy_against_torch --folder=FOLDER \
-        --config=configs/demo.py --shards=demo/shards [--seed=0 --seed=1 --seed=2]
+        --config=configs/demo.py --shards=demo/shards --seed=0 --seed=1 --seed=2
 
-For each seed: synister_jax.train into a folder; and PyTorch's own network, initial
-weights, loss, Adam and schedule on the very crops that our step would get, in the same
-order. Then both last states on the test part. Deviations are of the sample.
+For each seed, `synister_jax.train` trains a network. A PyTorch loop trains another
+network, with the initial weights, loss, Adam and schedule of PyTorch. The loop gets the
+same crops in the same order as our trainer. Then both networks are measured on the test
+part after their last step. The deviations are standard deviations of the sample.
 """
 
 import contextlib
@@ -35,12 +36,19 @@ from synister_jax.training import (
     validation,
 )
 
-_SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)
+_SHARDS = flags.DEFINE_string(
+    "shards", None, "Train with the crops of this folder of shards.", required=True
+)
 _SEEDS = flags.DEFINE_multi_integer(
-    "seed", [0, 1, 2], "Seed of weights and batches; may be repeated.", lower_bound=0
+    "seed",
+    [0, 1, 2],
+    "Draw the initial weights and the batches from this seed. Repeat the flag to train "
+    "with several seeds.",
+    lower_bound=0,
 )
 
-# What the loop below does not do, and its value when nobody does it.
+# The PyTorch loop does not have these options. Each must have the value that turns the
+# option off.
 _OFF = {"init_from": None, "class_weights": (), "accumulate_steps": 1}
 _OFF |= {"compute_dtype": "float32", "early_stop_evals": 0, "warmup_steps": 0}
 _OFF |= {"weight_decay": 0, "clip_norm": 0, "ema_decay": 0}
@@ -54,9 +62,9 @@ def main() -> None:
     config.shards = _SHARDS.value
     for name, off in _OFF.items():
         if config[name] != off:
-            raise UserError(f"config.{name} = {config[name]}: compared is only {off!r}")
+            raise UserError(f"config.{name} = {config[name]}: use {off!r}")
     if config.model.network != "vgg3d":
-        raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
+        raise UserError(f"config.model.network = {config.model.network}: use vgg3d")
     training_run.check(config)
     opened = input_pipeline.open_shards(config)
     part = validation.SplitPart.of(opened, config.split, "test")
@@ -76,7 +84,7 @@ def main() -> None:
 
 
 def _summary(results: list[dict]) -> dict[str, dict]:
-    """Returns of each number the values by seed, their mean and their deviation."""
+    """Returns the values of each number by seed, their mean and their deviation."""
     numbers = {}
     for key in _NUMBERS:
         values = [result[key] for result in results]
@@ -89,7 +97,7 @@ def _summary(results: list[dict]) -> dict[str, dict]:
 def _of_ours(
     config: ml_collections.ConfigDict, opened: shards.Shards, part: validation.SplitPart
 ) -> dict:
-    """Returns the numbers per synapse of our trainer's last checkpoint."""
+    """Trains with our trainer, and returns the numbers of its last checkpoint."""
     workdir = command_line.folder() / "run"
     shutil.rmtree(workdir, ignore_errors=True)
     training_run.train(config.copy_and_resolve_references(), workdir)
@@ -100,7 +108,7 @@ def _of_ours(
 def _of_torch(
     config: ml_collections.ConfigDict, opened: shards.Shards, part: validation.SplitPart
 ) -> dict:
-    """Returns the same numbers of the plain loop's network after its last step."""
+    """Trains with the PyTorch loop, and returns the same numbers at its end."""
     import torch
 
     from tests.helpers import torch_networks

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what the augmentation costs of a training step.
+r"""Measures the share of the augmentation in the time of a training step.
 
     python -m benchmarks.bench_augmentation --folder=FOLDER \
-        [--config=configs/skeleton.py] [--rounds=5]
+        --config=configs/skeleton.py --rounds=5
 
-A step with the augmentation, one with crops ready made, and the augmentation alone
-alternate in one process, on the same noise.
+One process measures three programs in turns, on the same random voxels: a step with
+augmentation (`augmented`), a step without (`plain`), and only the augmentation
+(`alone`).
 """
 
 import jax

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures synapses a second from a volume to predictions, beside the original's loop.
+r"""Measures the synapses per second of a whole prediction, ours and the original's.
 
     python -m benchmarks.bench_end_to_end --folder=FOLDER \
-        [--config=configs/skeleton.py] [--synapses=32] [--batch_size=8] [--rounds=5]
+        --config=configs/skeleton.py --synapses=32 --batch_size=8 --rounds=5
 
-The volume (N5, gzip, chunks of 16×128×128, smooth noise, in the system's cache) has the
-synapses uniformly random in it. `ours` is a whole prediction with the network loaded:
-plan, execution with nothing in the volume's cache, predictions.feather merged.
-`network_alone` is the same network in the same process, with a batch that lies on the
-device already: its ratio is what reading, waiting and writing cost. `original` reads
-one crop after the other without a cache, stacks a batch, predicts it with PyTorch as
-written, and appends the probabilities to a list. It is spared what the original does
-besides: a query and an update of MongoDB for every synapse; and it reads through
-TensorStore, where the original has daisy and zarr, which are not faster. Both have the
-same weights and must find the same probabilities; each is a process of its own.
+The volume is smooth noise (N5, gzip, chunks of 16×128×128), and its files are in the
+cache of the operating system. The synapses are at uniformly random positions. Three
+sides are measured:
+
+- `ours` is a whole prediction with a network that is loaded already: it makes the plan,
+  executes the plan with an empty cache of chunks, and merges predictions.feather.
+- `network_alone` is the same network in the same process, with a batch that is already
+  on the device. The ratio to it shows the cost of reading, waiting and writing.
+- `original` reads one crop after the other without a cache, stacks a batch, predicts
+  the batch with PyTorch as written, and appends the probabilities to a list. The
+  original does more, which is left out here: it sends a query and an update to MongoDB
+  for every synapse. It reads with daisy and zarr. Here TensorStore reads, which is at
+  least as fast.
+
+`ours` and `original` have the same weights, and must give the same probabilities. Each
+runs in a process of its own.
 """
 
 import collections
@@ -36,8 +42,12 @@ from synister_jax.network import inference
 from synister_jax.tables import predictions, synapses
 from synister_jax.tables.synapse_stream import SynapseStream
 
-_SYNAPSES = command_line.define_count("synapses", 32, "Number of synapses of a round.")
-_BATCH_SIZE = command_line.define_count("batch_size", 8, "Number of crops at once.")
+_SYNAPSES = command_line.define_count(
+    "synapses", 32, "Predict this many synapses in a round."
+)
+_BATCH_SIZE = command_line.define_count(
+    "batch_size", 8, "Predict this many crops at once."
+)
 
 
 def compare() -> None:
@@ -90,7 +100,11 @@ def _ours(
     path: pathlib.Path,
     busy: list[float],
 ) -> Callable[[], np.ndarray]:
-    """Returns what predicts all synapses, and notes how much the devices were busy."""
+    """Returns a function that predicts all synapses and returns their probabilities.
+
+    The function also appends the share of the time that the devices were busy to
+    `busy`.
+    """
     config = command_line.CONFIG.value
     output = folder / "output"
 

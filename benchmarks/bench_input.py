@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures training samples a second: shards through Grain, and a gunpowder pipeline.
+"""Measures the training examples per second of our input and of a gunpowder pipeline.
 
-    .venv-bench/bin/python -m benchmarks.bench_input --folder=FOLDER [--texture=URI]
+    .venv-bench/bin/python -m benchmarks.bench_input --folder=FOLDER --texture=URI
 
-`ours_host` is `TrainBatches.stream`: records of shards (crop and margin, uint8) read
-and decoded by Grain's threads, until the batch lies on the device. In
-`ours_with_augmentation` the device augments them too, as in a training step; where the
-device is the CPU, on the cores that read. Cutting the shards is not in the rates.
-`gunpowder` is gunpowder 1.4.4 with the nodes that the original trains with, in its
-order and with the numbers of the same config; its batches end in the host's memory. The
-original has its synapses from MongoDB in a node of its own; here they are in memory.
+There are three sides:
 
-Volume (N5, gzip, chunks of 16×128×128; `--texture` tiled, or smooth noise), synapses
-(uniformly random, so that nothing is padded) and shards lie in the system's cache. Each
-side is a process of its own. A turn starts it anew, takes some batches that do not
-count, then counts batches for `--seconds`; with the consumer always waiting, no stock
-of ready samples is built up before. `batches` describes what the sides gave.
+- `ours_host` is `TrainBatches.stream`. Grain's threads read and decode the records of
+  shards (crop and margin, uint8), and the batch is copied to the device.
+- In `ours_with_augmentation` the device also augments the records, as in a training
+  step. If the device is the CPU, the same cores read and augment. The time to cut the
+  shards does not count.
+- `gunpowder` is gunpowder 1.4.4 with the nodes that the original trains with. Their
+  order is that of the original, and their numbers come from the same config. The
+  batches stay in the memory of the host. A node of the original gets the synapses from
+  MongoDB. Here the synapses are in memory.
+
+The volume is N5 (gzip, chunks of 16×128×128). It repeats the `--texture`, or smooth
+noise. The synapses are at random positions, where no crop needs padding. The files of
+volume and shards are in the cache of the operating system.
+
+Each side runs in a process of its own. In a turn, the side starts again, gives some
+batches that do not count, and then gives batches for `--seconds`. The consumer always
+waits for the next batch, so there is no stock of ready samples. `batches` in the report
+describes a batch of each side.
 """
 
 import contextlib
@@ -42,16 +49,16 @@ from synister_jax.training import augment, input_pipeline, shards
 
 _TEXTURE = command_line.define_texture()
 _SECONDS = flags.DEFINE_float(
-    "seconds", 8.0, "Number of seconds of a turn at least.", lower_bound=0.1
+    "seconds", 8.0, "Measure at least this many seconds in a turn.", lower_bound=0.1
 )
 
 _OURS = ("ours_host", "ours_with_augmentation")
-_SYNAPSES = 300  # of all classes
-_WORKERS = len(os.sched_getaffinity(0))  # processes of PreCache
+_SYNAPSES = 300  # in all classes together
+_WORKERS = len(os.sched_getaffinity(0))  # processes of gunpowder's PreCache
 _PRECACHE_SAMPLES = 40
-_WARM_UP_BATCHES = 4  # as many as Grain has ready
+_WARM_UP_BATCHES = 4  # as many as Grain prepares in advance
 
-Batches = Iterator[tuple[Any, Any]]  # of a side: crops, and labels [batch]
+Batches = Iterator[tuple[Any, Any]]  # the crops and the labels [batch] of a side
 
 
 def main() -> None:
@@ -66,9 +73,9 @@ def main() -> None:
 
 
 def _compare(config: ml_collections.ConfigDict) -> None:
-    with contextlib.redirect_stdout(sys.stderr):  # progress; stdout is for JSON
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for JSON only
         made = _make(command_line.folder(), config)
-    sys.argv.append(f"--config.shards={made.folder}")  # the children's
+    sys.argv.append(f"--config.shards={made.folder}")  # for the children
     child_of = {name: name for name in (*_OURS, "gunpowder")}
     report: dict[str, Any] = {}
     for allocator in side_by_side.ALLOCATORS:
@@ -78,7 +85,7 @@ def _compare(config: ml_collections.ConfigDict) -> None:
         for name, batch in found["batches"].items():
             shape = [config.batch_size, *config.crop_shape_zyx]
             if batch["shape"] != shape or not -1 <= batch["min"] < batch["max"] <= 1:
-                raise RuntimeError(f"{name} gives other batches than {shape}: {batch}")
+                raise RuntimeError(f"{name} must give {shape} in [-1, 1]: {batch}")
         rates = _to_gunpowder(found["rounds"])
         report |= rates if allocator == "default" else {"allocator_huge": rates}
     report |= {"batches": found["batches"], "seconds_of_a_turn": _SECONDS.value}
@@ -88,7 +95,7 @@ def _compare(config: ml_collections.ConfigDict) -> None:
 
 
 def _to_gunpowder(rounds: dict[str, list[float]]) -> dict[str, Any]:
-    """Returns medians, rounds, and the ratio of each side of ours to gunpowder."""
+    """Returns the medians, the rounds, and the ratios of our sides to gunpowder."""
     found = {name: side_by_side.summary(rounds, name) for name in _OURS}
     return {"rates": side_by_side.medians(rounds), "rounds": rounds} | {
         f"{what}_to_gunpowder": {n: of[what]["gunpowder"] for n, of in found.items()}
@@ -101,11 +108,12 @@ def _serve(
     config: ml_collections.ConfigDict,
     crops_of: Callable[[Any], np.ndarray],
 ) -> None:
-    """Answers as the child of one side.
+    """Answers requests in the child process of one side.
 
     Args:
-      start: Starts the side, which stops at the context's end.
-      crops_of: Makes network inputs of what a batch has.
+      start: starts the side, which stops at the end of the context.
+      config: the config that all sides share.
+      crops_of: converts the crops of a batch to inputs of the network.
     """
 
     def turn() -> float:
@@ -114,7 +122,7 @@ def _serve(
             for count in itertools.count(-_WARM_UP_BATCHES):
                 if count == 0:
                     began = time.perf_counter()
-                # As in training, a batch is prepared while the device has another.
+                # As in training, the next batch is prepared while the device works.
                 pending, before = next(batches), pending
                 jax.block_until_ready(before)
                 if count > 0 and time.perf_counter() - began >= _SECONDS.value:
@@ -166,7 +174,7 @@ def _serve_ours(config: ml_collections.ConfigDict, augments: bool) -> None:
 
 @contextlib.contextmanager
 def _gunpowder_batches(config: ml_collections.ConfigDict) -> Iterator[Batches]:
-    import gunpowder as gp  # in this side's environment
+    import gunpowder as gp  # only this side needs gunpowder
 
     augmentation = augment.AugmentSettings.of(config)
     made = input_pipeline.open_shards(config)
@@ -219,7 +227,7 @@ def _gunpowder_batches(config: ml_collections.ConfigDict) -> Iterator[Batches]:
     )
     request = gp.BatchRequest()
     request.add(raw, crop)
-    request.add(points, crop / 8)  # of the crop, its central eighth
+    request.add(points, crop / 8)  # the central eighth of the crop along each axis
     request[label] = gp.ArraySpec(nonspatial=True)
 
     with gp.build(pipeline):
@@ -228,7 +236,7 @@ def _gunpowder_batches(config: ml_collections.ConfigDict) -> Iterator[Batches]:
 
 
 def _write_points(made: shards.Shards) -> dict[str, pathlib.Path]:
-    """Writes a file with the synapses of the shards for each class."""
+    """Writes a CSV file with the positions of the synapses for each class."""
     positions = synapses.positions_nm_zyx(made.index)
     labels = synapses.labels(made.index, made.classes)
     paths = {}
@@ -239,9 +247,9 @@ def _write_points(made: shards.Shards) -> dict[str, pathlib.Path]:
 
 
 def _make(folder: pathlib.Path, config: ml_collections.ConfigDict) -> shards.Shards:
-    """Makes volume, synapses and shards, where they are not there."""
+    """Makes the volume, the synapses and the shards, unless they exist already."""
     voxel_size = config.voxel_size_nm_zyx
-    # To zarr an N5 data set is one of a container.
+    # zarr reads an N5 data set only inside a container.
     container = files.make_folder(folder / "volumes.n5")
     files.write_json(container / "attributes.json", {"n5": "2.0.0"})
     path = made_inputs.tiled_volume(

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures each layer of the network alone, against what the machine could do at most.
+r"""Measures the rate of each layer of the network, and the limits of the machine.
 
-    python -m benchmarks.bench_layers --folder=FOLDER [--config=configs/skeleton.py] \
-        [--rounds=5] [--batches=2]
+    python -m benchmarks.bench_layers --folder=FOLDER --config=configs/skeleton.py \
+        --rounds=5 --batches=2
 
-A layer is one jitted function: convolution or matrix product, bias and ReLU, of random
-input at the size that it has in the network, for a batch of `--config.batch_size`, crop
-by crop where the network in inference takes them so. Its intensity is
-peaks.flops_per_crop's: operations for each byte that must be moved at least (input,
-output and weights, once), so the roof above it, the smaller of the peak rate and of
-intensity times bandwidth, is what no layer by itself can pass. Norms and pooling are
-not timed. Layers alternate, on one device. run_all.py draws the roofline.
+A layer is one compiled function: a convolution or a matrix product, with bias and ReLU.
+Its input is random and has the size that it has in the network, for a batch of
+`--config.batch_size` crops. If inference computes one crop at a time on this device,
+this program does so, too. Norms and pooling are not measured. The layers run in turns
+on one device.
+
+The intensity of a layer is the number of operations per byte that the layer must move
+(peaks.flops_per_crop): input, output and weights, each once. The roof is the smaller of
+two numbers: the peak rate, and the intensity times the memory bandwidth. No layer alone
+can be faster than its roof. run_all.py draws the roofline.
 """
 
 import math
@@ -25,7 +28,7 @@ from benchmarks import command_line, peaks, side_by_side
 from synister_jax.base import command
 from synister_jax.network import convolution
 
-_BATCHES = command_line.define_count("batches", 2, "Number of batches of a round.")
+_BATCHES = command_line.define_count("batches", 2, "Compute this many batches a round.")
 
 
 def main() -> None:
@@ -37,7 +40,8 @@ def main() -> None:
     sides = {layer["name"]: _round(config, layer) for layer in work["layers"]}
     rates = side_by_side.alternate(sides, command_line.ROUNDS.value)
     medians = side_by_side.medians(rates)
-    # A roof is the best that the machine can: another look, at another time.
+    # The roof is the best that the machine can do. So the limits are measured twice, at
+    # two times, and the better numbers are used.
     peaks.peak_flops.cache_clear()
     peak, peak_is = max((peak, peak_is), peaks.peak_flops(config.compute_dtype))
     bandwidth = max(bandwidth, peaks.memory_bandwidth())

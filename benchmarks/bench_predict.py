@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures crops a second of the network alone: ours, PyTorch's as written and tuned.
+r"""Measures the crops per second of the network alone, ours and three in PyTorch.
 
-    python -m benchmarks.bench_predict --folder=FOLDER [--config=configs/skeleton.py] \
-        [--rounds=5] [--batches=2]
+    python -m benchmarks.bench_predict --folder=FOLDER --config=configs/skeleton.py \
+        --rounds=5 --batches=2
 
-Every side has the same weights and gets the same batch of random uint8 crops from
-NumPy, one batch after the other, and gives probabilities in NumPy, which must agree.
-`ours` is the Classifier that synister_jax.predict runs; torch_sides.py says what the
-others do. Each side is a process of its own, idle when it is not its turn, with as many
-threads as there are CPUs. Both allocators of side_by_side.py are measured.
+All sides have the same weights. They get the same batch of random uint8 crops as a
+NumPy array, one batch after the other, and return probabilities as a NumPy array. The
+probabilities must agree. `ours` is the Classifier that synister_jax.predict runs.
+torch_sides.py describes the other sides. Each side runs in a process of its own, which
+waits until its turn, with as many threads as there are CPUs. Both allocators of
+side_by_side.py are measured.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from benchmarks import command_line, made_inputs, our_sides, peaks, side_by_side
 from synister_jax.base import command
 
-_BATCHES = command_line.define_count("batches", 2, "Number of batches of a round.")
+_BATCHES = command_line.define_count("batches", 2, "Predict this many batches a round.")
 
 _SIDES = {name: name for name in ("ours", "as_written", "inference_mode", "tuned")}
 

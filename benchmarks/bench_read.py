@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures crops a second, read in chunk order through a cache and one by one.
+"""Measures the crops per second that are read in chunk order, and one by one.
 
-    python -m benchmarks.bench_read --folder=FOLDER [--texture=URI] [--rounds=5]
+    python -m benchmarks.bench_read --folder=FOLDER --texture=URI --rounds=5
 
-The volume (2 GiB, N5, gzip, chunks of 16×128×128 at 40×4×4 nm) is `--texture` tiled, or
-smooth noise. The synapses lie uniformly at random. `chunk_order` is `crops.read` in the
-order of `crops.order`, with an empty cache each round; the loop opens the volume
-without a cache and, as the original does, reads one crop after the other. The two
-alternate in one process. A pass with a cache of 64 MiB comes first, so both find the
-files in the system's cache. The peak memory includes that of loading the texture.
+The volume has 2 GiB (N5, gzip, chunks of 16×128×128 at 40×4×4 nm). It repeats the
+`--texture`, or smooth noise. The synapses are at uniformly random positions.
+`chunk_order` is `crops.read` in the order of `crops.order`, with an empty cache in each
+round. `loop` opens the volume without a cache, and reads one crop after the other, as
+the original does. Both run in turns in one process.
+
+A first pass reads all crops with a cache of 64 MiB. Afterwards all files are in the
+cache of the operating system. The peak memory includes the memory to load the texture.
 """
 
 import resource
@@ -21,9 +23,11 @@ from synister_jax.base.errors import UserError
 from synister_jax.em import crops, volumes
 
 _TEXTURE = command_line.define_texture()
-_CROPS = command_line.define_count("crops", 20_000, "Number of synapses.")
+_CROPS = command_line.define_count(
+    "crops", 20_000, "Read the crops of this many synapses."
+)
 _SAMPLE = command_line.define_count(
-    "sample", 300, "Number of synapses that the loop reads in a round."
+    "sample", 300, "Read this many crops in a round of the loop."
 )
 
 _SHAPE_ZYX = (128, 4096, 4096)
@@ -44,7 +48,7 @@ def main() -> None:
         ordered = starts[crops.order(starts, _CROP_ZYX, opened)]
         for crop in crops.read(opened, ordered, _CROP_ZYX):
             if crop.unreadable:
-                raise UserError(f"{path} lacks chunks; remove it and rerun")
+                raise UserError(f"{path} lacks chunks; remove it and run again")
         usage = resource.getrusage(resource.RUSAGE_SELF)
         peak_rss_mib.append(usage.ru_maxrss / 2**10)
 
@@ -61,7 +65,8 @@ def main() -> None:
     report |= {
         "decoded_over_needed_small_cache": small / needed,
         "texture": _TEXTURE.value or "noise",
-        # The allocator keeps what the caches of former rounds held: the first counts.
+        # The allocator keeps the memory of the caches of earlier rounds, so only the
+        # first round gives the peak memory of one cache.
         "peak_rss_mib": peak_rss_mib[1],
         "peak_rss_mib_all_rounds": peak_rss_mib[-1],
     }

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures cutting shards, reading training batches of them, and codecs of records.
+"""Measures how fast shards are cut and read, and compares codecs of records.
 
-    python -m benchmarks.bench_shard --folder=FOLDER [--texture=URI] [--rounds=5]
+    python -m benchmarks.bench_shard --folder=FOLDER --texture=URI --rounds=5
 
-The volume (N5, gzip, chunks of 16×128×128) is `--texture` tiled, or smooth noise, which
-compresses better than EM does; synapses lie uniformly at random. Files are in the
-system's cache: no disk is measured.
+The volume is N5 (gzip, chunks of 16×128×128). It repeats the `--texture`, or smooth
+noise, which compresses better than EM. The synapses are at uniformly random positions.
+All files are in the cache of the operating system, so no disk is measured. The program
+measures three things:
 
-cut: `cutting.write` (all of it, checksums and index too) against one read a synapse,
-without a cache of chunks, as the original reads its crops. Both write records with the
-same options and sync the file; the loop's last records are compared.
-
-stream: examples a second of `TrainBatches.stream` over these shards, whose consumer
-does nothing else, for other numbers of threads and waiting batches than are in use.
-
-codecs: bytes of a record, and records written and read a second in random order, of
-boxes at random places of the texture. Every record is compared.
+- cut: `cutting.write`, with checksums and index, is compared with a loop. The loop does
+  one read per synapse without a cache of chunks, as the original reads its crops. Both
+  write records with the same options and sync the file. The records of the last round
+  of the loop must equal those of the shards.
+- stream: the training examples per second of `TrainBatches.stream` over these shards.
+  The consumer does nothing but wait. Several numbers of threads and of waiting batches
+  are compared.
+- codecs: the bytes of a record, and the records written and read per second, in random
+  order. The records are boxes at random places of the texture. Every record is
+  compared with its box.
 """
 
 import contextlib
@@ -44,22 +46,26 @@ from synister_jax.tables import synapses
 from synister_jax.training import cutting, input_pipeline, shards
 
 _TEXTURE = command_line.define_texture()
-_CROPS = command_line.define_count("crops", 500, "Number of synapses in the shards.")
+_CROPS = command_line.define_count(
+    "crops", 500, "Cut the records of this many synapses."
+)
 _SAMPLE = command_line.define_count(
-    "sample", 50, "Number of synapses that the loop cuts in a round."
+    "sample", 50, "Cut this many records in a round of the loop."
 )
 _BATCHES = command_line.define_count(
-    "batches", 20, "Number of batches of a round of the stream."
+    "batches", 20, "Read this many batches in a round of the stream."
 )
-_RECORDS = command_line.define_count("records", 200, "Number of records of each codec.")
+_RECORDS = command_line.define_count(
+    "records", 200, "Write this many records with each codec."
+)
 _STREAM_THREADS, _STREAM_BUFFERS = (1, 2, 4, 8), (2, 4, 8)
 _CODECS = ("uncompressed", "zstd:1", "zstd:3")
 _READ_THREADS = (1, 2, 4)
-_FILES = 8  # more than threads: Grain has one reader a file
+_FILES = 8  # more files than threads, because Grain has one reader per file
 
 
 def main() -> None:
-    with contextlib.redirect_stdout(sys.stderr):  # progress; stdout is for JSON
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for JSON only
         report = {"cut": _cut(), "stream": _stream(), "codecs": _codecs()}
     config = command_line.CONFIG.value
     report["record_shape_zyx"] = made_inputs.record_shape_zyx(config)
@@ -86,7 +92,7 @@ def _cut() -> dict[str, Any]:
         last.clear()
         opened = volumes.open(str(path), voxel_size, cache_bytes=0)
         target = folder / "loop.array_record"
-        # The same options: what differs is how the voxels are read.
+        # The options are those of the shards, so only the reading of voxels differs.
         writer = ArrayRecordWriter(str(target), cutting._WRITER_OPTIONS)
         for row in rows:
             record = opened.read(starts[row], starts[row] + shape)
@@ -111,7 +117,7 @@ def _cut() -> dict[str, Any]:
 
 
 def _check(cut: shards.Shards, others: dict[int, np.ndarray]) -> None:
-    """Compares the records that were cut one by one with those of the shards."""
+    """Raises if a record that was cut in the loop differs from that of the shards."""
     cropped = dict(map(cut.decode, cut.source()))
     for synapse_id, record in others.items():
         np.testing.assert_array_equal(cropped[synapse_id], record)
@@ -123,7 +129,8 @@ def _stream() -> dict[str, Any]:
     placed = sharding.batch(sharding.make_mesh())
 
     def stream(options: grain.ReadOptions) -> float:
-        # A constant of the package: nobody but this benchmark needs to choose it.
+        # The package has no option for this constant, because only this benchmark needs
+        # other values.
         with mock.patch.object(input_pipeline, "_READ", options):
             iterator = examples.stream(0, placed)
         start = time.perf_counter()
@@ -146,7 +153,7 @@ def _stream() -> dict[str, Any]:
             {"threads": threads, "buffer": buffer, "median": statistics.median(values)}
             for (threads, buffer), values in zip(choices, rates.values(), strict=True)
         ],
-        "in_data_py": {  # results.json has this name
+        "in_data_py": {  # this key has the name that results.json uses
             "threads": input_pipeline._READ.num_threads,
             "buffer": input_pipeline._READ.prefetch_buffer_size,
         },
@@ -155,10 +162,10 @@ def _stream() -> dict[str, Any]:
 
 
 def _codecs() -> list[dict[str, Any]]:
-    """Returns a point for each kind of record and codec."""
+    """Returns the results for each kind of record and each codec."""
     config = command_line.CONFIG.value
     record = made_inputs.record_shape_zyx(config)
-    # Not tiled: a section that came again would compress too well.
+    # The texture is not repeated, because repeated sections would compress too well.
     texture = made_inputs.texture(_TEXTURE.value, made_inputs.SMALL_ZYX, record)
     points = []
     for kind, shape in (("whole", record), ("no margin", tuple(config.crop_shape_zyx))):

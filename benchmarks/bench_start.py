@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures seconds from the start of `synister_jax.predict` to its first predictions.
+r"""Measures the seconds from the start of `synister_jax.predict` to its predictions.
 
     python -m benchmarks.bench_start --folder=FOLDER --config=configs/demo.py \
-        [--rounds=5]
+        --rounds=5
 
-Each start is a new process (start_stages.py) that predicts one batch of random synapses
-in a small volume, and notes when it gets where. predict sets no compile cache; here the
-environment does (JAX_COMPILATION_CACHE_DIR), and a start before has filled it. `cache`:
-as JAX does it by default, of programs that took a second or more to compile;
-`cache_of_all`: of every program; `no_cache`: switched off. On a CPU a program that
-calls the library of convolutions cannot be stored (network/convolution.py), so the
-network is compiled at each start, whatever the cache. The three alternate; there is no
-other side. All files lie in the system's cache, Python's as bytecode.
+Each start is a new process (start_stages.py). It predicts one batch of random synapses
+in a small volume, and notes when it reaches each stage. JAX can keep compiled programs
+in a cache. `predict` sets no such cache. Here the environment variable
+JAX_COMPILATION_CACHE_DIR sets it, and an earlier start has filled it. Three settings
+are measured in turns:
+
+- `cache` keeps the programs that took a second or more to compile. This is the default
+  of JAX.
+- `cache_of_all` keeps every program.
+- `no_cache` keeps no program.
+
+On a CPU, JAX cannot store a program that calls the library of convolutions
+(network/convolution.py). So the network is compiled at each start, with every cache.
+No other program is compared. All files are in the cache of the operating system, and
+Python's files are compiled to bytecode.
 """
 
 import json
@@ -55,7 +62,7 @@ def main() -> None:
         "no_cache": {"JAX_ENABLE_COMPILATION_CACHE": "false"},
     }
     noted: dict[str, list[dict[str, float]]] = {name: [] for name in environments}
-    # The round before the first fills the cache.
+    # The warm-up round fills the cache.
     for index, name in side_by_side.in_turns(
         list(environments), command_line.ROUNDS.value
     ):
@@ -80,7 +87,7 @@ def main() -> None:
 
 
 def _start(arguments: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Returns the seconds to each moment of a start."""
+    """Starts a prediction, and returns the seconds from the start to each stage."""
     started = time.time()
     program = [sys.executable, "-m", "benchmarks.start_stages", str(started)]
     said = subprocess.check_output([*program, *arguments], env=os.environ | environment)

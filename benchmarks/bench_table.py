@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures time and memory of planning, merging, aggregating and splitting tables.
+r"""Measures the time and the memory to plan, merge, aggregate and split tables.
 
     python -m benchmarks.bench_table --folder=FOLDER --rows=10000,1000000,100000000 \
-        [--plot=docs/bulk_memory.png]
+        --plot=docs/bulk_memory.png
 
-For each number of rows a Feather table of synapses is made (uniformly random in a
-volume as large as FAFB; some 3 % beyond its border, one in a thousand without a
-position), planned, planned again (which compares it with the plan), given parts of
-made-up probabilities, merged, and aggregated into neurons under every rule that needs
-no cleft score. Each phase has a fresh process, and its peak memory is that. Every row
-of the merged answer and every neuron's votes are compared. `split` makes splits by
-neuron of another table, 100 synapses a neuron on average. 100 million rows need up to
-20 GB of disk, which are free again before the next number begins.
+For each number of rows, the program makes a Feather table of synapses. The synapses are
+uniformly random in a volume as large as FAFB. About 3 % are outside the border, and one
+of a thousand has no position. The phases with this table are:
+
+- plan: makes the plan of a prediction.
+- replan: plans again, which compares the table with the plan.
+- merge: merges invented probabilities of all work units.
+- aggregate: makes the calls of the neurons, under every rule that needs no cleft score.
+
+Each phase runs in a new process, and its peak memory is that of the process. Every row
+of the merged table and the votes of every neuron are checked. `split` splits another
+table by neuron, with 100 synapses per neuron on average. 100 million rows need up to
+20 GB of disk. This space is free again before the next number of rows begins.
 """
 
 import concurrent.futures
@@ -43,15 +48,15 @@ from synister_jax.tables import predictions, reading, synapses
 from synister_jax.tables.synapse_stream import SynapseStream
 
 _FOLDER = flags.DEFINE_string(
-    "folder", None, "Folder where the benchmark makes its tables.", required=True
+    "folder", None, "Write the tables of the benchmark into this folder.", required=True
 )
 _ROWS = flags.DEFINE_list(
-    "rows", ["10000", "1000000", "100000000"], "Numbers of rows of the tables."
+    "rows", ["10000", "1000000", "100000000"], "Measure tables of these many rows."
 )
 _SPLIT_SYNAPSES = flags.DEFINE_integer(
-    "split_synapses", 500_000, "Rows of the table that is split.", lower_bound=10_000
+    "split_synapses", 500_000, "Split a table of this many rows.", lower_bound=10_000
 )
-_PLOT = flags.DEFINE_string("plot", None, "Draw the peak memory in this file (PNG).")
+_PLOT = flags.DEFINE_string("plot", None, "Draw the peak memory into this PNG file.")
 
 _SHAPE_ZYX = (7062, 136_000, 248_000)
 _VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
@@ -59,11 +64,19 @@ _CHUNK_ZYX = (16, 128, 128)
 _CROP_ZYX = (16, 160, 160)
 _BATCH_ROWS = 65_536
 _CLASSES = 6
-_BRAIN_ROWS = 244_000_000  # synapses of FAFB that were predicted
+_BRAIN_ROWS = 244_000_000  # the predicted synapses of FAFB
 _FIRST_NEURON, _NEURONS = 720_575_940_000_000_000, 200_000
-# Row r has the probabilities r modulo this, a prime: none twice in a batch, nearly.
+# Row r has the probabilities with the number r modulo this prime. So almost no two rows
+# of a batch have the same probabilities.
 _PROBABILITIES = 65_521
-_CLASS_SHARES = (0.25, 0.45, 0.15, 0.05, 0.03, 0.07)  # of the neurons that are split
+_CLASS_SHARES = (
+    0.25,
+    0.45,
+    0.15,
+    0.05,
+    0.03,
+    0.07,
+)  # the classes of the neurons in `split`
 
 
 def main() -> None:
@@ -78,7 +91,7 @@ def main() -> None:
         print(json.dumps(sizes[-1]), file=sys.stderr, flush=True)
     split = _apart(_split, _SPLIT_SYNAPSES.value)
     if _PLOT.value:
-        from benchmarks import pictures  # matplotlib only for who asks for it
+        from benchmarks import pictures  # only --plot needs matplotlib
 
         files.write_bytes(pathlib.Path(_PLOT.value), pictures.peak_memory(sizes))
     report = {"benchmark": "table", "unit": "s", "sizes": sizes, "split": split}
@@ -98,7 +111,7 @@ def _measure(folder: pathlib.Path, rows: int) -> dict[str, Any]:
 
 
 def _apart(phase: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Runs a phase in a process of its own, and returns what `_measured` does."""
+    """Runs a phase in a process of its own, and returns the result of `_measured`."""
     print(phase.__name__, *arguments, file=sys.stderr, flush=True)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
@@ -106,13 +119,13 @@ def _apart(phase: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
 
 
 def _measured(phase: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Returns the seconds, the peak memory of this process, and what a phase returns.
+    """Runs a phase, and returns its seconds, its peak memory in GB and its result.
 
-    The peak is not `ru_maxrss`: that begins with what the process had that started
-    this one.
+    The peak memory is not `ru_maxrss`, because that includes the memory of the process
+    that started this process.
     """
     start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):  # progress; stdout is for JSON
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for JSON only
         answer = phase(*arguments) or {}
     seconds = time.perf_counter() - start
     status = pathlib.Path("/proc/self/status").read_text()
@@ -131,7 +144,7 @@ def _make_table(folder: pathlib.Path, rows: int) -> None:
     with pa.ipc.new_file(str(path), schema, options=options) as sink:
         for first in range(0, rows, _BATCH_ROWS):
             numbers = np.arange(first, min(first + _BATCH_ROWS, rows), dtype=np.uint64)
-            # An odd factor modulo 2^63: no two rows have the same id.
+            # The factor is odd, so no two rows have the same id modulo 2^63.
             ids = (numbers * np.uint64(0x9E3779B97F4A7C15)) & np.uint64(2**63 - 1)
             places = rng.uniform(-0.005, 1.005, (len(ids), 3)) * length_nm
             places[rng.random(len(ids)) < 1e-3] = np.nan
@@ -232,7 +245,7 @@ def _split(rows: int) -> dict[str, Any]:
 
 
 def _check(folder: pathlib.Path, rows: int) -> None:
-    """Compares id and probabilities of each row, and the neurons' votes."""
+    """Checks the id and the probabilities of each row, and the votes of each neuron."""
     plan, _, _ = _opened(folder)
     votes = np.zeros((_NEURONS, _CLASSES), np.int64)
     values = _probabilities()

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures crops a second of a training step: ours, PyTorch's as written and tuned.
+r"""Measures the crops per second of a training step, ours and two in PyTorch.
 
-    python -m benchmarks.bench_train --folder=FOLDER [--config=configs/skeleton.py] \
-        [--rounds=5] [--steps=1]
+    python -m benchmarks.bench_train --folder=FOLDER --config=configs/skeleton.py \
+        --rounds=5 --steps=1
 
-A step is forward with dropout and batch statistics, backward, and Adam's update of all
-parameters, on one batch of random crops again and again. Nothing is augmented: ours is
-`train.train_step` of uint8 crops that lie on the device, and so includes that they are
-scaled; PyTorch's get them scaled (torch_sides.py). All start from the same weights;
-the first losses must agree where `--config.model.dropout=0`. Each side is a process of
-its own, with up to 13 GB in a step: ours alternates with one other at a time.
+A step has a forward pass with dropout and batch statistics, a backward pass, and the
+update of all parameters by Adam. Every step uses the same batch of random crops.
+Nothing is augmented. Our step gets uint8 crops on the device, and scales them. PyTorch
+gets scaled crops (torch_sides.py).
+
+All sides begin with the same weights. With `--config.model.dropout=0`, the losses of
+the first steps must agree. Each side runs in a process of its own, and needs up to 13
+GB. So ours is compared with one other side at a time.
 """
 
 from typing import Any
@@ -22,7 +24,7 @@ from benchmarks import command_line, made_inputs, our_sides, peaks, side_by_side
 from synister_jax.base import command
 from synister_jax.base.errors import UserError
 
-_STEPS = command_line.define_count("steps", 1, "Number of steps of a round.")
+_STEPS = command_line.define_count("steps", 1, "Do this many steps in a round.")
 
 
 def compare() -> None:
@@ -46,17 +48,18 @@ def _compare_with(
     rounds = command_line.ROUNDS.value
     found = side_by_side.compare_children(sides, rounds, allocator, ("sides",))
     mine, its = (about["first_losses"] for about in found["sides"].values())
-    # After one update, too; in bfloat16 the losses are rounded otherwise.
+    # The second loss comes after an update, which is compared in this way, too. Losses
+    # in bfloat16 are not compared, because the sides round differently.
     is_exact = config.model.dropout == 0 and config.compute_dtype == "float32"
     if is_exact and not np.allclose(mine, its, rtol=1e-2):
-        raise UserError(f"first losses differ: {mine}, {other} {its}")
+        raise UserError(f"the first losses differ: ours {mine}, {other} {its}")
     flops = peaks.flops_per_crop(config)["train"]
     return found | peaks.utilisation(found["rates"], flops, config.compute_dtype)
 
 
 def be(side: str) -> None:
     config = made_inputs.unaugmented(command_line.CONFIG.value)
-    config.log_every_steps = 1  # the loss of every step by itself
+    config.log_every_steps = 1  # so that every step returns its loss
     about: dict[str, Any] = {}
     if side == "ours":
         network = our_sides.Network(config, workdir=our_sides.torch_run())

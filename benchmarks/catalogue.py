@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what run_all.py runs, at full and at small sizes, and what is shown of it.
+"""Lists the benchmarks that run_all.py runs, and what RESULTS.md shows of each.
 
 Each benchmark is a dictionary:
-  module: Module of the program.
-  full, quick: Its arguments for a measurement, and to see in seconds that it works.
-  title, about: Heading of its section in RESULTS.md, and what it measures.
-  rows: What the section shows, {label: keys in the report joined by dots}. Where there
-    is a dictionary, it is a row for each of its entries.
-  allocators: Where the report has the numbers of each allocator; it stands for the {}
-    in keys.
-  targets: {label: (keys, number)}: at least that for a ratio, at most for seconds.
-  tables: Lists of points that are shown as tables of their own, {title: keys}.
-  texture: Whether it takes --texture.
-  needs: A file that something else makes.
+  module: the module of the program.
+  full: the arguments for a measurement.
+  quick: the arguments for a test of some seconds, which shows that the program works.
+  title: the heading of the section in RESULTS.md.
+  about: the text of the section, which says what is measured.
+  rows: the rows of the section, {label: keys in the report, joined by dots}. If the
+    value is a dictionary, each of its entries is a row.
+  allocators: the place of each allocator's numbers in the report. This text replaces
+    the {} in the keys.
+  targets: {label: (keys, number)}. A ratio must be at least this number, and seconds
+    must be at most this number.
+  tables: lists of points, each shown as a table, {title: keys}.
+  texture: whether the program has the flag --texture.
+  needs: a file that must exist already.
 """
 
 from typing import Any
@@ -25,15 +28,19 @@ _ALLOCATORS = ("allocators.default", "allocators.huge")
 _START = {
     "module": "bench_start",
     "quick": _QUICK,
-    "about": "Seconds from the start of a prediction, with JAX's compile cache for "
-    "programs that take a second to compile (slow), for all, and without; predict sets "
-    "none. On a CPU the network is compiled at each start, whatever the cache.",
+    "about": "The seconds from the start of `predict` to its first prediction, and to "
+    "its end. JAX can keep compiled programs in a cache for later starts. `cache` "
+    "keeps the slow programs (a second or more to compile). `cache of all` keeps "
+    "all programs, and `no cache` keeps none. `predict` itself sets no cache. On a CPU "
+    "the network is compiled at each start, with every cache.",
     "rows": {
-        "s to the first prediction,": "seconds_to_first_prediction",
-        "s to the end,": "seconds_to_exit",
+        "seconds to the first prediction,": "seconds_to_first_prediction",
+        "seconds to the end,": "seconds_to_exit",
         "programs in the cache,": "programs_in_cache",
     },
-    "targets": {"s to the first prediction": ("seconds_to_first_prediction.cache", 5)},
+    "targets": {
+        "seconds to the first prediction": ("seconds_to_first_prediction.cache", 5)
+    },
 }
 
 BENCHMARKS: dict[str, dict[str, Any]] = {
@@ -42,18 +49,23 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "quick": [*_QUICK, "--seconds=1"],
         "texture": True,
         "title": "Training input",
-        "about": "Examples a second, beside gunpowder with the published nodes, which "
-        "gives augmented crops. Our host side gives unaugmented records of shards, "
-        "whose cutting is not timed; with the augmentation, the device makes crops.",
+        "about": "Training examples per second, compared with gunpowder. gunpowder "
+        "runs the nodes that the original trains with, and gives augmented crops. "
+        "`ours host` reads records from shards and does not augment them. `ours with "
+        "augmentation` also makes augmented crops of them on the device. The time to "
+        "cut the shards does not count.",
         "allocators": ("", "allocator_huge."),
         "rows": {
             "volume read": "texture",
-            "examples/s,": "{}rates",
-            "over gunpowder,": "{}ratio_to_gunpowder",
+            "examples per second,": "{}rates",
+            "ratio to gunpowder,": "{}ratio_to_gunpowder",
         },
         "targets": {
-            "unaugmented over gunpowder": ("{}ratio_to_gunpowder.ours_host", 20),
-            "augmented over gunpowder": (
+            "ratio of ours, unaugmented, to gunpowder": (
+                "{}ratio_to_gunpowder.ours_host",
+                20,
+            ),
+            "ratio of ours, augmented, to gunpowder": (
                 "{}ratio_to_gunpowder.ours_with_augmentation",
                 5,
             ),
@@ -63,51 +75,57 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "module": "bench_train",
         "quick": _QUICK,
         "title": "Training step",
-        "about": "Forward, backward and Adam at full size, beside PyTorch; ours "
-        "alternates with one other side at a time.",
+        "about": "One training step of the full-size network: the forward pass, the "
+        "backward pass and the update by Adam. `as written` is PyTorch as the original "
+        "runs it, and `tuned` is PyTorch made faster. Ours runs in turns with one of "
+        "them at a time, so there are two comparisons with a rate of ours each.",
         "allocators": _ALLOCATORS,
         "rows": {
-            "crops/s,": "{}.as_written.rates",
-            "ours over": "{}.as_written.ratio",
+            "crops per second,": "{}.as_written.rates",
+            "ratio of ours to": "{}.as_written.ratio",
             "share of the peak,": "{}.as_written.share_of_peak",
-            "second pair, crops/s,": "{}.tuned.rates",
-            "second pair, ours over": "{}.tuned.ratio",
+            "second comparison, crops per second,": "{}.tuned.rates",
+            "second comparison, ratio of ours to": "{}.tuned.ratio",
         },
         "targets": {
-            "over PyTorch as written": ("{}.as_written.ratio.as_written", 2),
-            "over PyTorch tuned": ("{}.tuned.ratio.tuned", 1),
+            "ratio to PyTorch as written": ("{}.as_written.ratio.as_written", 2),
+            "ratio to PyTorch tuned": ("{}.tuned.ratio.tuned", 1),
         },
     },
     "predict": {
         "module": "bench_predict",
         "quick": _QUICK,
         "title": "Inference",
-        "about": "The network alone at full size, beside PyTorch.",
+        "about": "Predictions of the full-size network alone. `as written` is PyTorch "
+        "as the original runs it, `inference mode` is the same without the data for "
+        "gradients, and `tuned` is PyTorch made faster.",
         "allocators": _ALLOCATORS,
         "rows": {
-            "crops/s,": "{}.rates",
-            "ours over": "{}.ratio",
+            "crops per second,": "{}.rates",
+            "ratio of ours to": "{}.ratio",
             "share of the peak,": "{}.share_of_peak",
             "peak, GFLOP/s": "{}.peak_gflops",
         },
         "targets": {
-            "over PyTorch as written": ("{}.ratio.as_written", 2.5),
-            "over PyTorch tuned": ("{}.ratio.tuned", 1),
+            "ratio to PyTorch as written": ("{}.ratio.as_written", 2.5),
+            "ratio to PyTorch tuned": ("{}.ratio.tuned", 1),
         },
     },
     "end_to_end": {
         "module": "bench_end_to_end",
         "quick": _QUICK,
         "title": "End to end",
-        "about": "From a volume and synapses to predictions, beside the original's "
-        "loop, and beside the network alone: what reading, waiting and writing cost.",
+        "about": "A whole prediction, from a volume and synapses to the table of "
+        "predictions. `original` is the original's loop, one crop after the other. "
+        "`network alone` is our network with crops that are on the device already. The "
+        "ratio to `network alone` shows the cost of reading, waiting and writing.",
         "allocators": _ALLOCATORS,
         "rows": {
-            "synapses/s,": "{}.rates",
-            "ours over": "{}.ratio",
-            "device busy": "{}.device_busy",
+            "synapses per second,": "{}.rates",
+            "ratio of ours to": "{}.ratio",
+            "share of the time that the device is busy": "{}.device_busy",
         },
-        "targets": {"over the original's loop": ("{}.ratio.original", 2.5)},
+        "targets": {"ratio to the loop of the original": ("{}.ratio.original", 2.5)},
     },
     "start": _START | {"full": [_DEMO], "title": "Cold start, demonstration"},
     "start_full": _START | {"title": "Cold start, full size"},
@@ -116,12 +134,14 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "quick": ["--rounds=1", "--crops=500", "--sample=20"],
         "texture": True,
         "title": "Reading crops",
-        "about": "In chunk order through a cache, beside a loop: one read a synapse.",
+        "about": "Crops read per second. `chunk order` reads the crops in the order of "
+        "the volume's chunks, through a cache. `loop` reads one crop after the other "
+        "without a cache, as the original does.",
         "rows": {
             "volume read": "texture",
-            "crops/s,": "rates",
-            "chunk order over": "ratio",
-            "decoded per byte needed,": "decoded_over_needed",
+            "crops per second,": "rates",
+            "ratio of chunk order to": "ratio",
+            "bytes decoded per byte needed,": "decoded_over_needed",
         },
     },
     "shard": {
@@ -135,17 +155,20 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         ],
         "texture": True,
         "title": "Shards: cutting, Grain's threads, codecs",
-        "about": "Records cut in chunk order, beside a loop: one read a synapse; a "
-        "consumer that only waits for batches; bytes and speed of records by codec.",
+        "about": "Three measurements. First, records are cut in the order of the "
+        "volume's chunks, or in a loop with one read per synapse. Second, a program "
+        "that only waits reads training batches, with several numbers of threads and "
+        "of waiting batches (buffer). Third, records are written and read with several "
+        "codecs.",
         "rows": {
             "volume read": "texture",
-            "crops/s,": "cut.rates",
-            "chunk order over": "cut.ratio",
-            "decoded per byte needed,": "cut.decoded_over_needed",
-            "in use,": "stream.in_data_py",
+            "crops per second,": "cut.rates",
+            "ratio of chunk order to": "cut.ratio",
+            "bytes decoded per byte needed,": "cut.decoded_over_needed",
+            "used in training,": "stream.in_data_py",
         },
         "tables": {
-            "Examples a second of the stream": "stream.examples_per_second",
+            "Training examples read per second": "stream.examples_per_second",
             "Codecs": "codecs",
         },
     },
@@ -154,18 +177,21 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "full": ["--rows=10000,1000000,10000000"],
         "quick": ["--rows=10000", "--split_synapses=50000"],
         "title": "Tables of synapses",
-        "about": "Planning, merging, aggregating and splitting; no other side.",
+        "about": "The time and the memory to plan, merge, aggregate and split tables. "
+        "No other program is compared.",
         "rows": {"split,": "split"},
-        "tables": {"By rows": "sizes"},
+        "tables": {"By the number of rows": "sizes"},
     },
     "augmentation": {
         "module": "bench_augmentation",
         "quick": _QUICK,
         "title": "Augmentation",
-        "about": "Its share of a training step.",
+        "about": "The share of the augmentation in a training step. `augmented` is a "
+        "step with augmentation, `plain` is a step without, and `alone` is only the "
+        "augmentation.",
         "rows": {
-            "s of a step,": "seconds",
-            "augmentation alone, of the step": "augmentation_of_step",
+            "seconds,": "seconds",
+            "alone, as a share of augmented": "augmentation_of_step",
         },
     },
     "accuracy": {
@@ -174,18 +200,21 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "quick": [_DEMO, f"--shards={_SHARDS}", "--seed=0", *_FOUR_STEPS],
         "needs": f"{_SHARDS}/manifest.json",
         "title": "Accuracy",
-        "about": "Our trainer and a plain PyTorch loop on the same batches.",
+        "about": "The accuracy per synapse after training with our trainer, and with a "
+        "simple PyTorch loop on the same batches.",
         "rows": {"ours,": "ours.accuracy", "PyTorch,": "plain_loop.accuracy"},
     },
     "layers": {
         "module": "bench_layers",
         "quick": _QUICK,
         "title": "Layers and the roofline",
-        "about": "Each layer in inference by itself, and the machine's limits.",
+        "about": "The rate of each layer in inference, and the limits of the machine. "
+        "The roof is the highest rate that the peak and the memory bandwidth allow for "
+        "a layer.",
         "rows": {
             "peak, GFLOP/s": "peak_gflops",
-            "bandwidth, GB/s": "bandwidth_gb_per_s",
-            "all layers, s a crop": "seconds_per_crop",
+            "memory bandwidth, GB/s": "bandwidth_gb_per_s",
+            "all layers, seconds per crop": "seconds_per_crop",
         },
         "tables": {"Each layer": "layers"},
     },

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares reading in the order of chunks with one read a synapse."""
+"""Compares reading crops in the order of chunks with one read per synapse."""
 
 import itertools
 import math
@@ -22,15 +22,18 @@ def compare(
     read_one_by_one: Callable[[np.ndarray], None],
     sample: int,
 ) -> dict[str, Any]:
-    """Alternates the two ways, and counts the bytes that each decodes.
+    """Measures both sides in turns, and counts the bytes that each decodes.
 
-    Bytes decoded are the chunks that TensorStore read, those needed the union of the
-    chunks under the boxes.
+    The decoded bytes are those of the chunks that TensorStore reads. The needed bytes
+    are those of all chunks that overlap a box, each counted once.
 
     Args:
-      starts: Starts [count, 3] of boxes of `shape_zyx`.
-      read_all: Reads all boxes, with nothing in a cache.
-      read_one_by_one: Reads the boxes of these rows; each round gets `sample` others.
+      volume: the volume that is read.
+      starts: the starts [count, 3] in voxels of the boxes.
+      shape_zyx: the shape of each box in voxels.
+      read_all: reads all boxes, beginning with an empty cache.
+      read_one_by_one: reads the boxes of the given rows.
+      sample: the number of rows for `read_one_by_one`; each round gets other rows.
     """
     needed = crops.count_chunks(starts, shape_zyx, volume)
     decoded: dict[str, list[float]] = {"chunk_order": [], "loop": []}
@@ -44,7 +47,7 @@ def compare(
     def loop() -> float:
         rows = (next(rounds) * sample + np.arange(sample)) % len(starts)
         seconds, chunks = timed(lambda: read_one_by_one(rows))
-        # Only a sample is read: what it would decode for all.
+        # The loop reads only a sample. The result is scaled to all boxes.
         decoded["loop"].append(chunks / sample * len(starts) / needed)
         return sample / seconds
 
@@ -59,7 +62,7 @@ def compare(
 
 
 def timed(read: Callable[[], None]) -> tuple[float, int]:
-    """Returns the seconds of `read`, and how many chunks it found in no cache."""
+    """Returns the seconds of `read`, and the number of chunks that no cache had."""
     chunks, start = _chunks_read(), time.perf_counter()
     read()
     return time.perf_counter() - start, _chunks_read() - chunks

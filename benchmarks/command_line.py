@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that most benchmarks take, and the line of JSON that each of them prints."""
+"""Defines the flags of most benchmarks, and prints their reports as a line of JSON."""
 
 import importlib.util
 import json
@@ -18,30 +18,37 @@ from benchmarks import peaks, side_by_side
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 
-flags.disclaim_key_flags()  # `--help` shows those defined here as the program's
+flags.disclaim_key_flags()  # --help lists these flags with those of the program
 
 
 def define_count(name: str, default: int, text: str) -> flags.FlagHolder[int]:
-    """Defines a flag that takes a number from 1."""
+    """Defines a flag whose value is an integer of at least 1."""
     return flags.DEFINE_integer(name, default, text, lower_bound=1)
 
 
 def define_texture() -> flags.FlagHolder[str]:
     """Defines the flag of the benchmarks that read voxels."""
     return flags.DEFINE_string(
-        "texture", None, "Volume of real EM to read from; without it, smooth noise."
+        "texture",
+        None,
+        "Read voxels of this volume of real EM. The default is smooth noise.",
     )
 
 
 FOLDER = flags.DEFINE_string(
-    "folder", None, "Folder where the benchmark keeps what it makes.", required=True
+    "folder",
+    None,
+    "Keep the volumes, tables and runs of the benchmark in this folder.",
+    required=True,
 )
 CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/skeleton.py", "Configuration of the network and its training."
+    "config", "configs/skeleton.py", "Use this config for the network and its training."
 )
-ROUNDS = define_count("rounds", 5, "Number of timed rounds of each side.")
+ROUNDS = define_count("rounds", 5, "Measure each side in this many rounds.")
 SIDE = flags.DEFINE_string(
-    "side", None, "Be this side; for programs that start themselves anew."
+    "side",
+    None,
+    "Run as the child process of this side. Programs set this flag for their children.",
 )
 
 
@@ -50,27 +57,30 @@ for _name in ("folder", "config", "rounds"):
 
 
 def folder() -> pathlib.Path:
-    """Makes the folder of `--folder` and returns it."""
+    """Makes the folder that `--folder` names, and returns its path."""
     return files.make_folder(FOLDER.value)
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the folder, for the next run."""
+    """Makes JAX keep compiled programs in the folder for the next run."""
     jax.config.update("jax_compilation_cache_dir", str(folder() / "compiled"))
 
 
 def require(package: str) -> None:
-    """Raises a UserError where a package is not installed."""
+    """Raises a UserError if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{package} is not installed; `make bench-env` installs it")
 
 
 def run_with_torch(compare: Callable[[], None], be: Callable[[str], None]) -> None:
-    """Runs a program that compares children, some of which use PyTorch.
+    """Runs a program that compares child processes, some of which use PyTorch.
 
     Args:
-      compare: Compares; a run with PyTorch's weights is made before.
-      be: Serves in a child as the side of this name.
+      compare: compares the sides. Before, a run with the weights of PyTorch is made.
+      be: answers requests in a child process as the side with the given name.
+
+    Raises:
+      UserError: PyTorch is not installed.
     """
     require("torch")
     if SIDE.value is None:
@@ -90,7 +100,7 @@ def print_report(
     found: dict[str, Any],
     config: ml_collections.ConfigDict | None = None,
 ) -> None:
-    """Prints one line of JSON: what was found, of what network, on what machine."""
+    """Prints one line of JSON with the results, the network and the machine."""
     report = {"benchmark": benchmark, "unit": unit, "rounds_of_each": ROUNDS.value}
     if config is not None:
         report |= {"batch_size": config.batch_size}

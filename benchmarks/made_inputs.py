@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volumes, synapses, batches and runs that the benchmarks make for themselves.
+"""Makes volumes, synapses, batches and runs for the benchmarks.
 
-What is made stays in the benchmark's folder and is found there by the next run.
+They stay in the folder of the benchmark, where the next run uses them again.
 """
 
 import hashlib
@@ -29,10 +29,16 @@ _CHUNK_ZYX = (16, 128, 128)
 def texture(
     uri: str | None, at_most_zyx: Sequence[int], at_least_zyx: Sequence[int] = (1, 1, 1)
 ) -> np.ndarray:
-    """Returns uint8 [z, y, x]: a volume's corner, or blobs that tile seamlessly.
+    """Returns a texture, uint8 [z, y, x].
+
+    Args:
+      uri: a volume, whose corner is the texture. None makes smooth noise, which can be
+        repeated in all directions without visible edges.
+      at_most_zyx: the largest shape to read, in voxels.
+      at_least_zyx: the smallest shape that is accepted, in voxels.
 
     Raises:
-      UserError: it is smaller than `at_least_zyx`.
+      UserError: the texture is smaller than `at_least_zyx`.
     """
     if uri:
         source = volumes.open(uri)
@@ -53,7 +59,10 @@ def tiled_volume(
     shape_zyx: Sequence[int],
     voxel_size_nm_zyx: Sequence[float],
 ) -> pathlib.Path:
-    """Makes an N5 volume (gzip, chunks of 16×128×128) of a texture, tiled."""
+    """Makes an N5 volume (gzip, chunks of 16×128×128) and returns its path.
+
+    The volume repeats the texture in all directions.
+    """
     tile = texture(uri, shape_zyx)
     made_of = hashlib.sha256(np.ascontiguousarray(tile))
     made_of.update(repr((tuple(shape_zyx), tuple(voxel_size_nm_zyx))).encode())
@@ -62,7 +71,8 @@ def tiled_volume(
         return path
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    # Zeros that take no memory and that TensorStore does not store; then the slabs.
+    # The volume is first made of zeros, which need neither memory nor disk space. The
+    # slabs are written afterwards.
     zeros = np.broadcast_to(np.uint8(0), shape_zyx)
     volumes.write_n5(partial, zeros, voxel_size_nm_zyx, chunk_shape_zyx=_CHUNK_ZYX)
     kvstore = {"driver": "file", "path": f"{partial}/"}
@@ -78,7 +88,7 @@ def tiled_volume(
 def random_starts(
     volume_zyx: Sequence[int], crop_zyx: Sequence[int], count: int
 ) -> np.ndarray:
-    """Returns starts [count, 3] of crops that lie inside, uniformly at random.
+    """Returns random starts [count, 3] in voxels of crops inside the volume.
 
     Raises:
       UserError: the volume is smaller than a crop.
@@ -92,7 +102,7 @@ def random_starts(
 def synapses(
     volume: volumes.Volume, config: ml_collections.ConfigDict, count: int
 ) -> pa.Table:
-    """Makes synapses whose records lie inside, all of them in the train part."""
+    """Returns random train synapses whose records are inside the volume."""
     record = record_shape_zyx(config)
     starts = random_starts(volume.shape_zyx, record, count)
     centres_nm = (starts + np.asarray(record) // 2) * volume.voxel_size_nm_zyx
@@ -109,7 +119,7 @@ def margin_vx_zyx(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 
 
 def record_shape_zyx(config: ml_collections.ConfigDict) -> tuple[int, ...]:
-    """Returns the shape of a shard's records: a crop and its margin."""
+    """Returns the shape of a record of a shard: a crop with its margin."""
     shape = shards.record_shape_zyx(config.crop_shape_zyx, margin_vx_zyx(config))
     return tuple(map(int, shape))
 
@@ -120,7 +130,7 @@ def cut_shards(
     volume: volumes.Volume,
     config: ml_collections.ConfigDict,
 ) -> shards.Shards:
-    """Cuts records of the synapses, unless they are there already."""
+    """Cuts the records of the synapses into shards, unless the shards exist already."""
     return cutting.write(
         folder,
         table,
@@ -132,7 +142,7 @@ def cut_shards(
 
 
 def batch(config: ml_collections.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Returns uint8 records of random voxels, and labels: the same ones each time."""
+    """Returns uint8 records of random voxels, and labels; every call gives the same."""
     shape = (config.batch_size, *record_shape_zyx(config))
     voxels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     labels = np.arange(config.batch_size, dtype=np.int32) % len(config.classes)
@@ -140,7 +150,7 @@ def batch(config: ml_collections.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unaugmented(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns the configuration with every augmentation off; records have no margin."""
+    """Returns the config with all augmentations off, so that records have no margin."""
     plain = config.copy_and_resolve_references()
     plain.augment.update(jitter_zyx=(0, 0, 0), elastic_sigma_zyx=(0.0, 0.0, 0.0))
     plain.augment.update(rotation=(0.0, 0.0), slip_probability=0.0)
@@ -155,7 +165,7 @@ def run(
     name: str,
     make: Callable[[], inference.Variables],
 ) -> pathlib.Path:
-    """Returns a run with these weights; where there is none, `make` makes them."""
+    """Returns the folder of a run; `make` makes its weights if there is no run."""
     digest = hashlib.sha256(config.to_json_best_effort().encode()).hexdigest()
     path = folder / f"{name}-{digest[:12]}"
     if not checkpoint.steps(path):

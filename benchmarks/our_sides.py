@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our sides: the network as `predict` and `train` run it."""
+"""Runs our network for the benchmarks, as `predict` and `train` run it."""
 
 import pathlib
 from collections.abc import Callable
@@ -15,49 +15,54 @@ from synister_jax.training import loss_and_optimizer, train_step
 
 
 def classifier(batch_size: int) -> inference.Classifier:
-    """Returns the Classifier of `predict` with PyTorch's weights, on all devices."""
+    """Returns the Classifier of `predict` on all devices.
+
+    Its weights are those of the PyTorch network (torch_sides.py).
+    """
     return inference.Classifier([(torch_run(), None)], batch_size, sharding.make_mesh())
 
 
 def check_agreement(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> float:
-    """Returns the largest difference of two sides' probabilities.
+    """Returns the largest difference between the probabilities of two sides.
 
     Raises:
-      UserError: they are not those of the same network.
+      UserError: the difference is too large for two programs with the same network.
     """
     difference = float(np.abs(ours - theirs).max())
     # On tensor cores, and in bfloat16, products are rounded.
     is_exact = dtype == "float32" and jax.default_backend() == "cpu"
     if not difference <= (1e-4 if is_exact else 0.05):
-        raise UserError(f"the sides' probabilities differ by {difference:.2g}")
+        raise UserError(f"the probabilities of two sides differ by {difference:.2g}")
     return difference
 
 
 def torch_run() -> pathlib.Path:
-    """Returns the run with PyTorch's weights that torch_sides.py has made."""
+    """Returns the run with PyTorch's weights, which torch_sides.make_run makes."""
     folder, config = command_line.folder(), command_line.CONFIG.value
     return made_inputs.run(folder, config, "torch-run", dict)
 
 
 class Network:
-    """Weights on all devices, and the training that changes them.
+    """The weights on all devices, and the training that changes them.
 
     Attributes:
-      state: The state of the training. There is one for all that `training` returns: at
-        full size it is 4 GB.
+      state: the state of the training. All functions that `training` returns share this
+        state, because it takes 4 GB at full size.
     """
 
     def __init__(
         self, config: ml_collections.ConfigDict, workdir: pathlib.Path | None = None
     ) -> None:
-        """Makes the weights that training starts with, or takes those of a run."""
+        """Makes the initial weights of a training, or reads the weights of a run."""
         self._mesh = sharding.make_mesh()
         self._optimizer = loss_and_optimizer.make_optimizer(config)
         where = sharding.replicated(self._mesh)
         init = jax.jit(
             lambda key: train_step.create_state(key, config, self._optimizer),
             out_shardings=where,
-            compiler_options={"xla_backend_optimization_level": 1},  # it runs once
+            compiler_options={
+                "xla_backend_optimization_level": 1
+            },  # this program runs only once
         )
         self.state = init(jax.random.key(0))
         if workdir is not None:
@@ -71,7 +76,10 @@ class Network:
         return {"params": self.state.params, "batch_stats": self.state.batch_stats}
 
     def training(self, config: ml_collections.ConfigDict) -> Callable[[], jax.Array]:
-        """Returns what does one step with a batch of random crops, for its loss."""
+        """Returns a function that does one training step and returns the loss.
+
+        All steps use the same batch of random crops.
+        """
         network = model.from_config(config, sharding.head_input(self._mesh))
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         step_fn = train_step.jit_step(config, network, self._optimizer, placed)

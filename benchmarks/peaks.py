@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what the networks cost, and what the device could do at most.
+"""Computes the arithmetic work of a network, and the highest rates of the device.
 
-The work is that of the model: multiplications and additions of convolutions and dense
-layers, whatever a program really executes. Norms, ReLU, pooling and softmax are left
-out: below 2 % of the published network.
+The work is the number of multiplications and additions in the convolutions and dense
+layers of the model. A program can execute more or fewer operations. Norms, ReLU,
+pooling and softmax are left out. They are less than 2 % of the work of the published
+network.
 """
 
 import concurrent.futures
@@ -23,9 +24,10 @@ import numpy as np
 from synister_jax.base.errors import UserError
 from synister_jax.network import inference
 
-# TFLOP/s without sparsity of tensor cores: bfloat16, and TF32, in which float32 is
-# multiplied by default. From NVIDIA's data sheets of the products, whose figures with
-# sparsity are halved here. By the beginning of JAX's `device_kind`; first match counts.
+# The TFLOP/s of tensor cores without sparsity: in bfloat16, and in TF32, which
+# multiplies float32 by default. The source is the data sheet of each product by NVIDIA.
+# Numbers with sparsity are halved here. The key is the beginning of `device_kind` in
+# JAX, and the first match is used.
 _TFLOPS = {
     "NVIDIA H200": (989.4, 494.7),
     "NVIDIA H100 PCIe": (756.0, 378.0),
@@ -36,23 +38,25 @@ _TFLOPS = {
     "NVIDIA L4": (121.0, 60.0),
     "NVIDIA A10": (125.0, 62.5),
 }
-_SIDE = 2048  # of the matrices
+_SIDE = 2048  # rows and columns of the matrices
 
 
 def flops_per_crop(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Counts the work of one crop forward; training takes three times as much.
+    """Returns the work of the network for one crop.
+
+    The work of a training step is three times the work of the forward pass.
 
     Returns:
       {"layers": [{"name", "input", "kernel", "flops", "bytes"}, …], "forward",
-      "train"}. The input and the kernel are shapes. The bytes are the least that a
-      layer moves in `config.compute_dtype`: its input, its output, and the share of
-      one crop of a batch in its weights.
+      "train"}. "input" and "kernel" are shapes. "forward" and "train" are FLOP. "bytes"
+      is the least number of bytes that a layer must move in `config.compute_dtype`:
+      its input, its output, and its weights divided by the batch size.
 
     Raises:
       UserError: the network is not VGG3D.
     """
     if config.model.get("network", "vgg3d") != "vgg3d":
-        raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
+        raise UserError(f"config.model.network = {config.model.network}: use vgg3d")
     item = jnp.dtype(config.compute_dtype).itemsize
     layers = []
 
@@ -81,17 +85,18 @@ def flops_per_crop(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def parameters(config: ml_collections.ConfigDict) -> int:
-    """Counts the parameters of the network."""
+    """Returns the number of parameters of the network."""
     leaves = jax.tree.leaves(inference.abstract_variables(config)["params"])
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 @functools.cache
 def peak_flops(dtype: str = "float32") -> tuple[float, str]:
-    """Returns the FLOP/s of one device, and where the number is from.
+    """Returns the highest FLOP/s of one device, and the source of this number.
 
-    Known GPUs by their data sheet; else what a product of two 2048 × 2048 matrices
-    reaches here, JAX's or, where it is installed and faster, PyTorch's.
+    The number for a known GPU is from its data sheet. For other devices, the product of
+    two 2048 × 2048 matrices is measured in JAX. On a CPU it is also measured in
+    PyTorch, if this is installed, and the faster product is used.
     """
     kind = jax.devices()[0].device_kind
     for name, (bfloat16, tf32) in _TFLOPS.items():
@@ -109,7 +114,10 @@ def peak_flops(dtype: str = "float32") -> tuple[float, str]:
 
 
 def memory_bandwidth() -> float:
-    """Measures bytes/s, read and written together, of a copy larger than any cache."""
+    """Returns the bytes per second of a copy that is larger than any cache.
+
+    The bytes that are read and the bytes that are written both count.
+    """
     if jax.default_backend() != "cpu":
         source = jnp.ones(1 << 28, jnp.float32)
         copy = jax.jit(lambda x: x + 1)
@@ -118,13 +126,19 @@ def memory_bandwidth() -> float:
     source = np.ones((threads, 1 << 26), np.float32)
     target = np.zeros_like(source)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        # NumPy copies without holding the interpreter.
+        # NumPy copies without the interpreter lock, so the threads run in parallel.
         seconds = _seconds(lambda: list(pool.map(np.copyto, target, source)))
     return 2 * source.nbytes / seconds
 
 
 def utilisation(rates: Mapping[str, float], flops: float, dtype: str) -> dict[str, Any]:
-    """Returns GFLOP/s and shares of the peak of sides, from their crops a second."""
+    """Returns the GFLOP/s of each side, and their shares of the peak.
+
+    Args:
+      rates: the crops per second of each side.
+      flops: the FLOP of one crop.
+      dtype: float32 or bfloat16.
+    """
     peak, source = peak_flops(dtype)
     peak *= jax.device_count()
     return {
@@ -150,7 +164,7 @@ def _torch_product(dtype: str) -> Callable[[], Any]:
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Times some runs after one to warm up; the shortest is what the device can do."""
+    """Returns the seconds of the fastest of five runs, after one warm-up run."""
     times = []
     for _ in range(6):
         start = time.perf_counter()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the pictures of the results: the roofline, and memory by rows.
+"""Draws the roofline, and the peak memory by the number of rows.
 
-The roofline shows rates against arithmetic intensity, under the machine's roof:
-Williams, Waterman and Patterson, CACM 52(4), 2009.
+The roofline shows arithmetic rates against the arithmetic intensity, and the highest
+rate that the machine allows (the roof): Williams, Waterman and Patterson, CACM 52(4),
+2009.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,12 @@ _COLOURS = {"ours": "#0072b2", "as_written": "#d55e00", "tuned": "#e69f00"}
 
 
 def _whole_network(reports: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """Returns {(what, side): GFLOP/s} of what was measured."""
+    """Returns the measured rates as {(inference or training, side): GFLOP/s}."""
     found: dict[tuple[str, str], float] = {}
     for what, name in (("inference", "predict"), ("training", "train")):
         measured = reports.get(name, {}).get("allocators", {}).get("default", {})
-        # Training's sides come in pairs, each with ours.
+        # In training, ours is compared with each other side in a measurement of its
+        # own.
         for pair in measured.values() if what == "training" else [measured]:
             for side in _SIDES.keys() & pair.get("gflops", {}).keys():
                 found.setdefault((what, side), pair["gflops"][side])
@@ -30,13 +32,15 @@ def _whole_network(reports: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def roofline(reports: Mapping[str, Any]) -> bytes:
-    """Draws a report of bench_layers.py, and whole networks' rates where there are any.
+    """Returns the roofline as a PNG, from a report of bench_layers.py.
 
-    A whole network has the intensity of its layers together: in training operations
-    and bytes are both some three times as many.
+    The picture also shows the rates of whole networks, if they were measured. The
+    intensity of a whole network is that of its layers together. This also holds for
+    training, where operations and bytes are both about three times as many.
 
     Args:
-      reports: Reports of one backend, by the benchmark's name.
+      reports: the reports of one backend, by the name of the benchmark. The report
+        `layers` is needed.
     """
     layers = reports["layers"]
     figure, axes = figures.plt.subplots(figsize=(8, 5), layout="constrained")
@@ -57,7 +61,7 @@ def roofline(reports: Mapping[str, Any]) -> bytes:
     axes.plot(intensities, rates, "o", color="#009e73", markersize=5, label=label)
     for index, point in enumerate(points):
         name = point["name"].replace("level", "").replace("_conv", ".")
-        # Neighbours lie close together: above and below in turn.
+        # Neighbouring points are close. Their names are above and below in turn.
         offset = (4, -10 if index % 2 else 4)
         place = (point["flop_per_byte"], point["gflops"])
         axes.annotate(name, place, offset, size=7, **near)
@@ -72,8 +76,8 @@ def roofline(reports: Mapping[str, Any]) -> bytes:
         )
     axes.set(xscale="log", yscale="log", ylabel="GFLOP/s")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")  # figures.py has no mathematics in text
-    axes.set_xlabel("FLOP for each byte that must be moved")
+        axis.set_major_formatter("{x:g}")  # figures.py draws no formulas in text
+    axes.set_xlabel("FLOP per byte that must be moved")
     axes.set_title(
         f"{layers['device']}, {layers['compute_dtype']}, batch {layers['batch_size']}",
         loc="left",
@@ -83,7 +87,7 @@ def roofline(reports: Mapping[str, Any]) -> bytes:
 
 
 def peak_memory(sizes: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draws the memory of what bench_table.py measured with several numbers of rows."""
+    """Returns a PNG of the peak memory that bench_table.py measured, by rows."""
     figure, axes = figures.plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     rows = [size["rows"] for size in sizes]
     for phase, marker in (("plan", "o"), ("merge", "s"), ("aggregate", "^")):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes RESULTS.md from results.json; what is not there is said to be missing."""
+"""Writes the text of RESULTS.md from results.json.
+
+The page also says which numbers are missing.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +11,27 @@ from typing import Any
 _MISSING = "—"
 _HEAD = f"""# Results of the benchmarks
 
-Written by `python -m benchmarks.run_all` (`make bench`) from `results.json`, where all
-numbers are. Ratios above 1: ours is faster. Sides alternate in one run; medians, of
-ratios those of single rounds, in parentheses the smallest and the largest. Huge pages:
-all sides with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. {_MISSING}: not measured or
-known. The same programs run on a GPU; with `--config.compute_dtype=bfloat16` the share
-of the peak is against the device's data sheet.
+`python -m benchmarks.run_all` (`make bench`) writes this page. All numbers are in
+`results.json`.
+
+How to read the tables:
+
+- "Ours" is this project. A ratio divides the rate of ours by the rate of another
+  program. A ratio above 1 means that ours is faster.
+- The programs of a comparison run in turns, for several rounds. A rate is the median of
+  the rounds. A ratio is the median of the ratios within each round. The numbers in
+  parentheses are the smallest and the largest ratio of a round.
+- In the columns "huge pages", all programs run with
+  `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. They ask the kernel for memory pages of 2 MB.
+- "Share of the peak" compares the arithmetic rate of a program with the highest rate of
+  the device. On common GPUs this rate comes from the data sheet. On other devices it is
+  measured with the product of two large matrices.
+- "{_MISSING}" means that a number was not measured or is not known. "(missed)" means
+  that a number does not reach its target.
+- A "+" after a revision means that the measured files differed from this revision.
+
+The benchmarks also run on a GPU. `--config.compute_dtype=bfloat16` measures in
+bfloat16.
 
 ## Machines
 """
@@ -23,7 +41,7 @@ Catalogue = Mapping[str, Mapping[str, Any]]  # benchmarks by name
 
 
 def page(results: Results, catalogue: Catalogue) -> str:
-    """Returns the page."""
+    """Returns the page as Markdown text."""
     lines = [_HEAD]
     for backend, entries in results.items():
         run = entries["benchmarks"]
@@ -31,8 +49,8 @@ def page(results: Results, catalogue: Catalogue) -> str:
             lines.append(f"- **{backend}**: {machine}")
         failed = ", ".join(name for name in run if run[name]["error"]) or "none"
         missing = ", ".join(name for name in catalogue if name not in run) or "none"
-        lines.append(f"- Not run on {backend}: {missing}. Failed: {failed}.")
-    lines += ["", "## Targets", "", "Targets are for two cores of a CPU.", ""]
+        lines.append(f"- Benchmarks not run on {backend}: {missing}. Failed: {failed}.")
+    lines += ["", "## Targets", "", "The targets are for two CPU cores.", ""]
     lines += _targets(results, catalogue)
     for name, benchmark in catalogue.items():
         lines += _section(name, benchmark, results)
@@ -40,7 +58,7 @@ def page(results: Results, catalogue: Catalogue) -> str:
 
 
 def _machine(entry: Mapping[str, Any]) -> str:
-    """Describes the hardware and the versions of one run."""
+    """Returns the hardware and the package versions of a run in one line."""
     machine = entry["machine"]
     packages = [
         f"{name} {value}"
@@ -54,7 +72,7 @@ def _machine(entry: Mapping[str, Any]) -> str:
 
 
 def _columns(benchmark: Mapping[str, Any]) -> dict[str, str]:
-    """Returns where a report has numbers, by what is added to a column's name."""
+    """Returns where the numbers are in a report, by the suffix of the column name."""
     places = benchmark.get("allocators", ("",))
     return dict(zip(("", ", huge pages"), places, strict=False))
 
@@ -70,7 +88,7 @@ def _targets(results: Results, catalogue: Catalogue) -> Iterator[str]:
                     entry = entries["benchmarks"].get(name, {"reports": [{}]})
                     row.append(_judged(entry, keys.format(at), target))
                 rows.append(row)
-    yield from _table(["what", "target", *results], rows)
+    yield from _table(["measured", "target", *results], rows)
 
 
 def _judged(entry: Mapping[str, Any], keys: str, target: float) -> str:
@@ -78,7 +96,7 @@ def _judged(entry: Mapping[str, Any], keys: str, target: float) -> str:
     if value is None:
         return _MISSING
     is_met = value >= target if "ratio" in keys else value <= target
-    note = " (small sizes)" if entry["quick"] else " (short)" * (not is_met)
+    note = " (small sizes)" if entry["quick"] else " (missed)" * (not is_met)
     return number(value) + note
 
 
@@ -89,7 +107,7 @@ def _section(
     arguments = ["--texture=URI"] * benchmark.get("texture", False)
     arguments = " ".join(["--folder=FOLDER", *arguments, *benchmark.get("full", [])])
     rerun = f"python -m benchmarks.{benchmark['module']} {arguments}"
-    yield f"{benchmark['about']} `{rerun}`\n"
+    yield f"{benchmark['about']} Command: `{rerun}`\n"
     columns: dict[str, tuple[Mapping[str, Any], str]] = {}
     for backend, entries in results.items():
         entry = entries["benchmarks"].get(name)
@@ -98,7 +116,7 @@ def _section(
             continue
         said = f"On {backend}: {entry['date']}, revision {entry['revision']}."
         said += f" {entry['error'].replace('|', '/')}" * bool(entry["error"])
-        yield said + " Small sizes, no measurement." * entry["quick"] + "\n"
+        yield said + " Small sizes: no real measurement." * entry["quick"] + "\n"
         for report in entry["reports"]:
             for note, at in _columns(benchmark).items():
                 columns[backend + note] = report, at
@@ -120,22 +138,22 @@ def _section(
                 table += [
                     [number(value) for value in point.values()] for point in points
                 ]
-                if len(table[0]) > 12:  # too wide
+                if len(table[0]) > 12:  # the table is too wide for the page
                     table = list(zip(*table, strict=True))
                 yield from _table(table[0], table[1:])
 
 
 def _lookup(report: Any, keys: str) -> Any:
-    """Returns what is under keys joined by dots; None where one is not there."""
+    """Returns the value under keys joined by dots, or None if a key is absent."""
     for key in keys.split("."):
         report = report.get(key) if isinstance(report, Mapping) else None
     return report
 
 
 def _expanded(report: Mapping[str, Any], keys: str) -> Iterator[tuple[str, str]]:
-    """Yields the numbers there, and of ratios the smallest and the largest.
+    """Yields the text that is added to the label, and the number, of each row.
 
-    Each comes with what is to be added to the label.
+    A ratio also has the smallest and the largest ratio of a round in parentheses.
     """
     found = _lookup(report, keys)
     ranges = _lookup(report, keys.replace("ratio", "ratio_range")) or {}
@@ -158,7 +176,10 @@ def _flat(point: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def number(value: Any) -> str:
-    """Shows three digits, or all before the point; other values as they are."""
+    """Returns a number as text with three digits, or with all digits before the point.
+
+    A value that is no number becomes `str(value)`, and None becomes a dash.
+    """
     if value is None:
         return _MISSING
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the benchmarks one after the other; writes results.json, RESULTS.md, a picture.
+"""Runs the benchmarks, and writes results.json, RESULTS.md and the roofline picture.
 
     make bench
-    python -m benchmarks.run_all --folder=FOLDER [--only=train,predict] [--quick]
-    python -m benchmarks.run_all --folder=FOLDER --only=none
+    python -m benchmarks.run_all --folder=bench --only=train,predict
+    python -m benchmarks.run_all --folder=bench --quick
+    python -m benchmarks.run_all --folder=bench --only=none
 
-Which programs, and with what arguments, is in catalogue.py. Each is a process of its
-own, whose progress is in FOLDER/NAME.log. What it printed is in results.json as soon as
-it is done, with the machine and the revision that it ran on: kill this at any moment,
-and run what is missing with `--only`. Those that were not run keep what they had;
-`--only=none` writes RESULTS.md anew. `--quick` takes sizes of seconds to see that all
-programs work; what it measures says nothing, and goes to FOLDER instead of here.
+catalogue.py lists the programs and their arguments. Each program runs in a process of
+its own and writes its progress into FOLDER/NAME.log. When a program ends, its report
+goes to results.json, together with the machine and the revision. If this command stops
+before its end, run the missing benchmarks with `--only`. Benchmarks that are not run
+keep their results. `--only=none` only writes RESULTS.md and the picture again.
+
+`--quick` runs every program for some seconds, to check that all work. Its results are
+no measurement, and are written into FOLDER instead of this directory.
 """
 
 import datetime
@@ -30,15 +33,29 @@ from synister_jax.base import command, files
 from synister_jax.base.errors import UserError
 
 _FOLDER = flags.DEFINE_string(
-    "folder", None, "Folder where the benchmarks keep what they make.", required=True
+    "folder",
+    None,
+    "Keep the volumes, tables and runs of the benchmarks in this folder.",
+    required=True,
 )
-_ONLY = flags.DEFINE_list("only", list(BENCHMARKS), "Names of benchmarks, or none.")
-_QUICK = flags.DEFINE_bool("quick", False, "Take small sizes, to see that all works.")
+_ONLY = flags.DEFINE_list(
+    "only",
+    list(BENCHMARKS),
+    "Run only these benchmarks, or `none`. The default is all.",
+)
+_QUICK = flags.DEFINE_bool(
+    "quick", False, "Use small sizes, to check that all programs work."
+)
 _TEXTURE = flags.DEFINE_string(
-    "texture", None, "Volume of real EM for those that read; without it, noise."
+    "texture",
+    None,
+    "Use this volume of real EM in the benchmarks that read voxels. The default is "
+    "noise.",
 )
 _TEXTURE_NAME = flags.DEFINE_string(
-    "texture_name", "a volume of the user's", "Name of that volume in the results."
+    "texture_name",
+    "a volume of the user's",
+    "Write this name of the --texture volume into the results.",
 )
 
 _HERE = pathlib.Path(__file__).parent
@@ -51,7 +68,7 @@ def main() -> None:
     chosen = [] if _ONLY.value == ["none"] else _ONLY.value
     if unknown := sorted(set(chosen) - set(BENCHMARKS)):
         known = ", ".join(BENCHMARKS)
-        raise UserError(f"--only: there is no {', '.join(unknown)}; there are {known}")
+        raise UserError(f"--only: {', '.join(unknown)} is unknown; choose from {known}")
     path = output / "results.json"
     results = files.read_json(path) if path.exists() else {}
     failed = []
@@ -68,7 +85,7 @@ def main() -> None:
     if not chosen:
         _write_page(results, output)
     if failed:
-        raise UserError(f"failed: {', '.join(failed)}; see {folder}/NAME.log")
+        raise UserError(f"{', '.join(failed)} failed; see {folder}/NAME.log")
 
 
 def _write_page(results: dict[str, Any], output: pathlib.Path) -> None:
@@ -85,7 +102,10 @@ def _write_page(results: dict[str, Any], output: pathlib.Path) -> None:
 
 
 def _run(name: str, folder: pathlib.Path) -> dict[str, Any]:
-    """Returns {reports, error, quick, date, seconds}; an error is "" or a line."""
+    """Runs a benchmark, and returns {reports, error, quick, date, seconds}.
+
+    The error is one line, or "" if the benchmark did not fail.
+    """
     benchmark = BENCHMARKS[name]
     entry = {"reports": [], "error": "", "quick": _QUICK.value, "seconds": 0}
     entry["date"] = datetime.date.today().isoformat()
@@ -112,13 +132,16 @@ def _run(name: str, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _output(*arguments: str, **options: Any) -> str:
-    """Returns what Python prints with these arguments; JAX never starts in here."""
+    """Returns the output of a new Python process with these arguments.
+
+    JAX runs only in such processes, and never in this one.
+    """
     command_line = [sys.executable, *arguments]
     return subprocess.check_output(command_line, text=True, cwd=_ROOT, **options)
 
 
 def _without_paths(text: str, folder: pathlib.Path) -> str:
-    """Returns the text without paths of this machine: results are for others too."""
+    """Returns the text without paths of this machine, because results are published."""
     if _TEXTURE.value:
         text = text.replace(_TEXTURE.value, _TEXTURE_NAME.value)
     text = text.replace(str(folder), "FOLDER").replace(f"{_ROOT.resolve()}/", "")
@@ -126,8 +149,11 @@ def _without_paths(text: str, folder: pathlib.Path) -> str:
 
 
 def _revision() -> str | None:
-    """Returns the revision measured, + where files differ from it; None outside git."""
-    # What this program writes itself is no difference.
+    """Returns the git revision, or None outside git.
+
+    A "+" at the end means that measured files differ from the revision.
+    """
+    # The files that this program writes do not count as a difference.
     written = [f":!benchmarks/{name}" for name in ("results.json", "*.md", "*.png")]
     paths = ["synister_jax", "configs", "benchmarks", "tests/helpers", *written]
 

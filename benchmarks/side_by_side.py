@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times several ways to do one thing in turns; all benchmarks share this.
+"""Measures the rates of several programs that do the same work, in turns.
 
-A machine's speed drifts, so the sides alternate, in an order that rotates round by
-round, and what is compared are rates of one round. A side that needs an environment of
-its own (an allocator's, another interpreter's) is a `Child`: a process that is idle
-until it is its turn. Run as a program, it prints what `about` returns.
+All benchmarks use this module. A program that is compared is called a side. The speed
+of a machine changes over time. So the sides run in turns, and only rates of the same
+round are compared. The order of the sides changes from round to round.
+
+A side can need an environment of its own, for example another memory allocator. Such a
+side runs in a `Child`, a process that waits until its turn. As a program, this module
+prints the result of `about`.
 """
 
 import contextlib
@@ -23,9 +26,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-# By default glibc gives a large block back to the kernel when it is freed, and each new
-# one costs a fault for every 4 KB. "huge": glibc asks the kernel for pages of 2 MB
-# (glibc 2.35 or later; the kernel's transparent_hugepage at "madvise" or "always").
+# By default, glibc returns large blocks of memory to the kernel when they are freed.
+# Each new block then costs a page fault for every 4 KB. With "huge", glibc asks the
+# kernel for pages of 2 MB. This needs glibc 2.35 or later, and the setting
+# transparent_hugepage of the kernel must be "madvise" or "always".
 ALLOCATORS = {"default": {}, "huge": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
 _PACKAGES = (
     *("synister_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"),
@@ -33,16 +37,20 @@ _PACKAGES = (
     *("gunpowder", "zarr", "numcodecs", "augment-nd", "scipy"),
 )
 
-# Processes share a GPU here: none may take its memory in advance.
+# Several processes share a GPU. So no process may reserve the memory in advance.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def alternate(
     sides: Mapping[str, Callable[[], float]], rounds: int
 ) -> dict[str, list[float]]:
-    """Returns the rates of all rounds, after a round that does not count.
+    """Returns the rates of all rounds, in items per second, for each side.
 
-    A side does one round and returns its rate, in items a second.
+    Before these rounds, one round runs as a warm-up and does not count.
+
+    Args:
+      sides: functions by the name of the side. Each does one round and returns the
+      rate. rounds: the number of rounds that count.
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for index, name in in_turns(list(sides), rounds):
@@ -60,7 +68,14 @@ def rate(
     times: int = 1,
     finish: Callable[[Any], Any] = lambda result: None,
 ) -> Callable[[], float]:
-    """Makes a side that does `run` so many times; `finish` waits for the last."""
+    """Returns a side that calls `run` several times and returns the rate.
+
+    Args:
+      run: processes `items` items.
+      items: the number of items of one call.
+      times: the number of calls in a round.
+      finish: waits until the result of the last call is ready.
+    """
 
     def one_round() -> float:
         start = time.perf_counter()
@@ -73,11 +88,10 @@ def rate(
 
 
 def in_turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Yields (round, name) of all rounds, and before them of one to warm up, -1.
+    """Yields (round, name) for all rounds; the warm-up is round -1 and comes first.
 
-    The side that begins a round ends the next one, so each comes in every place and,
-    of three or more, none runs twice in a row. Of two, each begins every other round:
-    they would keep their places else.
+    The side that begins a round is the last one of the next round. So every side
+    comes to every place in the order.
     """
     for index in range(-1, rounds):
         turn = index % len(names)
@@ -86,12 +100,17 @@ def in_turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
 
 
 def medians(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Returns the median of each."""
+    """Returns the median of the values of each name."""
     return {name: statistics.median(found) for name, found in values.items()}
 
 
 def summary(rates: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
-    """Returns medians and rounds of the rates, and the ratios of `ours` to others."""
+    """Returns the rates, and the ratios of `ours` to every other side.
+
+    Returns:
+      {"rates": medians, "rounds": all rates, "ratio": medians of the ratios within each
+      round, "ratio_range": smallest and largest ratio of a round}.
+    """
     paired = {
         other: [a / b for a, b in zip(rates[ours], values, strict=True)]
         for other, values in rates.items()
@@ -106,8 +125,8 @@ def summary(rates: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
 
 
 def about() -> dict[str, Any]:
-    """Returns the machine, the device, and versions of the packages that are there."""
-    import jax  # a child in another environment has none
+    """Returns the machine, the device, and the versions of the installed packages."""
+    import jax  # is missing in the environment of some children
 
     model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -129,10 +148,10 @@ def about() -> dict[str, Any]:
 
 
 class Child:
-    """A process that answers requests, one at a time, and else waits on its stdin.
+    """A process that waits for requests on its stdin, and answers one at a time.
 
-    It is the running program with its own flags and one after them, and must call
-    `serve`. The constructor returns when the child is ready.
+    The process is the running program with its own flags, followed by the flag of the
+    child. It must call `serve`. The constructor returns when the child is ready.
     """
 
     def __init__(self, flag: str, environment: Mapping[str, str]) -> None:
@@ -147,7 +166,7 @@ class Child:
         self._answer()
 
     def ask(self, request: str) -> Any:
-        """Returns what the child's function of that name returns."""
+        """Returns the result of the child's function of this name."""
         self._process.stdin.write(request + "\n")
         self._process.stdin.flush()
         return self._answer()
@@ -156,7 +175,9 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise RuntimeError(f"ended with {code}: {' '.join(self._command)}")
+            raise RuntimeError(
+                f"a process ended with code {code}: {' '.join(self._command)}"
+            )
         return json.loads(line)
 
     def __enter__(self) -> "Child":
@@ -176,12 +197,17 @@ def compare_children(
     allocator: str,
     questions: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Alternates sides in children of the running program, which get `--side=CHILD`.
+    """Runs sides in turns, each in a child process of the running program.
+
+    A child is the running program with the flag `--side=CHILD`.
 
     Args:
-      child_of: By side, its child, which answers the side's name with a rate. The first
-        side is ours.
-      questions: What else each child is asked afterwards; the answers are returned too.
+      child_of: the child of each side. The child answers the name of the side with a
+        rate. The first side is ours.
+      rounds: the number of rounds that count.
+      allocator: a name of `ALLOCATORS`, for all children.
+      questions: more requests for each child after the last round. The answers are in
+        the result, too.
     """
     print(f"allocator: {allocator}", file=sys.stderr, flush=True)
     with contextlib.ExitStack() as stack:
@@ -205,15 +231,18 @@ def compare_children(
 
 
 def own_command(*flags: str) -> list[str]:
-    """Returns the command of the running program, with these flags after its own."""
+    """Returns the command line of the running program, with more flags at its end."""
     module = f"benchmarks.{pathlib.Path(sys.argv[0]).stem}"
     return [sys.executable, "-m", module, *sys.argv[1:], *flags]
 
 
 def serve(functions: Mapping[str, Callable[[], Any]]) -> None:
-    """Answers in a child, by the names of requests, until its stdin is closed."""
+    """Answers requests in a child process until its stdin is closed.
+
+    A request is the name of a function. The answer is its result as a line of JSON.
+    """
     answers = dict(functions) | {"usage": _usage}
-    # Whatever a library prints must not get between the answers.
+    # The text that a library prints must not come between the answers.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as out:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         print(json.dumps("ready"), file=out, flush=True)
@@ -222,7 +251,7 @@ def serve(functions: Mapping[str, Callable[[], Any]]) -> None:
 
 
 def _usage() -> tuple[float, int]:
-    """Returns the peak memory in GB, and the page faults until now."""
+    """Returns the peak memory in GB, and the number of page faults until now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_maxrss * 1024 / 1e9, used.ru_minflt
 

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulates how often the test of one transmitter errs, and how often it finds two.
+"""Simulates how reliable the test is whether a group releases one transmitter.
 
     python -m benchmarks.simulate_one_transmitter > one_transmitter.jsonl
 
-Groups are simulated from the confusion of a published network; the test is given what
-it would have: a confusion estimated from a simulated test part, an own one each time.
-The program prints a line of JSON for each setting, in four parts (`--parts`):
+The program simulates groups of synapses from the confusion of a published network. In
+practice the test has only an estimate of the confusion. So each repeat simulates a test
+part and estimates the confusion from this part. The program prints a line of JSON for
+each setting, in four parts (`--parts`):
 
-level: how often groups of one class have p ≤ 0.05, on average over the classes and of
-  the worst class, which is the largest of six noisy numbers.
-fdr: of 500 groups, a tenth of them mixed half and half, the share of false ones among
-  those found by Benjamini and Hochberg at 0.05, and power.
-power: how often groups of two classes have p ≤ 0.05 and ≤ 0.01.
-correlation: what the estimator answers on groups of known correlation.
+- level: how often groups of one class have p ≤ 0.05. The line has the average of the
+  classes, and the worst class, which is the largest of six noisy numbers.
+- fdr: 500 groups are tested by Benjamini and Hochberg at 0.05. A tenth of the groups
+are
+  mixed of two classes, half and half. The line has the share of false discoveries, and
+  the power.
+- power: how often groups of two classes have p ≤ 0.05 and p ≤ 0.01.
+- correlation: the estimate of the correlation for groups of known correlation.
 
-Errors are standard errors over the repeats, each with a test part of its own: groups
+Errors are standard errors over the repeats, each with a test part of its own. Groups
 that are tested with the same estimated confusion are not independent.
 """
 
@@ -32,19 +35,23 @@ from synister_jax.base import command
 from synister_jax.evaluation import mixtures
 
 _REPEATS = flags.DEFINE_integer(
-    "repeats", 60, "Number of test parts of a setting.", lower_bound=2
+    "repeats", 60, "Simulate this many test parts for each setting.", lower_bound=2
 )
 _GROUPS = flags.DEFINE_integer(
-    "groups", 100, "Number of groups of a class and size.", lower_bound=1
+    "groups",
+    100,
+    "Simulate this many groups of each class and size for each test part.",
+    lower_bound=1,
 )
 
 _DRAWS = 999  # simulated groups for a p-value
 _SIZES = (3, 5, 10, 30, 100, 1_000, 10_000)
 _LEVEL = 0.05
-# Of the hemibrain network (train 8, iteration 375,000, validation) P(true | called),
-# rows true, as published with the R package hemibrainr: gaba, acetylcholine,
-# glutamate, serotonin, octopamine, dopamine. How often each class is called is not
-# published; equally often is assumed, which turns columns into rows P(called | true).
+# P(true | called) of the hemibrain network (train 8, iteration 375,000, validation), as
+# published with the R package hemibrainr. The rows are the true classes: gaba,
+# acetylcholine, glutamate, serotonin, octopamine, dopamine. It is not published how
+# often each class is called. If each is called equally often, dividing each row by its
+# sum gives P(called | true).
 _COLUMNS = np.array(
     [
         [0.80, 0.00, 0.08, 0.02, 0.01, 0.02],
@@ -56,10 +63,10 @@ _COLUMNS = np.array(
     ]
 )
 _K = len(_COLUMNS)
-_PURE = np.eye(_K)  # shares of the classes in groups of one class
+_PURE = np.eye(_K)  # the shares of the classes in groups of one class
 _PAIRS = list(itertools.permutations(range(_K), 2))
 
-# How the test's model is made of a test part.
+# The ways to make the model of the test from a test part.
 _COMMAND = "as the command"
 _EXACT = "confusion exact"
 _KNOWN = "correlation known"
@@ -70,7 +77,13 @@ _WRONG = "correlation wrongly 0"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How alike units of a group are, and the labelled groups of a class."""
+    """The correlation within a group, and the size of the labelled test part.
+
+    Attributes:
+      correlation: how similar the calls of the units (synapses) of one group are.
+      groups: the number of labelled groups of each class.
+      units: the number of units of each labelled group.
+    """
 
     correlation: float
     groups: int
@@ -78,22 +91,22 @@ class Setting:
 
     @property
     def truth(self) -> mixtures.CallModel:
-        """The confusion that simulated calls come from."""
+        """The confusion from which the calls are simulated."""
         rows = _COLUMNS / _COLUMNS.sum(axis=1, keepdims=True)
         return mixtures.from_fractions(rows, self.correlation)
 
     def test_part(self, rng: np.random.Generator) -> np.ndarray:
-        """Draws the calls [class, group, k] of labelled groups."""
+        """Returns simulated calls [class, group, k] of labelled groups."""
         shape = (self.units, self.groups)
         return np.stack([mixtures.draw(rng, self.truth, row, *shape) for row in _PURE])
 
     def estimate(self, calls: np.ndarray) -> float:
-        """Estimates the correlation of a test part's calls."""
+        """Returns the estimated correlation of the calls of a test part."""
         labels = np.repeat(np.arange(_K), self.groups)
         return mixtures.correlation(calls.reshape(-1, _K), labels) or 0.0
 
     def model(self, way: str, rng: np.random.Generator) -> mixtures.CallModel:
-        """Makes the test's model of a test part."""
+        """Simulates a test part, and returns the model that the test makes from it."""
         calls = self.test_part(rng)
         counts, known = calls.sum(axis=1), self.correlation
         if way == _EXACT:
@@ -102,7 +115,7 @@ class Setting:
             return mixtures.from_counts(counts, known)
         if way == _WRONG:
             known = 0.0
-        elif way == _COMMAND and known:  # without correlation it is given as 0
+        elif way == _COMMAND and known:  # a correlation of 0 is not estimated
             known = self.estimate(calls)
         model = mixtures.from_counts(counts, known, np.full(_K, self.groups))
         if way == _AS_EXACT:
@@ -116,7 +129,14 @@ class Setting:
         shares: np.ndarray,
         size: int,
     ) -> np.ndarray:
-        """Draws p-values [mixtures, groups] of groups of the shares [mixtures, k]."""
+        """Returns the p-values [mixtures, groups] of simulated groups.
+
+        Args:
+          rng: the source of random numbers.
+          model: the model of the test.
+          shares: the shares [mixtures, k] of the classes in the groups of each mixture.
+          size: the number of units of each group.
+        """
         counts = (size, _GROUPS.value)
         calls = [mixtures.draw(rng, self.truth, row, *counts) for row in shares]
         seed = int(rng.integers(1 << 31))
@@ -124,14 +144,14 @@ class Setting:
         return p.reshape(len(shares), -1)
 
     def line(self, part: str, **found: Any) -> dict[str, Any]:
-        """Returns a line of the answer."""
+        """Returns the content of one line of the output."""
         labelled = {"groups": self.groups, "units": self.units}
         about = {"correlation": self.correlation, "labelled": labelled}
         return {"part": part} | about | found
 
 
 def _mean(values: Any) -> list[float]:
-    """Returns the mean and its standard error."""
+    """Returns the mean and its standard error, rounded to four digits."""
     error = float(np.std(values, ddof=1) / len(values) ** 0.5)
     return [round(float(np.mean(values)), 4), round(error, 4)]
 
@@ -231,7 +251,7 @@ def _correlation() -> Iterator[dict[str, Any]]:
 
 _RUN = {"level": _level, "fdr": _fdr, "power": _power, "correlation": _correlation}
 _PARTS = flags.DEFINE_multi_enum(
-    "parts", list(_RUN), list(_RUN), "Simulate this part; may be repeated."
+    "parts", list(_RUN), list(_RUN), "Simulate this part. Repeat the flag for several."
 )
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs synister_jax.predict and notes when it gets where; for bench_start.py.
+"""Runs synister_jax.predict and notes when it reaches each stage.
 
     python -m benchmarks.start_stages STARTED --workdir=RUN …
 
-STARTED is the time when this process was started, in seconds since 1970; all other
-arguments are predict's. The last line of its output is JSON: the seconds from then to
-each moment, and those that JAX took until the end to trace, lower and compile (or to
-take what was compiled from the cache).
+bench_start.py starts this program. STARTED is the time of its start, in seconds since
+1970. All other arguments are flags of `predict`. The last line of the output is JSON.
+It has the seconds from STARTED to each stage. It also has the seconds that JAX took to
+trace, lower and compile programs, or to load them from the cache.
 """
 
 import json
@@ -37,7 +37,7 @@ def main() -> None:
             compiling[_EVENTS[event]] += seconds
 
     def note(where: Any, name: str, before: str, after: str) -> None:
-        """Notes the moments before and after the first call of a function."""
+        """Notes the times before and after the first call of a function."""
         original = getattr(where, name)
 
         def noting(*arguments: Any, **named: Any) -> Any:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PyTorch sides: the published network as the original runs it, and tuned.
+"""Runs the published network in PyTorch, as the original does and tuned.
 
-Facts of the original are those of its train_pipeline.py and predict_pipeline.py. The
-sides run on a GPU if this PyTorch can use it. Where `config.compute_dtype` is bfloat16
-every side runs under autocast to it, the originals' too, which do not do so themselves:
-else arithmetic would be compared, not programs.
+The facts about the original are from its train_pipeline.py and predict_pipeline.py. The
+sides run on a GPU if PyTorch can use a GPU. If `config.compute_dtype` is bfloat16,
+every side uses autocast to bfloat16. The original does not do this itself. But
+otherwise the benchmark would compare the arithmetic, and not the programs.
 """
 
 import math
@@ -31,20 +31,24 @@ _Program = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _device() -> torch.device:
-    """Takes as many threads as there are CPUs, and TF32 on a GPU, as JAX does."""
+    """Returns the device, and sets the number of threads and the precision.
+
+    PyTorch uses one thread per CPU, and TF32 on a GPU, as JAX does.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _network(config: ml_collections.ConfigDict) -> torch_networks.Vgg3D:
-    """Makes the network of a config; its weights are the same in every process."""
+    """Returns the network of a config; its weights are the same in every process."""
     if config.model.get("network", "vgg3d") != "vgg3d":
-        raise UserError(f"config.model.network = {config.model.network}: only vgg3d")
-    torch.manual_seed(0)  # `randomise` leaves the biases as they are
+        raise UserError(f"config.model.network = {config.model.network}: use vgg3d")
+    torch.manual_seed(0)  # for the biases, which `randomise` does not change
     network = torch_networks.Vgg3D.of(config)
     torch_networks.randomise(network)
-    # Logits of a size at which probabilities tell whether two networks agree.
+    # The logits are scaled. If they were too large or too small, the probabilities
+    # would not show whether two networks agree.
     with torch.no_grad():
         crop = torch.rand(1, 1, *config.crop_shape_zyx) * 2 - 1
         deviation = network.eval()(crop).std().item()
@@ -53,7 +57,7 @@ def _network(config: ml_collections.ConfigDict) -> torch_networks.Vgg3D:
 
 
 def make_run(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Makes a run of ours with the weights that all sides have."""
+    """Writes a run of this project with the weights that all sides have."""
 
     def variables() -> Any:
         state = _network(config).state_dict()
@@ -73,16 +77,20 @@ def _autocast(
 def predict(
     name: str, config: ml_collections.ConfigDict, crops: np.ndarray
 ) -> tuple[Predict, dict[str, Any]]:
-    """Makes a side that predicts, and says what is to be said of it.
+    """Returns a side that predicts, and facts about the side for the report.
 
-    as_written: the original scales with NumPy, puts the network into its mode for
-    evaluation, but keeps what a gradient would need. inference_mode: without that.
-    tuned: scales on the device; batch norms folded into the convolutions; channels
-    last; under torch.compile, and on a CPU the convolutions of one crop at a time as
-    ours has them there, each where that is faster.
+    - as_written: as in the original, NumPy scales the crops, and the network is in
+      evaluation mode, but PyTorch keeps the data for gradients.
+    - inference_mode: the same without the data for gradients.
+    - tuned: the device scales the crops, batch norms are folded into the convolutions,
+      and the channels come last. torch.compile is used if it is faster. On a CPU, the
+      convolutions get one crop at a time, as in ours, if this is faster.
 
     Args:
-      crops: A batch, to compile for and to see what is faster.
+      name: as_written, inference_mode or tuned.
+      config: the config of the network.
+      crops: a batch, uint8 [n, z, y, x]. The tuned program is compiled for this batch,
+        and the variants are measured with this batch.
     """
     device = _device()
     network = _network(config).eval()
@@ -135,8 +143,9 @@ def _tuned_predict(
 
         return run
 
-    # Weights as constants: they are laid out for the kernels once. Not as an option of
-    # compile: what traces the network reads the setting itself.
+    # Weights become constants, so that their layout is changed for the kernels only
+    # once. This is no option of torch.compile here, because the code that traces the
+    # network reads the global setting.
     torch._inductor.config.freezing = True
     programs = {"eager": forward, "compiled": torch.compile(forward)}
     if device.type == "cpu":
@@ -148,7 +157,7 @@ def _tuned_predict(
 
 
 def _folded(features: torch.nn.Sequential) -> torch.nn.Sequential:
-    """Makes one of every convolution and the batch norm that follows it."""
+    """Returns the layers with each batch norm folded into the convolution before it."""
     layers: list[torch.nn.Module] = []
     for layer in features:
         if isinstance(layer, torch.nn.BatchNorm3d):
@@ -161,17 +170,21 @@ def _folded(features: torch.nn.Sequential) -> torch.nn.Sequential:
 def train(
     name: str, config: ml_collections.ConfigDict, crops: np.ndarray, labels: np.ndarray
 ) -> tuple[Step, dict[str, Any]]:
-    """Makes a side that trains, and says what is to be said of it.
+    """Returns a side that trains, and facts about the side for the report.
 
-    as_written: the crops come from NumPy each step, Adam has its default form, and
-    the loss is read each step. tuned: the batch lies on the device, channels last;
-    Adam is one fused kernel; torch.compile where that is faster.
+    - as_written: every step copies the crops from NumPy and reads the loss, and Adam
+      has its default form.
+    - tuned: the batch is on the device and its channels come last. Adam is one fused
+      kernel. torch.compile is used if it is faster.
 
     Args:
-      crops: Scaled crops, float32 [batch, z, y, x].
+      name: as_written or tuned.
+      config: the config of the network and its training.
+      crops: scaled crops, float32 [batch, z, y, x].
+      labels: class numbers, int64 [batch].
     """
     device, is_tuned = _device(), name == "tuned"
-    torch.manual_seed(0)  # of dropout
+    torch.manual_seed(0)  # for dropout
     network = _network(config).train().to(device)
     if is_tuned:
         network.to(memory_format=torch.channels_last_3d)
@@ -213,9 +226,10 @@ def train(
 def _fastest(
     programs: Mapping[str, Callable], run: Callable[[Callable], Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Names the fastest program, of those with "compiled" in it where they work here.
+    """Returns the name of the fastest program, and facts about the choice.
 
-    Each runs twice to warm up, then they take turns: the best median of three.
+    Each program runs twice to warm up. Then the programs run in turns, three times
+    each, and the smallest median wins. Compiled programs that fail are left out.
     """
     times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
@@ -223,7 +237,8 @@ def _fastest(
         try:
             run(program)
             times[name] = []
-        # No C++ compiler, or one that fails; whatever it is, PyTorch runs without.
+        # torch.compile fails in many ways, for example without a C++ compiler. PyTorch
+        # also runs without torch.compile.
         except Exception as error:
             if "compiled" not in name:
                 raise

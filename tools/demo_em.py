@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paints electron-microscopy-like neuropil with synapses of six transmitters.
+"""Paints synthetic EM images of neuropil with synapses of six neurotransmitters.
 
-The pictures imitate serial-section TEM of fly neuropil at 40x4x4 nm; they are made up
-for a demonstration.
+The images imitate serial-section TEM of fly neuropil. The voxels are 40x4x4 nm
+(z, y, x). The images are invented for a demonstration.
 
-Tones are grey values relative to the surroundings: 0 is their mean, 1 their standard
-deviation, so that a synapse blends into synthetic and into real tissue.
+A tone is a grey value relative to the surrounding tissue: 0 is the mean of the tissue,
+and 1 is one standard deviation above the mean. Synapses are painted in tones, so that
+they blend into synthetic tissue and into real tissue.
 """
 
 import math
@@ -25,11 +26,12 @@ from demo_synapses import (
 from scipy import ndimage, spatial
 
 _MEMBRANE, _DENSITY = -1.9, -1.6  # tones
-# What is painted of a synapse lies this far around the point that far in the bouton.
+# A synapse is painted within _REACH_PX of a point inside the bouton. This point is
+# _MIDDLE_PX away from the position of the synapse.
 _REACH_PX, _MIDDLE_PX = 40, 11
-_BLOCK_PX = 8  # cell walls are searched for once per block, then computed per pixel
-_SCALED_PX_PER_SECTION = 6.5  # below the true 10: profiles run on through sections
-_CELLS, _WARP, _SECTION, _NOISE = range(2, 6)  # names of random streams
+_BLOCK_PX = 8  # near cells are searched once per block; walls are computed per pixel
+_SCALED_PX_PER_SECTION = 6.5  # less than the true 10, so that cells span more sections
+_CELLS, _WARP, _SECTION, _NOISE = range(2, 6)  # keys of random streams
 
 
 def paint(
@@ -38,14 +40,20 @@ def paint(
     synapses: Sequence[Synapse],
     background: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields the sections (y, x), uint8, of the volume in order.
+    """Yields the sections of the volume, uint8 arrays (y, x), in the order of z.
 
-    With a background of the same shape, uint8, only the synapses are painted.
+    Args:
+      seed: the same seed paints the same volume again.
+      shape_zyx: the shape of the volume in voxels.
+      synapses: the synapses to paint.
+      background: an array of shape `shape_zyx`, uint8. The synapses are painted onto
+        this background. Without a background, synthetic tissue is painted first.
     """
     tissue = Tissue(seed, shape_zyx) if background is None else None
     shape_yx = shape_zyx[1:]
     rng = generator(seed, _NOISE)
-    # Drawn once: each section takes them rolled by its own offsets.
+    # Drawing noise is slow. The noise is drawn once, and every section rolls the noise
+    # by offsets of its own.
     noises = [_noise(rng, shape_yx, sigma) for sigma in (1.0, 2.5, 14.0, 0.55)]
 
     def section(z: int) -> np.ndarray:
@@ -56,7 +64,7 @@ def paint(
         grain = _grain(fine, coarse)
         ripple_px = 0.5 * coarse + 2.2 * wide
         if tissue is None:
-            assert background is not None  # or there would be a tissue
+            assert background is not None  # without a background there is a tissue
             shift_px_yx = np.zeros(2, int)
             image = background[z].astype(np.float32)
             sharp = image - ndimage.gaussian_filter(image, 1.0)
@@ -74,7 +82,7 @@ def paint(
             image = _expose(rng, image, shot)
         return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
-    # Sections are independent, each with its own stream: the order cannot matter.
+    # Each section has a random stream of its own. The order of painting cannot matter.
     with ThreadPoolExecutor(2) as pool:
         yield from pool.map(section, range(shape_zyx[0]))
 
@@ -89,7 +97,7 @@ def _noise(
 
 
 def _grain(fine: np.ndarray, coarse: np.ndarray) -> np.ndarray:
-    """Returns the cytosol's texture in tones: granules and dark filaments."""
+    """Returns the texture of the cytosol in tones: granules and dark filaments."""
     filaments = _bump(coarse, 0.25) * np.clip(0.6 - fine, 0, 1.5)
     return 0.16 * fine + 0.10 * coarse - 0.45 * filaments + 0.07
 
@@ -97,7 +105,7 @@ def _grain(fine: np.ndarray, coarse: np.ndarray) -> np.ndarray:
 def _expose(
     rng: np.random.Generator, image: np.ndarray, shot: np.ndarray
 ) -> np.ndarray:
-    """Adds what differs from section to section: illumination, contrast, noise."""
+    """Adds illumination, contrast and noise, which differ between sections."""
     drift = rng.normal(0, 5, (4, 4)).astype(np.float32)
     drift = _upsample(drift, image.shape, max(image.shape) / 3)
     gain, offset = rng.normal(1, 0.06), rng.normal(0, 5)
@@ -108,7 +116,7 @@ def _expose(
 def _upsample(
     coarse: np.ndarray, shape_yx: Sequence[int], step_px: float
 ) -> np.ndarray:
-    """Interpolates a grid with nodes every step_px linearly to all pixels."""
+    """Interpolates a grid linearly to all pixels; its nodes are step_px apart."""
     for axis, size in enumerate(shape_yx):
         at = np.arange(size, dtype=np.float32) / np.float32(step_px)
         low = np.minimum(at.astype(int), coarse.shape[axis] - 2)
@@ -121,7 +129,8 @@ def _upsample(
 class Tissue:
     """Synthetic neuropil: a warped Voronoi diagram of cells, cut into sections.
 
-    Lengths in px; along z they are scaled, so that profiles run through sections.
+    All lengths are in pixels. Lengths along z are scaled, so that one cell is visible
+    in many successive sections.
     """
 
     def __init__(self, seed: int, shape_zyx: tuple[int, int, int]) -> None:
@@ -133,7 +142,8 @@ class Tissue:
         small = np.repeat(bundles, rng.integers(8, 24, len(bundles)), axis=0)
         small += rng.normal(0, 1, small.shape) * (90, 70, 70)
         centre = (np.concatenate([big, small]) - 100).astype(np.float32)
-        # Two all but coinciding centres would hide each other's walls from a third.
+        # If two centres almost coincide, the search for a pixel's cells can miss the
+        # wall between one of these cells and a third cell.
         close = spatial.cKDTree(centre).query_pairs(45, output_type="ndarray")
         self._centre = np.delete(centre, close[:, 1], axis=0)
         self._tree = spatial.cKDTree(self._centre)
@@ -142,7 +152,8 @@ class Tissue:
         count = len(self._centre)
         self._tone = rng.normal(0, 0.16, count).astype(np.float32)
         self._tone[rng.random(count) < 0.05] -= 0.7  # glia are dark
-        # Semi-axes (z, long, short) and tilt; small cells hold no mitochondrion.
+        # The columns are the semi-axes (z, long, short) and the tilt. Small cells
+        # contain no mitochondrion.
         axes = rng.uniform(0.8, 1.3, (count, 3)) * (45, 36, 18)
         tilt_rad = rng.uniform(0, np.pi, (count, 1))
         self._mitochondrion = np.hstack([axes, tilt_rad]).astype(np.float32)
@@ -155,7 +166,7 @@ class Tissue:
         ]
 
     def section(self, z: int, shift_px_yx: np.ndarray, grain: np.ndarray) -> np.ndarray:
-        """Returns section z, (y, x) float32 grey values, moved by the shift."""
+        """Returns the grey values of section z, float32 (y, x), moved by the shift."""
         padded_yx = [-(-size // _BLOCK_PX) * _BLOCK_PX for size in self._shape_yx]
         y, x = (_upsample(warp[z], padded_yx, _BLOCK_PX) for warp in self._warp_px_yx)
         y += np.arange(padded_yx[0], dtype=np.float32)[:, None] - int(shift_px_yx[0])
@@ -172,7 +183,7 @@ class Tissue:
     def _cells(
         self, depth: np.floating, *yx: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns each pixel's cell and its distance to that cell's wall in px."""
+        """Returns the cell of each pixel, and the distance to the cell wall in px."""
         blocks = [
             at.reshape(-1, _BLOCK_PX, at.shape[1] // _BLOCK_PX, _BLOCK_PX) for at in yx
         ]
@@ -183,7 +194,7 @@ class Tissue:
         cell = np.broadcast_to(nearest[..., :1, None], y.shape).astype(np.int32)
         wall_px = np.square(distance[..., 1]) - np.square(distance[..., 0])
         wall_px /= 2 * self._apart[nearest[..., 0], nearest[..., 1]]
-        busy = wall_px < 2.5 * _BLOCK_PX  # elsewhere no wall is near enough to matter
+        busy = wall_px < 2.5 * _BLOCK_PX  # walls elsewhere are too far to be visible
         wall_px = np.broadcast_to(wall_px[..., None, None], y.shape).astype(np.float32)
         y, x = y[busy], x[busy]
         first, second = np.full((2, *y.shape), np.inf, np.float32)
@@ -206,7 +217,7 @@ class Tissue:
     def _add_mitochondria(
         self, tone: np.ndarray, depth: np.floating, *place: np.ndarray
     ) -> None:
-        """Paints them into tone; place is y, x, cell and wall_px of each pixel."""
+        """Paints mitochondria into tone; place is y, x, cell, wall_px of each pixel."""
         where = np.nonzero(self._has_mitochondrion[place[2]] & (place[3] > 6))
         y, x, cell, _ = (field[where] for field in place)
         deep, long, short, tilt_rad = self._mitochondrion[cell].T
@@ -226,10 +237,10 @@ def _paint_synapse(
     dz: int,
     shift_px_yx: np.ndarray,
 ) -> None:
-    """Paints into the image (y, x), in place, what it shows of a synapse dz away.
+    """Paints a synapse that is dz sections away into the image (y, x), in place.
 
-    The fields are the image's mean and standard deviation, grain (tones), ripple (px)
-    and noise (grey values).
+    The fields are the mean and the standard deviation of the image, the grain (tones),
+    the ripple (px) and the noise (grey values).
     """
     image_mean, image_std, grain, ripple_px, noise = fields
     centre = np.array(synapse.position_vx_zyx[1:]) + shift_px_yx
@@ -240,7 +251,7 @@ def _paint_synapse(
     under = image[window]
     if not under.size:
         return
-    # Rippled coordinates: nature has no perfect ellipses.
+    # The ripple deforms the coordinates, because real boutons are no perfect ellipses.
     ripple_px_yx = ripple_px[window], ripple_px[::-1, ::-1][window]
     dz_nm = dz * VOXEL_NM_ZYX[0]
     patch = _Patch(synapse, dz_nm, low - centre, ripple_px_yx, grain[window])
@@ -251,7 +262,7 @@ def _paint_synapse(
 
 
 class _Patch:
-    """Tone and opacity (y, x) of what one section shows of one synapse."""
+    """The tone and the opacity, arrays (y, x), of one synapse in one section."""
 
     def __init__(
         self,
@@ -281,7 +292,7 @@ class _Patch:
         self._blend(float(_bump(dz_nm, 50)) * np.maximum(pedestal, platform), _DENSITY)
 
     def add_vesicle(self, vesicle: np.ndarray) -> None:
-        """Adds the part of a vesicle, a row of `Synapse.vesicles`, in the section."""
+        """Adds the part of a vesicle (a row of `Synapse.vesicles`) in the section."""
         z_nm, y_nm, x_nm, long_nm, short_nm, tilt_rad, core_ratio, darkness = (
             vesicle.tolist()
         )
@@ -291,13 +302,14 @@ class _Patch:
         opacity = (max(shown_nm, 0) / (2 * min(short_nm, half_nm))) ** 0.7
         if opacity < 0.15:
             return
-        # A section shows the projection of its thickness: the widest cut within it.
+        # A section has a thickness, and its image is a projection. The projection of a
+        # vesicle is as wide as the widest cut through the vesicle in this section.
         widest = math.sqrt(1 - (max(off_nm - half_nm, 0) / short_nm) ** 2)
         widest_px = widest / VOXEL_NM_ZYX[1]
         long_px, short_px = widest_px * long_nm, widest_px * short_nm
         y_px, x_px = y_nm / VOXEL_NM_ZYX[1], x_nm / VOXEL_NM_ZYX[2]
         box_px = np.array([y_px, x_px]) - self._corner_px_yx
-        reach_px = long_px + 8  # the ripple's largest part included
+        reach_px = long_px + 8  # includes the largest ripple
         first = np.maximum(box_px - reach_px, 0).astype(int)
         window = tuple(map(slice, first, np.maximum(box_px + reach_px, 0).astype(int)))
         dy, dx = self._dy[window] - y_px, self._dx[window] - x_px

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the geometry of synapses of six transmitters, for `demo_em` to paint.
+"""Draws the geometry of synapses of six neurotransmitters at random.
 
-How the synaptic vesicles of the six classes differ is loosely after the literature
-(small clear round for acetylcholine, flattened for GABA, dense cores for the amines).
-It is made up for a demonstration: nothing about real transmitters can be learnt from
-it.
+The module `demo_em` paints these synapses. The synaptic vesicles of the six classes
+differ roughly as the literature describes: small, clear and round for acetylcholine,
+flattened for GABA, with dense cores for the amines. The numbers are invented for a
+demonstration and say nothing about real neurotransmitters.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 VOXEL_NM_ZYX = (40, 4, 4)
-# The two knobs of difficulty: the share of synapses drawn as a mixture with another
-# class, and how far a synapse strays from its class (1: the spreads given below).
+# Two numbers set how difficult the classes are to tell apart. The first is the fraction
+# of synapses that are drawn as a mixture with another class. The second scales how much
+# a synapse differs from its class (1 means the spreads given below).
 AMBIGUOUS_FRACTION = 0.05
 JITTER = 0.4
 
-# Rows: classes. Columns: vesicles per synapse, share with a dense core, clear diameter
-# (nm), clear aspect, dense-core diameter (nm), core / vesicle diameter, core darkness.
+# Each row is a class. The columns are the number of vesicles per synapse, the fraction
+# with a dense core, the diameter (nm) and the aspect ratio of clear vesicles, the
+# diameter (nm) of dense-core vesicles, the ratio of core to vesicle diameter, and the
+# darkness of the core.
 _PROFILES = {
     "gaba": (60, 0.0, 40, 2.40, 66, 0.50, 0.8),
     "acetylcholine": (90, 0.0, 34, 1.05, 66, 0.50, 0.8),
@@ -28,39 +31,45 @@ _PROFILES = {
     "dopamine": (26, 0.95, 38, 1.10, 66, 0.66, 0.5),
 }
 CLASSES = tuple(_PROFILES)
-# Logarithmic standard deviations of the columns, among synapses and among vesicles.
+# The logarithmic standard deviations of the columns, between the synapses of a class
+# and between the vesicles of a synapse.
 _SPREAD_SYNAPSE = np.array([0.25, 0.25, 0.08, 0.08, 0.07, 0.12, 0.18])
 _SPREAD_VESICLE = np.array([0.00, 0.00, 0.10, 0.12, 0.09, 0.12, 0.10])
 
-CYTOSOL = 0.45  # tone, see demo_em
-BOUTON_DEPTH_NM = 150.0  # semi-axis along z: a bouton shows in seven sections
-ZONE_PX = 8.0  # from the synapse's position to the presynaptic membrane
-_SYNAPSE = 1  # name of a random stream; the others are in demo_em and make_demo
+CYTOSOL = 0.45  # a tone; `demo_em` explains tones
+BOUTON_DEPTH_NM = 150.0  # semi-axis along z; a bouton is visible in seven sections
+ZONE_PX = 8.0  # from the position of the synapse to the presynaptic membrane
+_SYNAPSE = 1  # key of a random stream; demo_em and make_demo have the others
 
 
 @dataclass(frozen=True)
 class Synapse:
-    """One synapse as drawn; its angle points from the cleft into the bouton."""
+    """The geometry of one synapse; the angle points from the cleft into the bouton."""
 
     position_vx_zyx: tuple[int, int, int]
     angle_rad: float
-    bouton_px: tuple[float, float]  # semi-axes along the angle and across it
+    bouton_px: tuple[float, float]  # semi-axes along and across the angle
     tone: float
     t_bar_scale: float
-    # (n, 8): offset z, y, x, long and short semi-axis (nm; the depth is the short
-    # one), tilt (rad), core / vesicle diameter (0: clear), core darkness.
+    # Shape (n, 8). The columns are the offset z, y, x (nm), the long and the short
+    # semi-axis (nm), the tilt (rad), the ratio of core to vesicle diameter (0 for a
+    # clear vesicle) and the darkness of the core. The semi-axis along z equals the
+    # short semi-axis.
     vesicles: np.ndarray
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:
-    """Returns the random stream named by the key, independent of all other keys."""
+    """Returns the random stream of a key; streams of other keys are independent."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def draw_synapse(
     seed: int, index: int, class_name: str, position_vx_zyx: tuple[int, int, int]
 ) -> Synapse:
-    """Draws the geometry of the index-th synapse."""
+    """Returns the geometry of the synapse with this index, drawn at random.
+
+    The geometry depends on the seed and the index, and not on the other synapses.
+    """
     rng = generator(seed, _SYNAPSE, index)
     profile = np.array(_PROFILES[class_name])
     other = _PROFILES[rng.choice([name for name in CLASSES if name != class_name])]
@@ -94,14 +103,15 @@ def _scatter(
     angle_rad: float,
     bouton_px: tuple[float, float],
 ) -> np.ndarray:
-    """Places vesicles in a bouton, 25 to 130 nm from the synapse, hardly overlapping.
+    """Places vesicles in a bouton, 25 to 130 nm from the position of the synapse.
 
-    Returns the rows that found room, with their offsets filled in.
+    Vesicles overlap only a little. The function returns the vesicles that could be
+    placed, with their offsets filled in.
     """
     along_nm, across_nm = np.multiply(bouton_px, VOXEL_NM_ZYX[1:])
     bouton_nm = np.array([BOUTON_DEPTH_NM, along_nm, across_nm])
     centre_nm = np.array([0, along_nm - ZONE_PX * VOXEL_NM_ZYX[1], 0])
-    # Big ones first: they would find no room later.
+    # Large vesicles are placed first, because they would find no space later.
     vesicles = vesicles[np.argsort(-vesicles[:, 3], kind="stable")]
     tries = rng.uniform(-1, 1, (len(vesicles), 30, 3)) * bouton_nm + centre_nm
     room_nm = bouton_nm - 0.8 * vesicles[:, None, 3:4]

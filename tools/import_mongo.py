@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original system's MongoDB: ground truth and predictions, in and out.
+r"""Copies ground truth and predictions between files and MongoDB.
+
+The databases have the layout of the original system, funkelab/synister. `load` and
+`dump` copy a synapse table into a database and out of it. `load_predictions` and
+`dump_predictions` do this with a prediction table.
 
     python tools/import_mongo.py load --mongo=mongodb://localhost/synister \
         --synapses=data/fafb_v3
@@ -7,13 +11,14 @@
         --credentials=db_credentials.ini --output=synapses.feather
     python tools/import_mongo.py load_predictions --mongo=mongodb://localhost/synister \
         --predictions=predictions.feather --split=skeleton --experiment=fafb \
-        --train=3 --predict=1000 [--part=test]
+        --train=3 --predict=1000 --part=test
     python tools/import_mongo.py dump_predictions --mongo=mongodb://localhost/synister \
         --split=skeleton --experiment=fafb --train=3 --predict=1000 \
-        [--classes=gaba,acetylcholine,…] --output=predictions.feather
+        --output=predictions.feather
 
-Predictions of a whole brain: --layout=brain --collection=NAME --predict=8 instead of
-split, experiment and train. Kill an import at any moment and run it again.
+The predictions of a whole brain have a layout of their own. For these, give
+--layout=brain --collection=NAME --predict=8, and leave out --split, --experiment and
+--train. If an import stops before its end, run the same command again.
 """
 
 import pathlib
@@ -44,22 +49,40 @@ _OF_LAYOUT = {
 
 
 def _define_mongo() -> None:
-    flags.DEFINE_string("mongo", None, "mongodb://… or name of a database.")
-    flags.DEFINE_string("credentials", None, "Ini file with [Credentials].")
+    flags.DEFINE_string(
+        "mongo",
+        None,
+        "Use this database: mongodb://HOST/DB, or a name together with --credentials.",
+    )
+    flags.DEFINE_string(
+        "credentials",
+        None,
+        "Read host, port, user and password from the section [Credentials] of this ini "
+        "file.",
+    )
     flags.mark_flag_as_required("mongo")
 
 
 def _define_overwrite() -> None:
-    flags.DEFINE_bool("overwrite", False, "Replace what is there.")
+    flags.DEFINE_bool("overwrite", False, "Replace what the database has already.")
 
 
 def _define_layout() -> None:
-    flags.DEFINE_enum("layout", TEST_SET, list(_OF_LAYOUT), "Layout of predictions.")
-    flags.DEFINE_string("split", None, "Name of the split.")
-    flags.DEFINE_string("experiment", None, "The original's experiment.")
-    flags.DEFINE_integer("train", None, "The original's train number.")
-    flags.DEFINE_integer("predict", None, "The original's predict number.")
-    flags.DEFINE_string("collection", None, "Collection of a whole brain.")
+    flags.DEFINE_enum(
+        "layout",
+        TEST_SET,
+        list(_OF_LAYOUT),
+        "Use the layout for the test set of a split, or the layout for a whole brain.",
+    )
+    flags.DEFINE_string("split", None, "Use the predictions of this split.")
+    flags.DEFINE_string(
+        "experiment", None, "Use this experiment of the original system."
+    )
+    flags.DEFINE_integer("train", None, "Use this train number of the original system.")
+    flags.DEFINE_integer(
+        "predict", None, "Use this predict number of the original system."
+    )
+    flags.DEFINE_string("collection", None, "Use this collection (for --layout=brain).")
 
     @flags.multi_flags_validator(
         ["layout", *dict.fromkeys(sum(_OF_LAYOUT.values(), ()))]
@@ -78,7 +101,11 @@ def _define_layout() -> None:
 def _define_load() -> None:
     _define_mongo()
     _define_overwrite()
-    flags.DEFINE_string("synapses", None, "Synapse table.")
+    flags.DEFINE_string(
+        "synapses",
+        None,
+        "Store this synapse table (a file, a folder with an export v3, or a database).",
+    )
     flags.mark_flag_as_required("synapses")
 
 
@@ -89,19 +116,22 @@ def load() -> None:
     fractions = (synapses.positions_nm_zyx(table) % 1 != 0).any(axis=1)
     if count := np.count_nonzero(fractions):
         print(
-            f"note: {count:,} positions are not whole nm; they are stored as they are, "
-            "and the original system cuts their fractions off"
+            f"note: {count:,} positions are not whole nm; the database stores them "
+            "unchanged, but the original system cuts their fractions off"
         )
     content, sha256 = _source(given.synapses, table)
     with databases.connect(given.mongo, given.credentials) as database:
         written = databases.write(database, content, table, sha256, given.overwrite)
         counts = databases.recorded(database, databases.GROUND_TRUTH)["rows"]
     shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    print(f"{_where()}: {shown}{'' if written else ', there already'}")
+    print(f"{_where()}: {shown}{'' if written else ', stored already'}")
 
 
 def _check_not_itself(source: str) -> None:
-    """A killed --overwrite of a database by its own content would leave no copy."""
+    """Raises if --overwrite would replace a database by its own content.
+
+    If this were killed half-way, no complete copy of the content would be left.
+    """
     if not flags.FLAGS.overwrite or not source.startswith(address.SCHEMES):
         return
     names = [
@@ -110,15 +140,18 @@ def _check_not_itself(source: str) -> None:
     ]
     if names[0] == names[1]:
         raise UserError(
-            f"--overwrite of database {names[0]} from a database of that name: dump it "
-            "to a file first, and load that"
+            f"--overwrite: --synapses and --mongo both name database {names[0]}; dump "
+            "this database to a file first, and load the file"
         )
 
 
 def _source(
     location: str, table: pa.Table
 ) -> tuple[Mapping[str, Iterable[documents.Document]], str]:
-    """Documents and their checksum: those of an export v3 as they are."""
+    """Returns the documents of each collection, and a checksum of the source.
+
+    An export v3 consists of documents already, which are not changed.
+    """
     folder = pathlib.Path(location)
     if folder.is_dir():
         parts = [files.sha256(folder / f"{n}_v3.json") for n in documents.COLLECTIONS]
@@ -133,7 +166,9 @@ def _where() -> str:
 
 def _define_dump() -> None:
     _define_mongo()
-    flags.DEFINE_string("output", None, "Feather or Parquet to write.")
+    flags.DEFINE_string(
+        "output", None, "Write the synapse table into this Feather or Parquet file."
+    )
     flags.mark_flag_as_required("output")
 
 
@@ -163,17 +198,23 @@ def _define_load_predictions() -> None:
     _define_mongo()
     _define_overwrite()
     _define_layout()
-    flags.DEFINE_string("predictions", None, "Feather of predictions.")
+    flags.DEFINE_string(
+        "predictions", None, "Store the predictions of this Feather file."
+    )
     flags.mark_flag_as_required("predictions")
     parts = ["all", *synapses.PARTS]
-    flags.DEFINE_enum("part", "all", parts, "Rows to write, of the split.")
+    flags.DEFINE_enum(
+        "part", "all", parts, "Store only the rows of this part of --split."
+    )
 
 
 def load_predictions() -> None:
     given = flags.FLAGS
     name = _collection()
     if given.layout == BRAIN and given.part != "all":
-        raise UserError("--part is of a split; --layout=brain takes all rows")
+        raise UserError(
+            "--part: --layout=brain stores all rows and has no split; leave it out"
+        )
     feather = testset_predictions.open_feather(
         given.predictions, given.split, given.part
     )
@@ -186,7 +227,7 @@ def load_predictions() -> None:
             written = testset_predictions.write_test_set(
                 database, name, feather, given.overwrite
             )
-    done = "written" if written else "there already"
+    done = "is stored" if written else "is stored already"
     print(f"{_where()}, {given.layout} {name}: {given.predictions} {done}")
 
 
@@ -205,8 +246,13 @@ def _collection() -> str:
 def _define_dump_predictions() -> None:
     _define_mongo()
     _define_layout()
-    flags.DEFINE_list("classes", None, "Class names in the network's order.")
-    flags.DEFINE_string("output", None, "Feather to write.")
+    flags.DEFINE_list(
+        "classes",
+        None,
+        "Give the class names in the order of the network's outputs. Predictions that "
+        "`load_predictions` stored need no names.",
+    )
+    flags.DEFINE_string("output", None, "Write the predictions into this Feather file.")
     flags.mark_flag_as_required("output")
 
 

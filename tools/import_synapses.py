@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings ground truth of any source into a synapse table.
+r"""Converts the ground truth of a source to a synapse table.
 
     python tools/import_synapses.py --source=malevnc \
         --input=acetylcholine.csv.gz,gaba.csv.gz,glutamate.csv.gz \
@@ -8,8 +8,8 @@
         --columns=synapse_id=id,neuron_id=body,neurotransmitter=nt \
         --scale_nm_zyx=40,4,4 --output=mine.feather
 
-Beside the table it writes what is not in it: `<output>.dropped.feather`, a row for each
-row left out, with the reason; and `<output>.report.json`, the counts.
+Next to the table, the command writes two more files. `<output>.dropped.feather` lists
+each row that was left out, and the reason. `<output>.report.json` has the counts.
 """
 
 import dataclasses
@@ -29,36 +29,72 @@ _SOURCE = flags.DEFINE_enum(
     "source",
     None,
     ["export-v3", *dialects.DIALECTS, "table"],
-    "Whose layout the input has.",
+    "Read the input in the layout of this source; `table` reads any table.",
     required=True,
 )
-_INPUT = flags.DEFINE_list("input", None, "Files, or an export folder.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Feather or Parquet.", required=True)
+_INPUT = flags.DEFINE_list(
+    "input",
+    None,
+    "Read these files, or the folder of an export v3.",
+    required=True,
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Write this Feather or Parquet file.", required=True
+)
 _SPACE = flags.DEFINE_enum(
-    "space", None, list(spaces.SPACES), "Of the coordinates, if not the source's own."
+    "space",
+    None,
+    list(spaces.SPACES),
+    "Read the coordinates in this space, and not in the usual space of the source.",
 )
 _SCALE = flags.DEFINE_list(
-    "scale_nm_zyx", None, "nm of one step of a coordinate (voxel size, for voxels)."
+    "scale_nm_zyx",
+    None,
+    "Multiply the coordinates by these factors. For voxels, give the voxel size in nm. "
+    "By default the coordinates are in nm. Only for --source=table.",
 )
-_OFFSET = flags.DEFINE_list("offset_nm_zyx", None, "Added to the coordinates, in nm.")
+_OFFSET = flags.DEFINE_list(
+    "offset_nm_zyx",
+    None,
+    "Add these lengths in nm to the scaled coordinates. Only for --source=table.",
+)
 _COLUMNS = flags.DEFINE_list(
-    "columns", [], "For --source=table: ours=theirs, as neuron_id=body,x=pre_x."
+    "columns",
+    [],
+    "Name the columns of the input for --source=table, as pairs ours=theirs: "
+    "`--columns=neuron_id=body,x=pre_x`.",
 )
 _VOXEL_SIZE = flags.DEFINE_list(
-    "voxel_size_nm_zyx", None, "Make missing ids of the voxel, of this size."
+    "voxel_size_nm_zyx",
+    None,
+    "Compute each missing synapse id from the voxel of the synapse, with this voxel "
+    "size in nm.",
 )
-_VOLUME = flags.DEFINE_string("volume", None, "Check that the positions lie in it.")
+_VOLUME = flags.DEFINE_string(
+    "volume",
+    None,
+    "Check that the positions are inside this volume. Spaces with a mirrored axis need "
+    "the volume.",
+)
 _MINIMUM_SYNAPSES = flags.DEFINE_integer(
-    "minimum_synapses", importing.MINIMUM_SYNAPSES, "Of a class.", lower_bound=0
+    "minimum_synapses",
+    importing.MINIMUM_SYNAPSES,
+    "Leave out the classes that have fewer synapses.",
+    lower_bound=0,
 )
 _MINIMUM_NEURONS = flags.DEFINE_integer(
-    "minimum_neurons", importing.MINIMUM_NEURONS, "Of a class.", lower_bound=0
+    "minimum_neurons",
+    importing.MINIMUM_NEURONS,
+    "Leave out the classes that have fewer neurons.",
+    lower_bound=0,
 )
 _KEEP_UNKNOWN = flags.DEFINE_bool(
-    "keep_unknown", False, "Keep neurons whose transmitter is not known."
+    "keep_unknown", False, "Keep the neurons whose neurotransmitter is not known."
 )
 _DROP_BAD_ROWS = flags.DEFINE_bool(
-    "drop_bad_rows", False, "Leave out and list rows that would be an error."
+    "drop_bad_rows",
+    False,
+    "Leave out bad rows and list them. By default a bad row is an error.",
 )
 
 
@@ -66,7 +102,7 @@ def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
     synapses.check_writable(output)
     if not _INPUT.value:
-        raise UserError("--input is empty; name one or more files")
+        raise UserError("--input is empty; give one or more files")
     files.make_folder(output.parent)
     volume = None if _VOLUME.value is None else volumes.open(_VOLUME.value)
     if _SOURCE.value == "export-v3":
@@ -89,12 +125,15 @@ def main() -> None:
     files.write_json(output.with_suffix(".report.json"), report)
     if not len(result.table):
         why = "; ".join(f"{n:,} rows: {why}" for why, n in report["dropped"].items())
-        raise UserError(f"no synapse is left for {output}: {why or 'no rows'}")
+        raise UserError(
+            f"no synapse is left for {output}: {why or 'the input has no rows'}"
+        )
     synapses.write(result.table, output)
     _print(output, report)
 
 
-# What an export v3, already in its volume's frame and taken as it is, has no use for.
+# The flags that --source=export-v3 does not use. The coordinates of an export v3 are in
+# the volume frame already, and all rows are kept.
 _NOT_OF_EXPORT = (
     "space",
     "scale_nm_zyx",
@@ -109,15 +148,15 @@ _NOT_OF_EXPORT = (
 
 
 def _export_v3() -> importing.GroundTruth:
-    """As published: nothing is left out."""
+    """Reads a folder with an export v3 and keeps all rows."""
     for name in _NOT_OF_EXPORT:
         if flags.FLAGS[name].present:
             raise UserError(f"--{name} does nothing for --source=export-v3; remove it")
     if len(_INPUT.value) != 1:
-        raise UserError("--source=export-v3 takes one folder as --input")
+        raise UserError("--source=export-v3 needs exactly one folder as --input")
     folder = pathlib.Path(_INPUT.value[0])
     if not folder.is_dir():
-        raise UserError(f"--input={folder} is not a folder of an export v3")
+        raise UserError(f"--input={folder} is not a folder with an export v3")
     table = reading.load(folder)
     different = json_export.unpublished(folder)
     for name, how in different.items():
@@ -131,13 +170,13 @@ def _dialect() -> dialects.Dialect:
     if _SOURCE.value == "table":
         pairs = [pair.partition("=") for pair in _COLUMNS.value]
         if not all(ours and theirs for ours, _, theirs in pairs):
-            raise UserError("--columns: write pairs ours=theirs, as neuron_id=body")
+            raise UserError("--columns needs pairs ours=theirs, like neuron_id=body")
         mapping = {ours: theirs for ours, _, theirs in pairs}
         if len(mapping) < len(pairs):
-            raise UserError("--columns names one of our columns twice")
+            raise UserError("--columns names a column of the synapse table twice")
         dialect = dialects.of_table(mapping)
     elif _COLUMNS.value:
-        raise UserError("--columns is for --source=table; this source has its own")
+        raise UserError("--columns is only for --source=table; remove it")
     else:
         dialect = dialects.DIALECTS[_SOURCE.value]
     if _VOXEL_SIZE.value is None:
@@ -151,10 +190,12 @@ def _dialect() -> dialects.Dialect:
 
 
 def _space() -> spaces.Space | None:
-    """What the flags say; None leaves it to the source."""
+    """Returns the space that the flags describe, or None for the source's own."""
     own = [_SCALE.value, _OFFSET.value] != [None, None]
     if own and _SOURCE.value != "table":
-        raise UserError("--scale_nm_zyx and --offset_nm_zyx are for --source=table")
+        raise UserError(
+            "--scale_nm_zyx and --offset_nm_zyx are for --source=table; remove them"
+        )
     if own and _SPACE.value not in (None, "volume"):
         raise UserError("give --space or --scale_nm_zyx and --offset_nm_zyx, not both")
     if own:
@@ -167,20 +208,23 @@ def _space() -> spaces.Space | None:
 
 
 def _check_positions(result: importing.GroundTruth, volume: volumes.Volume) -> int:
-    """How many lie outside; an error where the unit or the axes seem mistaken."""
+    """Returns how many positions are outside the volume.
+
+    Raises if the unit or the order of the axes seems to be wrong.
+    """
     positions = synapses.positions_nm_zyx(result.table)
     outside = spaces.outside(positions, volume)
     if doubt := spaces.doubt(positions, volume, least_share=0):
         ids = result.table["synapse_id"].filter(outside).to_pylist()
         more = ", …" if len(ids) > 5 else ""
         raise UserError(
-            f"{doubt}; check --space and --scale_nm_zyx, or mend these: synapse_id "
+            f"{doubt}; check --space and --scale_nm_zyx, or correct these: synapse_id "
             f"{', '.join(map(str, ids[:5]))}{more}"
         )
     if spaces.look_like_voxels(positions, volume):
         print(
-            "warning: all positions lie where their voxel indices would: if they are "
-            "voxels, give --scale_nm_zyx",
+            "warning: all positions would also be inside the volume as voxel indices; "
+            "if they are voxels, give --scale_nm_zyx",
             file=sys.stderr,
         )
     return int(outside.sum())
@@ -194,11 +238,11 @@ def _print(output: pathlib.Path, report: dict) -> None:
     for reason, count in report["dropped"].items():
         print(f"  left out: {count:,} rows: {reason}")
     for column, count in report.get("first_value_taken", {}).items():
-        print(f"  {count:,} neurons have several values of {column}; the first counts")
+        print(f"  {count:,} neurons have several values of {column}; the first is used")
     for path, absent in report.get("absent_columns", {}).items():
-        print(f"  not there: {', '.join(absent)} in {path}")
+        print(f"  missing columns: {', '.join(absent)} in {path}")
     if report.get("outside_volume"):
-        print(f"  outside the volume: {report['outside_volume']:,}")
+        print(f"  outside the volume: {report['outside_volume']:,} positions")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a run of a checkpoint of the original PyTorch systems.
+r"""Converts a checkpoint of the original PyTorch systems to a run of this project.
 
     python tools/import_torch.py --setup=02_train/setup_t3 \
         --checkpoint=02_train/setup_t3/model_checkpoint_500000 --workdir=runs/fafb
     python tools/import_torch.py --config=configs/banc.py \
         --checkpoint=model_checkpoint_1020000.pth --workdir=runs/banc
 
-`--config` says what the setup's .ini does not, or, without a setup, everything. The
-commands predict and evaluate take the run as one that was trained here. The
-checkpoint's code, if it has any, is not run.
+With `--setup`, classes, crop and network come from the .ini file of the setup, and
+`--config` gives the rest. Without `--setup`, `--config` gives everything. The commands
+`predict` and `evaluate` use the new run like a run that was trained here. A checkpoint
+can contain Python code, which is not executed.
 """
 
 import math
@@ -25,12 +26,22 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/skeleton.py", lock_config=True
 )
 _SETUP = flags.DEFINE_string(
-    "setup", None, "Folder of the original's setup, or its train_config.ini; VGG3D."
+    "setup",
+    None,
+    "Read this folder of an original setup (VGG3D only), or its train_config.ini.",
 )
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "PyTorch file.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Convert this PyTorch file.", required=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Write the run into this folder.", required=True
+)
 _STEP = flags.DEFINE_integer(
-    "step", None, "Of the run's checkpoint; else from the file's name.", lower_bound=0
+    "step",
+    None,
+    "Save the checkpoint of the run with this step. By default, use the number at the "
+    "end of the file name of --checkpoint.",
+    lower_bound=0,
 )
 
 
@@ -46,8 +57,8 @@ def main() -> None:
     network = config.model.get("network", "vgg3d")
     if network != "vgg3d" and _SETUP.value is not None:
         raise UserError(
-            f"--setup={_SETUP.value}: a setup is of vgg3d, --config says {network}; "
-            "leave one of them out"
+            f"--setup={_SETUP.value}: a setup has a vgg3d, --config has a {network}; "
+            "leave one of the two flags out"
         )
     if _SETUP.value is not None:
         config = torch_weights.read_setup(pathlib.Path(_SETUP.value), config)
@@ -64,10 +75,12 @@ def main() -> None:
 
 
 def _step_of(path: pathlib.Path) -> int:
-    """The number at the end of a name as model_checkpoint_1020000.pth."""
+    """Returns the number at the end of a name like model_checkpoint_1020000.pth."""
     found = re.search(r"_(\d+)$", path.stem)
     if not found:
-        raise UserError(f"{path.name} does not end in its step; give --step")
+        raise UserError(
+            f"--checkpoint: {path.name} does not end in a step; give --step"
+        )
     return int(found[1])
 
 

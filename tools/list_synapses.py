@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every presynaptic site that a service has, as a synapse table for `predict`.
+r"""Lists every presynaptic site of a service as a synapse table for `predict`.
 
     python tools/list_synapses.py --source=hemibrain --volume=URI \
         --output=synapses.feather
 
-Of the services only neuPrint can be listed (hemibrain, malevnc). It is shared and not
-made for that: where a published table of all synapses exists, take that instead
-(docs/sources.md). This asks page by page, one request at a time. Pages are kept in
-`<output>.pages` until the table is whole: killed and started again with the same
-command, it goes on, and the table has the same bytes.
+Only neuPrint can list all its synapses (hemibrain, malevnc). Many people share this
+service, and it is not made for such long lists. If a table of all synapses is
+published, use the published table instead (docs/sources.md).
+
+The command sends one request at a time, and each answer is one page of the table. The
+pages are kept in `<output>.pages` until the table is complete. If the command stops
+before its end, run the same command again: it continues after the last page, and the
+table has the same bytes.
 """
 
 import pathlib
@@ -28,35 +31,49 @@ from synister_jax.ondemand.sources.credentials import SourceSettings
 from synister_jax.tables import synapses
 
 _SOURCE = flags.DEFINE_enum(
-    "source", None, list(sources.SOURCES), "Who is asked.", required=True
+    "source",
+    None,
+    list(sources.SOURCES),
+    "List the presynaptic sites of this service.",
+    required=True,
 )
 _VOLUME = flags.DEFINE_string(
-    "volume", None, "The volume in whose frame the positions shall be.", required=True
+    "volume",
+    None,
+    "Convert the positions to the frame of this volume.",
+    required=True,
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Feather or Parquet.", required=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Write this Feather or Parquet file.", required=True
+)
 _CREDENTIALS = flags.DEFINE_string(
-    "credentials", None, "Ini file with what the environment does not say."
+    "credentials",
+    None,
+    "Read from this ini file the settings that no environment variable gives.",
 )
-_AFTER = b"after"  # in a page's metadata: where the next one starts
+# The key in the metadata of a page that says where the next page starts.
+_AFTER = b"after"
 
 
 def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
     synapses.check_writable(output)
     settings = sources.settings(_SOURCE.value, _CREDENTIALS.value)
-    sources.listing(settings)  # refuses at once who has none
+    sources.listing(settings)  # raises at once if the service cannot be listed
     volume = volumes.open(_VOLUME.value)
     folder = output.with_name(output.name + ".pages")
     files.make_folder(folder)
     plan = {"source": settings.source, "volume_shape_zyx": list(volume.shape_zyx)}
     plan |= settings.shown()
     with files.locked(folder):
-        if not _pages(folder):  # nothing is kept of a plan that did not work
+        if not _pages(folder):  # without pages, another plan may start here
             files.remove(folder / "plan.json")
         output_folders.require_same(folder / "plan.json", plan)
         pages = _fetch(folder, settings, volume)
         if not pages:
-            raise UserError(f"{settings.source} lists no synapse; check {plan}")
+            raise UserError(
+                f"{settings.source} lists no synapse; check these settings: {plan}"
+            )
         space = spaces.SPACES[sources.SOURCES[settings.source].space]
         about = plan | {"coordinates": spaces.describe(space, volume.shape_zyx)}
         rows = _join(pages, output, about)
@@ -71,7 +88,7 @@ def _pages(folder: pathlib.Path) -> list[pathlib.Path]:
 def _fetch(
     folder: pathlib.Path, settings: SourceSettings, volume: volumes.Volume
 ) -> list[pathlib.Path]:
-    """The pages' files, those that were not there yet written."""
+    """Writes the pages that are still missing, and returns the files of all pages."""
     pages = _pages(folder)
     after, rows = None, 0
     for path in pages:
@@ -79,12 +96,14 @@ def _fetch(
         after, rows = int(table.schema.metadata[_AFTER]), rows + len(table)
     progress = Progress("listed", None, "synapses", rows)
     if pages:
-        print(f"going on behind {rows:,} synapses", flush=True)
+        print(f"continuing after {rows:,} synapses", flush=True)
     for sites, last in sources.listing(settings, after):
         coordinates = {axis: sites[axis].to_numpy() for axis in "xyz"}
         positions = sources.to_volume_nm_zyx(coordinates, volume.shape_zyx, settings)
         if not pages and (doubt := spaces.doubt(positions, volume)):
-            raise UserError(f"{doubt}; is --volume that of {settings.source}?")
+            raise UserError(
+                f"{doubt}; check that --volume is the volume of {settings.source}"
+            )
         columns = {name: sites[name] for name in ("synapse_id", "neuron_id")}
         columns |= zip(synapses.POSITION, positions.T, strict=True)
         table = pa.table(columns).replace_schema_metadata({_AFTER: str(last)})

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a demonstration data set: a volume with planted synapses, and its tables.
+r"""Makes a demonstration data set: a volume with painted synapses, and its tables.
 
-    python tools/make_demo.py --output=DIR
+    python tools/make_demo.py --output=demo
 
-writes `DIR/volume.n5` (data set `volumes/raw/s0`), the three JSON files of the export
-v3 and `DIR/demo.json`. The classes differ by what `demo_synapses` draws, which is made
-up: the data show that the pipeline works and say nothing about real transmitters. The
-same parameters give the same bytes. A killed run leaves only `DIR.partial`; rerun it.
+The command writes `demo/volume.n5` (data set `volumes/raw/s0`), the three JSON files of
+an export v3 and `demo/demo.json`. The differences between the classes are invented (see
+`demo_synapses`). The data show that the pipeline works, and say nothing about real
+neurotransmitters. The same flags give the same bytes. If the command stops before its
+end, it leaves only the folder `demo.partial`; run the same command again.
 """
 
 import pathlib
@@ -25,30 +26,42 @@ from synister_jax.base.errors import UserError
 from synister_jax.base.progress import Progress
 from synister_jax.em import volumes
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to make.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Write this folder.", required=True)
 _BACKGROUND = flags.DEFINE_string(
     "background",
     None,
-    "Volume to paint the synapses into, not synthetic tissue; mirrored and tiled to "
-    "the shape, and taken voxel for voxel as 40x4x4 nm whatever its own voxel size.",
+    "Paint the synapses into this volume. By default they are painted into synthetic "
+    "tissue. A volume smaller than --shape_zyx is continued by its mirror image. Its "
+    "voxels are used as voxels of 40x4x4 nm (z, y, x), whatever their real size is.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of all that is drawn.", lower_bound=0)
-_NEURONS = flags.DEFINE_integer("neurons", 120, "Number of neurons.")
-_SYNAPSES = flags.DEFINE_integer("synapses", 1800, "Number of synapses.")
-_SHAPE = flags.DEFINE_list("shape_zyx", ["48", "1536", "1536"], "Volume shape, voxels.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Draw all random numbers from this seed.", lower_bound=0
+)
+_NEURONS = flags.DEFINE_integer("neurons", 120, "Make this many neurons.")
+_SYNAPSES = flags.DEFINE_integer("synapses", 1800, "Make this many synapses.")
+_SHAPE = flags.DEFINE_list(
+    "shape_zyx", ["48", "1536", "1536"], "Make a volume of this many voxels (z, y, x)."
+)
 
 _FORMAT_VERSION = 2
-# Neurons and hemilineages per class in the default set: as skewed as the real data
-# (397 acetylcholine, 165 GABA, 5 octopamine), but each class can still be learnt.
+# The neurons and the hemilineages per class in the default data set. Their numbers
+# differ between classes, like in the real data (397 acetylcholine, 165 GABA, 5
+# octopamine), but every class has enough neurons to be learnt.
 _NEURON_WEIGHTS = dict(zip(demo_synapses.CLASSES, (24, 40, 15, 9, 9, 14), strict=True))
 _HEMILINEAGES = dict(zip(demo_synapses.CLASSES, (4, 6, 3, 2, 2, 3), strict=True))
-_UNKNOWN_SHARE = 8 / 120  # neurons whose transmitter the tables do not tell
-_CO_RELEASED = ("gaba", "octopamine")  # by one neuron, painted as the first
-_MIN_NEURONS = 40  # six a class and the unknown: two a class for each of three parts
+_UNKNOWN_SHARE = 8 / 120  # neurons that have no transmitter in the tables
+# One neuron releases both. Its synapses are painted as the first.
+_CO_RELEASED = ("gaba", "octopamine")
+# Enough for six neurons per class, so that each of the three parts gets two, and for
+# the neurons without a known transmitter.
+_MIN_NEURONS = 40
 _BRAIN_REGIONS = ("AL", "MB", "LH", "EB", "PB", "LAL", "SMP", "AVLP")
-_BORDER_SHARE = 0.02  # of the synapses lie so near the border that crops leave it
-_MARGIN_VX_ZYX = np.array([4, 32, 32])  # all others stay this far inside
-_SEPARATION_VX_ZYX = np.array([6, 56, 56])  # two synapses differ by it on some axis
+# This fraction of the synapses is so near the border that a part of their crops is
+# outside the volume. All other synapses have at least the margin from the border.
+_BORDER_SHARE = 0.02
+_MARGIN_VX_ZYX = np.array([4, 32, 32])
+# Two synapses are at least this far apart along at least one axis.
+_SEPARATION_VX_ZYX = np.array([6, 56, 56])
 _HEMILINEAGE_TABLE, _NEURON_TABLE, _PLACES, _OWNERS, _REGIONS, _IDS = range(
     10, 16
 )  # streams
@@ -56,7 +69,10 @@ _HEMILINEAGE_TABLE, _NEURON_TABLE, _PLACES, _OWNERS, _REGIONS, _IDS = range(
 
 @dataclass(frozen=True)
 class Neuron:
-    """A neuron; `class_name` is what its synapses are painted as."""
+    """A neuron whose synapses are all painted as the class `class_name`.
+
+    The tables say that the neuron releases `known`, or nothing if `known` is None.
+    """
 
     id: int
     class_name: str
@@ -69,16 +85,16 @@ def main() -> None:
     output = pathlib.Path(_OUTPUT.value)
     parameters = _parameters()
     if _is_there(output, parameters):
-        print(f"{output} is there already, made with the same parameters")
+        print(f"{output} exists already, made with the same parameters")
         return
     background = _read_background(parameters)
     hemilineages = _draw_hemilineages(_SEED.value)
     neurons = _draw_neurons(parameters, hemilineages)
     places_vx_zyx = _draw_places(parameters)
-    # Every neuron reaches through the whole volume.
+    # The synapses of every neuron are distributed over the whole volume.
     owners = np.repeat(np.arange(len(neurons)), [n.synapse_count for n in neurons])
     owners = demo_synapses.generator(_SEED.value, _OWNERS).permutation(owners).tolist()
-    # A folder under a temporary name: the output is either whole or absent.
+    # The folder gets its final name at the end, so that the output is never incomplete.
     partial = files.make_folder(output.parent) / f"{output.name}.partial"
     if partial.exists():
         shutil.rmtree(partial)
@@ -89,16 +105,16 @@ def main() -> None:
     ]
     _write_volume(partial / "volume.n5", parameters, synapses, background)
     _write_tables(partial, parameters, hemilineages, neurons, owners, places_vx_zyx)
-    partial.rename(output)  # in place of an empty folder too
+    partial.rename(output)  # this also replaces an empty folder
     print(f"{output}: {len(synapses):,} synapses of {len(neurons)} neurons")
 
 
 def _parameters() -> dict[str, Any]:
-    """The flags, checked."""
+    """Returns the values of the flags, after it has checked them."""
     try:
         z, y, x = shape_zyx = [int(size) for size in _SHAPE.value]
     except ValueError:
-        raise UserError("--shape_zyx takes three integers, as 48,1536,1536") from None
+        raise UserError("--shape_zyx needs three integers, like 48,1536,1536") from None
     if z < 12 or min(y, x) < 192:
         raise UserError("--shape_zyx is too small; use at least 12,192,192")
     if _NEURONS.value < _MIN_NEURONS:
@@ -117,7 +133,7 @@ def _parameters() -> dict[str, Any]:
 
 
 def _is_there(output: pathlib.Path, parameters: dict[str, Any]) -> bool:
-    """Tells whether this very data set is there; anything else there is an error."""
+    """Returns whether this data set exists; raises if something else is there."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / "demo.json").is_file():
@@ -126,17 +142,17 @@ def _is_there(output: pathlib.Path, parameters: dict[str, Any]) -> bool:
     same = {"format_version": _FORMAT_VERSION, "parameters": parameters}
     if isinstance(made, dict) and same.items() <= made.items():
         return True
-    raise UserError(f"{output} was made with other parameters; remove it first")
+    raise UserError(
+        f"{output} was made with other parameters; remove this folder first"
+    )
 
 
 def _read_background(parameters: dict[str, Any]) -> np.ndarray | None:
-    """Reads what is needed of the background and mirrors it to the shape, uint8."""
+    """Reads the background, uint8, and extends it to the shape by mirror images."""
     if parameters["background"] is None:
         return None
     volume = volumes.open(parameters["background"])
-    sizes = (
-        f"{volume.voxel_size_nm_zyx} nm are taken as {demo_synapses.VOXEL_NM_ZYX} nm"
-    )
+    sizes = f"{volume.voxel_size_nm_zyx} nm are used as {demo_synapses.VOXEL_NM_ZYX} nm"
     print(f"background {volume.uri}: voxels (z, y, x) of {sizes}", flush=True)
     stop_vx_zyx = np.minimum(volume.shape_zyx, parameters["shape_zyx"])
     tile = volume.read((0, 0, 0), stop_vx_zyx)
@@ -145,7 +161,7 @@ def _read_background(parameters: dict[str, Any]) -> np.ndarray | None:
 
 
 def _draw_hemilineages(seed: int) -> dict[int, str]:
-    """Hemilineages by id, with the one transmitter that each releases."""
+    """Returns the one transmitter that each hemilineage releases, by its id."""
     rng = demo_synapses.generator(seed, _HEMILINEAGE_TABLE)
     class_names = np.repeat(list(_HEMILINEAGES), list(_HEMILINEAGES.values()))
     ids = _draw_ids(rng, 1_000, 90, class_names.size)
@@ -186,7 +202,10 @@ def _draw_ids(rng: np.random.Generator, start: int, step: int, count: int) -> li
 
 
 def _apportion(total: int, weights: np.ndarray) -> np.ndarray:
-    """Divides the total into whole parts by weight (largest remainders)."""
+    """Divides the total into integers in proportion to the weights.
+
+    The largest remainders are rounded up, so that the sum is the total.
+    """
     exact = total * weights / weights.sum()
     parts = np.floor(exact).astype(int)
     order = np.argsort(parts - exact, kind="stable")
@@ -195,11 +214,11 @@ def _apportion(total: int, weights: np.ndarray) -> np.ndarray:
 
 
 def _draw_places(parameters: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """Draws the synapses' voxels (z, y, x)."""
+    """Returns a random voxel (z, y, x) for each synapse."""
     rng = demo_synapses.generator(parameters["seed"], _PLACES)
     shape_zyx, count = np.array(parameters["shape_zyx"]), parameters["synapses"]
     placed = np.empty((count, 3), int)
-    done = failures = 0  # those at the border come first
+    done = failures = 0  # synapses at the border are placed first
     while done < count and failures < 20_000:
         at = rng.integers(0, shape_zyx)
         inside = np.all((at >= _MARGIN_VX_ZYX) & (at < shape_zyx - _MARGIN_VX_ZYX))
@@ -212,7 +231,7 @@ def _draw_places(parameters: dict[str, Any]) -> list[tuple[int, int, int]]:
     if done < count:
         raise UserError(
             f"{count:,} synapses do not fit into {tuple(parameters['shape_zyx'])} "
-            f"voxels; about {int(0.95 * done):,} would, or enlarge --shape_zyx"
+            f"voxels; use about {int(0.95 * done):,} or enlarge --shape_zyx"
         )
     return [tuple(at) for at in rng.permutation(placed).tolist()]
 
@@ -226,7 +245,7 @@ def _write_volume(
     shape_zyx = tuple(parameters["shape_zyx"])
     volume = np.empty(shape_zyx, np.uint8)
     progress = Progress("painting", shape_zyx[0], "sections")
-    import demo_em  # it imports SciPy, which takes a second
+    import demo_em  # imports SciPy, which takes a second
 
     sections = demo_em.paint(parameters["seed"], shape_zyx, synapses, background)
     for z, section in enumerate(sections):
@@ -258,7 +277,7 @@ def _write_tables(
         synapse_table[id_]["splits"] = None
     hemilineage_table: dict[int, Any] = {}
     for i, (id_, class_name) in enumerate(hemilineages.items()):
-        guess = [class_name] if i % 4 < 3 else None  # not each one has a guess
+        guess = [class_name] if i % 4 < 3 else None  # a quarter has no guess
         name = f"Demo{'ABCDEFGHIJ'[i // 2]}{i % 2 + 1}"
         hemilineage_table[id_] = {"nt_guess": guess, "hemi_lineage_name": name}
     neuron_table = {
@@ -270,7 +289,8 @@ def _write_tables(
         "parameters": parameters,
         "neurons_per_class": Counter(n.class_name for n in neurons),
         "synapses_per_class": Counter(neurons[owner].class_name for owner in owners),
-        # What the tables withhold, to compare a prediction with.
+        # The tables do not contain these classes. A reader can compare predictions with
+        # them.
         "painted_as": {
             n.id: n.class_name for n in neurons if n.known != (n.class_name,)
         },

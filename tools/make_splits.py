@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits a synapse table into train, validation and test, and reports what leaks.
+r"""Splits a synapse table into train, validation and test, and reports leaks.
 
     python tools/make_splits.py --synapses=fafb.feather --by=neuron --name=skeleton \
         --output=fafb.feather --report=splits
 
-Whole neurons (hemilineages, brain regions, cell types) go to one part, so that every
-class comes close to its fractions. `--report` writes report.json and balance.png; with
-it and without `--by`, the split that is there is reported on.
+With `--by=neuron`, all synapses of a neuron go to the same part. `--by` can also be a
+hemilineage, a brain region or a cell type. The command chooses the parts so that every
+class comes close to `--fractions`.
+
+`--report` writes report.json and balance.png. They say how many synapses each part has,
+and what the parts share (a leak). Without `--by`, the command makes no new split and
+reports on the split that the table has already.
 """
 
 import pathlib
@@ -23,39 +27,84 @@ from synister_jax.tables import columns, file_formats, reading, synapses
 if TYPE_CHECKING:
     from synister_jax.ground_truth import splits
 
-_SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
-_NAME = flags.DEFINE_string("name", None, "Of the split.", required=True)
+_SYNAPSES = flags.DEFINE_string(
+    "synapses", None, "Split this synapse table.", required=True
+)
+_NAME = flags.DEFINE_string(
+    "name", None, "Name the split: --name=skeleton makes split_skeleton.", required=True
+)
 _BY = flags.DEFINE_enum(
-    "by", None, list(synapses.GROUP_COLUMNS), "What is never in two parts."
+    "by",
+    None,
+    list(synapses.GROUP_COLUMNS),
+    "Keep all synapses of such a group in one part. Without this flag, only write the "
+    "report.",
 )
 _FRACTIONS = flags.DEFINE_list(
-    "fractions", ["0.64", "0.16", "0.20"], "Of train, validation and test."
+    "fractions",
+    ["0.64", "0.16", "0.20"],
+    "Put these fractions of each class into train, validation and test.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Feather or Parquet; may be the input.")
-_REPORT = flags.DEFINE_string("report", None, "Folder of the report.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Write this Feather or Parquet file. It can be the input file."
+)
+_REPORT = flags.DEFINE_string("report", None, "Write a report into this folder.")
 _HOLD_OUT = flags.DEFINE_string(
-    "hold_out", None, "Table or CSV of synapse ids to keep out of every part."
+    "hold_out",
+    None,
+    "Keep the synapses of this table or CSV file (column synapse_id) out of the split.",
 )
 _HOLD_OUT_PART = flags.DEFINE_enum(
-    "hold_out_part", "none", ["none", "train"], "Where these go instead."
+    "hold_out_part",
+    "none",
+    ["none", "train"],
+    "Put the synapses of --hold_out into no part, or into train.",
 )
-_CLASSES = flags.DEFINE_list("classes", None, "Default: all in the table.")
+_CLASSES = flags.DEFINE_list(
+    "classes", None, "Split only these classes. The default is all in the table."
+)
 _BALANCE = flags.DEFINE_enum(
-    "balance", "synapses", ["synapses", "neurons"], "What the fractions are of."
+    "balance",
+    "synapses",
+    ["synapses", "neurons"],
+    "Count synapses or neurons for the fractions.",
 )
 _SHARED_CELL_TYPES = flags.DEFINE_bool(
-    "shared_cell_types", False, "A neuron of every cell type in train, as BANC has it."
+    "shared_cell_types",
+    False,
+    "Put at least one neuron of every cell type into train. This is the rule of BANC.",
 )
 _PER_SYNAPSE = flags.DEFINE_bool(
-    "per_synapse_fallback", False, "Split impossible classes synapse by synapse."
+    "per_synapse_fallback",
+    False,
+    "Split a class synapse by synapse if it cannot come close to its fractions. Its "
+    "neurons are then in several parts. By default such a class is an error.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Another seed, another split.", lower_bound=0)
-_TIME_LIMIT = flags.DEFINE_float("time_limit_s", 60, "Of the solver.", lower_bound=1)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the split of that name.")
+_SEED = flags.DEFINE_integer(
+    "seed",
+    0,
+    "Make the split from this seed. Another seed gives another split.",
+    lower_bound=0,
+)
+_TIME_LIMIT = flags.DEFINE_float(
+    "time_limit_s",
+    60,
+    "Stop the search after this many seconds, and use the best split that it found.",
+    lower_bound=1,
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Replace the split of this name if the table has one."
+)
 _CROP_SHAPE = flags.DEFINE_list(
-    "crop_shape_zyx", ["16", "160", "160"], "Voxels; for the overlaps of the report."
+    "crop_shape_zyx",
+    ["16", "160", "160"],
+    "Report the overlaps of crops with this shape in voxels.",
 )
-_VOXEL_SIZE = flags.DEFINE_list("voxel_size_nm_zyx", ["40", "4", "4"], "For the same.")
+_VOXEL_SIZE = flags.DEFINE_list(
+    "voxel_size_nm_zyx",
+    ["40", "4", "4"],
+    "Report the overlaps of crops with this voxel size in nm.",
+)
 
 
 def main() -> None:
@@ -63,7 +112,9 @@ def main() -> None:
     by = _BY.value
     if by is None:
         if _OUTPUT.value is not None or _REPORT.value is None:
-            raise UserError("give --by=… and --output to split, or --report alone")
+            raise UserError(
+                "give --by=… and --output to make a split, or only --report to report"
+            )
     else:
         table = _split(table, by)
     if _REPORT.value is not None:
@@ -73,7 +124,7 @@ def main() -> None:
 def _split(table: pa.Table, by: str) -> pa.Table:
     column = f"split_{_NAME.value}"
     if not _NAME.value.isidentifier():
-        raise UserError(f"--name={_NAME.value}: use letters, digits and _")
+        raise UserError(f"--name={_NAME.value}: use only letters, digits and _")
     if _OUTPUT.value is None:
         raise UserError("give --output=TABLE, a .feather or .parquet file")
     synapses.check_writable(_OUTPUT.value)
@@ -116,15 +167,15 @@ def _split(table: pa.Table, by: str) -> pa.Table:
 
 
 def _keep_columns(table: pa.Table, written_to: str) -> None:
-    """Refuses to write over a file of which the table has not all columns."""
+    """Raises if the output is the input file and would lose columns of this file."""
     source, output = pathlib.Path(_SYNAPSES.value), pathlib.Path(written_to)
     if not source.is_file() or source.resolve() != output.resolve():
         return
     lost = set(file_formats.read(source).column_names) - set(table.column_names)
     if lost:
         raise UserError(
-            f"--output={output} is the input; its {', '.join(sorted(lost))} are "
-            "no columns of a synapse table and would be lost: name another --output"
+            f"--output={output} is also the input, and would lose columns that a "
+            f"synapse table does not have: {', '.join(sorted(lost))}; name another file"
         )
 
 
@@ -154,9 +205,9 @@ def _print(split: "splits.Split") -> None:
         print(f"{name:<16}" + "".join(f"{cell:>28}" for cell in cells) + mark)
     how = "optimal" if split.optimal else f"within {split.gap:.2g} of the optimum"
     if split.stopped == "clock":
-        how += "; stopped by --time_limit_s: another machine may find another split"
+        how += "; stopped by --time_limit_s, so another machine may find another split"
     print(
-        f"{_OUTPUT.value}: split_{_NAME.value}, {unit} counted; sum of relative "
+        f"{_OUTPUT.value}: split_{_NAME.value}, balanced by {unit}; sum of relative "
         f"deviations {split.objective:.4g}, {how}; {split.seconds:.1f} s"
     )
     if split.per_synapse:
@@ -164,7 +215,7 @@ def _print(split: "splits.Split") -> None:
 
 
 def _report(table: pa.Table, folder: pathlib.Path) -> None:
-    from synister_jax.base import figures  # these take a second to import
+    from synister_jax.base import figures  # both modules take a second to import
     from synister_jax.ground_truth import leakage
 
     shape = [
@@ -187,7 +238,7 @@ def _report(table: pa.Table, folder: pathlib.Path) -> None:
             f"{shared['synapses']:,} synapses"
         )
     overlapping = measured["crops"]["synapses"]
-    print(f"crops that share voxels with one of another part: {overlapping:,} synapses")
+    print(f"crops that share voxels with a crop of another part: {overlapping:,}")
     print(f"{folder}/report.json, {folder}/balance.png")
 
 

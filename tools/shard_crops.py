@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts the crops of a synapse table out of a volume into ArrayRecord shards.
+r"""Cuts the crops of a synapse table out of a volume into ArrayRecord shards.
 
     python tools/shard_crops.py --config=configs/skeleton.py \
         --synapses=data/fafb_v3 --volume=/data/fafb/v14.n5/volumes/raw/s0 \
         --output=/data/fafb/shards
 
-With `config.neither_crops` and `config.unknown_per_class`, pseudo-classes are cut
-too: both depend on `config.seed`, the second on the parts of `config.split`.
+`config.neither_crops` and `config.unknown_per_class` add crops of two pseudo-classes:
+`neither` (random places in the volume) and `unknown` (places next to a synapse). Both
+depend on `config.seed`, and `unknown` also depends on the parts of `config.split`.
 
-Kill it at any moment and run the same command again. `--verify` reads every record
-back, after cutting or, with nothing left to cut, alone.
+If the command stops before its end, run the same command again: it continues. If all
+shards exist already, `--verify` only reads and checks them.
 """
 
 from absl import flags
@@ -19,18 +20,29 @@ from synister_jax.base import command
 from synister_jax.base.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_SYNAPSES = flags.DEFINE_string("synapses", None, "Synapse table.", required=True)
-_VOLUME = flags.DEFINE_string("volume", None, "Volume.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of shards.", required=True)
-_SHARD_MIB = flags.DEFINE_integer(
-    "shard_mib", 128, "Raw size of a shard.", lower_bound=1
+_SYNAPSES = flags.DEFINE_string(
+    "synapses", None, "Cut the crops of this synapse table.", required=True
 )
-_VERIFY = flags.DEFINE_bool("verify", False, "Read every record back and check it.")
+_VOLUME = flags.DEFINE_string(
+    "volume", None, "Cut the crops out of this volume.", required=True
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Write the shards into this folder.", required=True
+)
+_SHARD_MIB = flags.DEFINE_integer(
+    "shard_mib",
+    128,
+    "Put this many MiB of uncompressed crops into each shard.",
+    lower_bound=1,
+)
+_VERIFY = flags.DEFINE_bool(
+    "verify", False, "Read every record of the shards back and check it."
+)
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    # JAX takes seconds to import: --help and wrong flags answer without it.
+    # JAX takes seconds to import. --help and errors in the flags do not wait for it.
     from synister_jax.em import spaces, volumes
     from synister_jax.tables import reading, synapses
     from synister_jax.training import augment, cutting, pseudo_classes, shards

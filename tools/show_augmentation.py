@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws what augmentation makes of training crops: look at it before you train.
+r"""Draws augmented training crops, so that you can check them before you train.
 
     python tools/show_augmentation.py --config=configs/skeleton.py \
         --shards=/data/fafb/shards --output=sheet.png
 
-A row an example, one of each class in turn: its record with a frame around the crop,
-`--variants` augmentations (middle sections), the first of them cut along z, and its
-sections. They are exactly what training gets from the same config and shards.
+The examples are of different classes, and each example has two rows. The upper row
+shows the record with a frame around the crop, the middle sections of `--variants`
+augmentations, and the first augmentation cut along z. The lower row shows the sections
+of the first augmentation. Training gets exactly these crops from the same config and
+shards.
 """
 
 import pathlib
@@ -18,20 +20,24 @@ from ml_collections import config_flags
 from synister_jax.base import command, files
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_SHARDS = flags.DEFINE_string("shards", None, "Folder of shards.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "PNG.", required=True)
-_EXAMPLES = flags.DEFINE_integer("examples", 6, "Rows.", lower_bound=1)
+_SHARDS = flags.DEFINE_string(
+    "shards", None, "Read the crops from this folder of shards.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Write this PNG file.", required=True)
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", 6, "Draw this many examples.", lower_bound=1
+)
 _VARIANTS = flags.DEFINE_integer(
-    "variants", 5, "Augmentations of each example.", lower_bound=1
+    "variants", 5, "Draw this many augmentations of each example.", lower_bound=1
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Another seed, other examples and augmentations.", lower_bound=0
+    "seed", 0, "Draw examples and augmentations from this seed.", lower_bound=0
 )
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    # JAX takes seconds to import: --help and wrong flags answer without it.
+    # JAX takes seconds to import. --help and errors in the flags do not wait for it.
     import jax
 
     from synister_jax.base import figures
