@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction of any size: it is planned, computed in units, and merged."""
+"""Prediction for tables of any size: plan it, compute its work units, merge them."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units on the workers of a cluster: Dask starts them, feeds them and replaces them.
+"""Computes work units on a cluster: Dask starts, feeds and replaces the workers.
 
-A unit is a pure function of small arguments that writes one file, so a unit of a worker
-that is lost is done again by another, and a unit that is done twice is the same.
+A work unit is a pure function of small arguments that writes one file. If a worker is
+lost, another worker therefore computes its unit again. A unit that is computed twice
+gives the same file.
 """
 
 import contextlib
@@ -20,47 +21,55 @@ from synister_jax.bulk import execution
 
 Do = Callable[[int], execution.Times]
 _LOOK_SECONDS = 30.0
-# A unit that has taken this many workers down with it is at fault itself.
+# If this many workers are lost over one unit, Dask may move the unit once more. After
+# the next loss, the unit itself is taken to be the cause.
 _LOST_WORKERS = 3
 _SUBMIT = {"slurm": "sbatch", "lsf": "bsub"}
 
 
 def check(cluster: str) -> None:
-    """Raises `UserError` for a cluster that cannot be had from this machine."""
+    """Raises `UserError` if this machine cannot start or reach the cluster."""
     if cluster not in ("local", *_SUBMIT) and "://" not in cluster:
         known = ", ".join(["local", *_SUBMIT])
         raise UserError(
-            f"--cluster={cluster}: give {known} or a scheduler's address, as "
-            "tcp://host:8786"
+            f"--cluster={cluster}: the cluster is unknown; give {known} or the address "
+            "of a scheduler, for example tcp://host:8786"
         )
     if importlib.util.find_spec("dask_jobqueue") is None:
-        raise UserError("--cluster needs Dask: pip install 'synister_jax[cluster]'")
-    # Else a job that cannot be submitted is waited for for ever.
+        raise UserError(
+            "--cluster: Dask is not installed; run pip install 'synister_jax[cluster]'"
+        )
+    # Without this check, the run would wait for ever for jobs that nobody submitted.
     if cluster in _SUBMIT and shutil.which(_SUBMIT[cluster]) is None:
         raise UserError(
             f"--cluster={cluster}: {_SUBMIT[cluster]} is not on this machine; run the "
-            "command where jobs are submitted"
+            "command on a machine from which jobs are submitted"
         )
 
 
 def execute(
     do: Do, units: Sequence[int], cluster: str, workers: int, progress: Progress
 ) -> execution.Times:
-    """Calls `do` for every unit on the workers; the times of all of them together.
+    """Calls `do` for every unit on the workers, and returns the sum of their times.
 
     Args:
-      cluster: that `check` has passed: `local`, `slurm` or `lsf` (one job a worker, as
-        ~/.config/dask/jobqueue.yaml describes it), or the address of a scheduler.
-      workers: how many to start; a scheduler's own are its business.
+      do: computes the unit with the given number and returns its times.
+      units: the numbers of the units.
+      cluster: `local`, `slurm`, `lsf` or the address of a scheduler. `check` must
+        accept it. `slurm` and `lsf` start one job for each worker, and
+        ~/.config/dask/jobqueue.yaml describes the jobs.
+      workers: the number of workers to start. A scheduler that is given by its address
+        has its own workers, so the number is not used.
+      progress: counts the synapses of the finished units.
 
     Raises:
-      UserError: the cluster cannot be reached; what a unit raised; workers that were
-        lost again and again. Units that are done stay done.
+      UserError: the cluster cannot be reached, a unit raised this error, or a unit
+        lost several workers. The results of finished units are kept.
     """
     total = execution.Times()
     if not units:
         return total
-    # Else they tell of every step, and of what is raised here anyway.
+    # By default, Dask logs every step and also the errors that are raised here.
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
     import dask
     import distributed
@@ -77,7 +86,8 @@ def execute(
         except distributed.KilledWorker as error:
             raise UserError(
                 f"{_LOST_WORKERS + 1} workers were lost over one unit ({error.task}); "
-                "see their logs, mend that and rerun"
+                "read the logs of the workers, remove the cause and run the command "
+                "again"
             ) from None
         finally:
             client.cancel(futures)
@@ -112,14 +122,17 @@ def _connected(cluster: str, workers: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _replacing_jobs(place: Any, client: Any, workers: int) -> Iterator[None]:
-    """Submits jobs for those that have ended; Dask does so for processes only."""
+    """Submits new jobs for jobs that have ended; Dask replaces only processes."""
     finished = threading.Event()
 
     def watch() -> None:
         while not finished.wait(_LOOK_SECONDS):
             there = len(client.scheduler_info(n_workers=-1)["workers"])
             if there < workers:
-                print(f"waiting for workers: {there} of {workers} there", flush=True)
+                print(
+                    f"waiting for workers: {there} of {workers} are connected",
+                    flush=True,
+                )
                 place.scale(jobs=workers)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -132,12 +145,13 @@ def _replacing_jobs(place: Any, client: Any, workers: int) -> Iterator[None]:
 
 
 def _queue(cluster: str) -> Any:
-    """A cluster whose workers are jobs of a queue, none of them submitted yet."""
+    """Returns a cluster whose workers are jobs; no job is submitted yet."""
     interrupt = signal.getsignal(signal.SIGINT)
     import dask_jobqueue
 
-    # dask_jobqueue makes of Ctrl-C an end without a word, and exit code 0.
+    # Importing dask_jobqueue changes Ctrl-C: the program would end silently with exit
+    # code 0. The old handler is therefore set again.
     signal.signal(signal.SIGINT, interrupt)
     kinds = {"slurm": dask_jobqueue.SLURMCluster, "lsf": dask_jobqueue.LSFCluster}
-    # One process and one thread a job: it has the job's accelerators.
+    # Each job runs one process with one thread, which uses all accelerators of the job.
     return kinds[cluster](processes=1, cores=1)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executes units of a plan: crops are read, probabilities computed, parts written.
+"""Computes units of a plan: reads crops, predicts probabilities, writes result files.
 
-The three overlap: while the devices compute a batch, the next ones are read and put
-there, and the part of the unit before is written.
+The three steps overlap. While the devices compute a batch, the crops of the next
+batches are read and copied to the devices, and the result of the previous unit is
+written.
 """
 
 import collections
@@ -24,8 +25,9 @@ from synister_jax.bulk.unit_results import UnitResult
 from synister_jax.em import crops, volumes
 from synister_jax.network import inference
 
-# Batches read ahead, and batches computed or being computed whose results are awaited:
-# at most four and the one being started are on the devices.
+# At most this many batches are read ahead, and at most this many wait for their
+# results. At most four batches, and the batch that is being started, are therefore on
+# the devices.
 _AHEAD = 2
 _WRITES = 2
 _T = TypeVar("_T")
@@ -33,22 +35,24 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass
 class Times:
-    """Where the seconds went; those of different stages overlap."""
+    """The seconds that each stage took. The stages overlap."""
 
     synapses: int = 0
-    read: float = 0.0  # waited for crops: storage, decoding, cutting
-    put: float = 0.0  # host → device
-    compute: float = 0.0  # at least one batch on the devices
+    read: float = 0.0  # waiting for crops: reading, decoding and cutting them
+    put: float = 0.0  # copying crops from the host to the devices
+    compute: float = 0.0  # the devices compute at least one batch
     write: float = 0.0
-    storage: float = 0.0  # reads of the container, which run in parallel, added up
-    wall: float = 0.0
+    storage: float = 0.0  # the sum over all reads of the volume; they run in parallel
+    wall: float = 0.0  # from the start to the end
 
     def add(self, other: "Times") -> None:
+        """Adds the synapses and seconds of `other` to this object."""
         for field in dataclasses.fields(self):
             both = getattr(self, field.name) + getattr(other, field.name)
             setattr(self, field.name, both)
 
     def text(self, whose: str = "") -> str:
+        """Returns a line to print. `whose` follows the total of the seconds."""
         rate = self.synapses / max(self.wall, 1e-9)
         busy = self.compute / max(self.wall, 1e-9)
         return (
@@ -68,15 +72,19 @@ def execute(
     progress: Progress | None = None,
     retry_missing: bool = False,
 ) -> Times:
-    """Writes the parts of `units`, each a function of the arguments alone.
+    """Computes units and writes their result files, and returns the times.
+
+    Each file depends on the arguments alone, and not on when or where it is computed.
 
     Args:
-      retry_missing: where a part is there, predict those of its rows again that could
-        not be read, and no others.
+      units: the numbers of the units. Units with a valid result file are skipped.
+      progress: counts the synapses of finished batches and of skipped units.
+      retry_missing: do not skip finished units: predict the rows again whose crop could
+        not be read. The other rows keep their predictions.
 
     Raises:
-      UserError: the volume cannot be read or a part not be written. Parts that are
-        there stay.
+      UserError: the volume cannot be read, a result file cannot be written, or a batch
+        does not fit into memory. The result files that exist are kept.
     """
     times = Times()
     started, storage = time.perf_counter(), volumes.storage_seconds()
@@ -90,7 +98,7 @@ def execute(
         def finish(batch: _Batch, future: concurrent.futures.Future) -> None:
             batch.unit.add(batch, future.result())
             times.synapses += batch.count
-            if progress:
+            if progress is not None:
                 progress.add(batch.count)
             if batch.is_last:
                 if len(writes) == _WRITES:
@@ -111,12 +119,13 @@ def execute(
         while writes:
             writes.popleft().result()
     times.wall = time.perf_counter() - started
-    times.storage = max(0.0, volumes.storage_seconds() - storage)  # sums of means
+    # Rounding can make a difference of two totals negative.
+    times.storage = max(0.0, volumes.storage_seconds() - storage)
     return times
 
 
 class _Unit:
-    """A unit while its batches come in."""
+    """The result of a unit while its batches are being computed."""
 
     def __init__(self, plan: Plan, number: int, before: UnitResult | None) -> None:
         self.number = number
@@ -133,7 +142,8 @@ class _Unit:
     def add(self, batch: "_Batch", probabilities: np.ndarray) -> None:
         places = self.todo[batch.first : batch.first + batch.count]
         self.whole[places] = batch.whole
-        # What is not whole has no prediction; zeros keep the file a function of it.
+        # A crop with unreadable voxels has no prediction. Zeros are stored for it, so
+        # that the content of the file does not depend on the missing voxels.
         values = np.where(batch.whole[:, None], probabilities[: batch.count], 0)
         self.probabilities[places] = values
         self.unreadable.update(batch.unreadable)
@@ -162,12 +172,12 @@ class _Batch:
 def _todo(
     plan: Plan, units: Sequence[int], retry_missing: bool, progress: Progress | None
 ) -> Iterator[_Unit]:
-    """Those that nobody else has done meanwhile, one by one."""
+    """Yields the units to compute; skips units that another process has finished."""
     for number in units:
         before = unit_results.read(plan, number)
         if before is None or retry_missing:
             yield _Unit(plan, number, before)
-        elif progress:
+        elif progress is not None:
             progress.add(plan.size(number))
 
 
@@ -178,7 +188,7 @@ def _batches(
     volume: volumes.Volume,
     times: Times,
 ) -> Iterator[tuple[_Batch, jax.Array]]:
-    """The batches of all units, with their records on the devices already."""
+    """Yields each batch of all units with its crops, which are on the devices."""
     for unit in units:
         read = crops.read(volume, unit.starts[unit.todo], plan.about["crop_shape_zyx"])
         for first in range(0, len(unit.todo), classifier.batch_size):
@@ -194,7 +204,7 @@ def _batches(
 
 
 class _Collect:
-    """Fetches results in the order of their start, and measures when devices work."""
+    """Fetches results in the order of their start, and measures the computing time."""
 
     def __init__(self, times: Times) -> None:
         self._times = times
@@ -217,11 +227,11 @@ def _write(plan: Plan, unit: _Unit, times: Times) -> None:
 def _ahead(
     pool: concurrent.futures.Executor, items: Iterator[_T], depth: int = _AHEAD
 ) -> Iterator[_T]:
-    """The items, made by the pool's one thread, up to `depth` before they are asked."""
+    """Yields the items; the thread of the pool makes up to `depth` of them ahead."""
     stopped = threading.Event()
 
     def following() -> list[_T]:
-        """The next one; none where there is an end."""
+        """Returns a list with the next item, or an empty list at the end."""
         return [] if stopped.is_set() else list(itertools.islice(items, 1))
 
     waiting = collections.deque(pool.submit(following) for _ in range(depth))

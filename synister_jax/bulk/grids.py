@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A regular grid of points in a region, and the volume of what was predicted there.
+"""Makes a regular grid of points in a region, and writes its predictions as a volume.
 
-The points are the rows of a synapse table, z slowest, so whatever answers a table
-answers a grid. The answers go into an OME-Zarr 0.4 group of Zarr 2 that neuroglancer,
-Fiji and funlib read: its one array is written through TensorStore.
+The points are given as the rows of a synapse table, with z changing slowest. Code that
+predicts a table can therefore predict a grid. The predictions are written as an
+OME-Zarr 0.4 group (Zarr 2), which neuroglancer, Fiji and funlib can read. The group has
+one array, and TensorStore writes this array.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ Triple = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The points `begin + i·step` below `end`, axis by axis, in C order."""
+    """The points `begin + i·step` that are below `end` on every axis, in C order."""
 
     begin_nm_zyx: Triple
     end_nm_zyx: Triple
@@ -40,36 +41,43 @@ class Grid:
 
     @classmethod
     def of(cls, roi_texts: Sequence[str], step_texts: Sequence[str]) -> "Grid":
-        """The grid of the flags, each split at its commas.
+        """Returns the grid that two flags describe.
 
         Args:
-          roi_texts: of `--roi_nm_zyx=Z0:Z1,Y0:Y1,X0:X1`.
-          step_texts: of `--step_nm_zyx=DZ,DY,DX`.
+          roi_texts: the value of `--roi_nm_zyx=Z0:Z1,Y0:Y1,X0:X1`, split at its commas.
+          step_texts: the value of `--step_nm_zyx=DZ,DY,DX`, split at its commas.
 
         Raises:
-          UserError: names the flag: not three ranges or numbers, not finite, an empty
-            range, a step that is not above 0 or leads to too many points.
+          UserError: a flag does not have three finite ranges or numbers, a range is
+            empty, or a step is not above 0 or gives too many points. The message names
+            the flag.
         """
         step = command.three_numbers("step_nm_zyx", step_texts, positive=True)
         given = f"--roi_nm_zyx={','.join(roi_texts)}"
         ends = [text.split(":") for text in roi_texts]
         if len(ends) != 3 or any(len(pair) != 2 for pair in ends):
-            raise UserError(f"{given}: the flag takes three ranges, Z0:Z1,Y0:Y1,X0:X1")
+            raise UserError(
+                f"{given}: the flag takes three ranges; give Z0:Z1,Y0:Y1,X0:X1"
+            )
         try:
             begin = command.three_numbers("roi_nm_zyx", [low for low, _ in ends])
             end = command.three_numbers("roi_nm_zyx", [high for _, high in ends])
         except UserError:
-            raise UserError(f"{given}: not three ranges of finite numbers") from None
+            raise UserError(
+                f"{given}: the values are not three ranges of finite numbers; give "
+                "Z0:Z1,Y0:Y1,X0:X1"
+            ) from None
         too_small = (
             f"--step_nm_zyx={','.join(step_texts)} is too small for {given}: "
-            f"{_MOST_POINTS:,} points are the most; take larger steps"
+            f"a grid can have at most {_MOST_POINTS:,} points; give a larger step"
         )
         for low, high, width in zip(begin, end, step, strict=True):
             if low >= high:
                 raise UserError(
-                    f"{given}: {low:g}:{high:g} is empty; the end must be greater"
+                    f"{given}: the range {low:g}:{high:g} is empty; the end must be "
+                    "greater than the begin"
                 )
-            # Below that distance neighbouring points would be the same float.
+            # With a smaller step, neighbouring points would be the same float.
             apart = math.ulp(max(-low, high))
             if (high - low) / width > _MOST_POINTS or width < apart:
                 raise UserError(too_small)
@@ -80,6 +88,7 @@ class Grid:
 
     @property
     def shape_zyx(self) -> tuple[int, ...]:
+        """The number of points along z, y and x."""
         axes = zip(self.begin_nm_zyx, self.end_nm_zyx, self.step_nm_zyx, strict=True)
         return tuple(_points_below(*axis) for axis in axes)
 
@@ -87,10 +96,10 @@ class Grid:
         return math.prod(self.shape_zyx)
 
     def batches(self, rows: int = 65_536) -> Iterator[pa.RecordBatch]:
-        """The points as rows of a synapse table, at most `rows` at a time.
+        """Yields the points as rows of a synapse table, at most `rows` in a batch.
 
-        `synapse_id` is the place of the point in the grid; all that a grid does not
-        know is null.
+        `synapse_id` is the index of the point in the grid, from 0. The position is in
+        nm. All other columns are null.
         """
         for first in range(0, len(self), rows):
             ids = np.arange(first, min(first + rows, len(self)), dtype=np.int64)
@@ -111,9 +120,10 @@ class Grid:
 
 
 def _points_below(begin: float, end: float, step: float) -> int:
-    """How many of `begin + i·step`, rounded as floats are, lie below `end`."""
+    """Returns how many of the points `begin + i·step`, as floats, are below `end`."""
     count = math.ceil((end - begin) / step)
-    # The quotient is rounded too: 0.1:0.4 by 0.1 gives 4, but 0.1 + 3·0.1 is 0.4.
+    # The quotient is rounded too, so `count` can be wrong. For 0.1:0.4 with step 0.1 it
+    # is 4, but the fourth point 0.1 + 3·0.1 is 0.4 and not below the end.
     while begin + count * step < end:
         count += 1
     while begin + (count - 1) * step >= end:
@@ -128,19 +138,24 @@ def write_zarr(
     pieces: Iterable[np.ndarray],
     about: Mapping[str, Any],
 ) -> None:
-    """Writes probabilities as the OME-Zarr group `path`, whole or not at all.
+    """Writes probabilities as the OME-Zarr group `path`, completely or not at all.
 
-    Its array `0` is float32 [class, z, y, x]; a voxel's centre is the grid's point. A
-    chunk that is NaN throughout has no file: NaN is the fill value. The bytes depend on
-    the values and not on how they come in pieces. In memory is one slab of chunks.
+    The array `0` of the group is float32 [class, z, y, x]. The centre of each voxel is
+    a point of the grid. A chunk that has only NaN gets no file, because NaN is the fill
+    value. The written bytes depend on the values, and not on the lengths of the pieces.
+    Memory holds one slab of chunks at a time.
 
     Args:
-      pieces: float32 [m, classes], any m: the rows of `grid.batches` in their order.
-      about: what made them (run, step, volume, …), kept in the group's attributes.
+      path: the folder of the group. An older grid of predictions there is replaced.
+      classes: the names of the classes, in the order of the network outputs.
+      pieces: float32 [m, classes], with any m: the probabilities of the points, in the
+        order of `grid.batches`.
+      about: what made the predictions (run, step, volume, …). It is stored in the
+        attributes of the group.
 
     Raises:
-      UserError: there are fewer or more rows than points or another number of classes,
-        the folder cannot be written, or something else has its name.
+      UserError: the number of rows is not the number of points, the number of classes
+        is wrong, the folder cannot be written, or `path` holds something else.
     """
     path = pathlib.Path(path)
     shape = (len(classes), *grid.shape_zyx)
@@ -154,13 +169,13 @@ def write_zarr(
         "dtype": "<f4",
         "fill_value": "NaN",
         "dimension_separator": "/",
-        # What every reader of Zarr 2 can read; some know no zstd of its own.
+        # Some readers of Zarr 2 cannot read plain zstd, but all can read blosc.
         "compressor": {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 1},
     }
     if path.exists() and not _is_ours(path):
         raise UserError(
-            f"{path} is there and holds no predictions on a grid; remove it or choose "
-            "another name"
+            f"{path} exists and does not hold predictions on a grid; remove it or "
+            "choose another name"
         )
     with files.replacing_folder(path) as partial:
         store = volumes.create_zarr(partial / "0", metadata)
@@ -175,23 +190,27 @@ def _slabs(
     depth: int,
     pieces: Iterable[np.ndarray],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (z, float32 [class, at most `depth`, y, x]); the array is used again."""
+    """Yields (z, float32 [class, at most `depth`, y, x]).
+
+    The next slab overwrites the array.
+    """
     classes, sections, *plane = shape
     rows_a_section = math.prod(plane)
     total = sections * rows_a_section
     slab = np.empty((classes, depth, *plane), np.float32)
     flat = slab.reshape(classes, -1)
-    z = filled = 0  # rows of the slab that begins at z
+    z = filled = 0  # `filled` counts the rows of the slab that begins at z
     for piece in pieces:
         if piece.ndim != 2 or piece.shape[1] != classes:
             raise UserError(
-                f"cannot write {path}: probabilities came as {list(piece.shape)} for "
-                f"{classes} classes; name the classes of the network"
+                f"cannot write {path}: the probabilities have the shape "
+                f"{list(piece.shape)}, but {classes} classes are named; name the "
+                "classes of the network"
             )
         if z * rows_a_section + filled + len(piece) > total:
             raise UserError(
-                f"cannot write {path}: more than {total:,} predictions came for the "
-                f"{total:,} points of the grid; predict the same grid"
+                f"cannot write {path}: there are more than {total:,} predictions for "
+                f"the {total:,} points of the grid; predict the same grid"
             )
         while len(piece):
             here = min(depth, sections - z)
@@ -203,8 +222,8 @@ def _slabs(
                 z, filled = z + here, 0
     if z < sections:
         raise UserError(
-            f"cannot write {path}: {z * rows_a_section + filled:,} predictions came "
-            f"for the {total:,} points of the grid; predict the same grid"
+            f"cannot write {path}: there are {z * rows_a_section + filled:,} "
+            f"predictions for the {total:,} points of the grid; predict the same grid"
         )
 
 

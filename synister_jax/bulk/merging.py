@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From parts to predictions: every row of the table in its order, streamed.
+"""Merges the results of all units into predictions for every row of the table.
 
-Parts are sorted by row out of core and laid beside the table, which is read once more.
-Each row with a crop must have exactly one prediction, and the table must be the one
-that was planned: else nothing is written.
+The predictions have the order of the table. DuckDB sorts the results by row, and the
+table is read once more next to them. Results and table may be larger than memory. Each
+row whose crop touches the volume must have exactly one prediction, and the table must
+not have changed since it was planned. Otherwise nothing is written.
 """
 
 import collections
@@ -33,27 +34,30 @@ from synister_jax.network.inference import Classifier
 from synister_jax.tables import predictions, synapse_stream, synapses
 from synister_jax.tables.synapse_stream import SynapseStream
 
-# A Parquet file of a folder has about this many rows.
+# Each Parquet file of a folder has about this many rows.
 _FILE_ROWS = 1 << 22
 
 
 class PredictionsRecord(PlanRecord):
-    """What predictions.json says beside the table: the plan, and what came of it."""
+    """The content of predictions.json: the plan, the networks and the results."""
 
-    members: list[dict[str, Any]]  # each network's run, step, parameters_sha256, …
-    synapses: str  # the table's name
-    abstain_below: NotRequired[float | None]  # with a temperature alone
-    file: str  # name of the answer
-    status: dict[str, int]  # rows of each
+    members: list[dict[str, Any]]  # run, step, parameters_sha256, … of each network
+    synapses: str  # the name of the table
+    abstain_below: NotRequired[float | None]  # only with a temperature
+    file: str  # the name of the predictions in the folder
+    status: dict[str, int]  # the number of rows with each status
     unreadable_chunks: int
-    config: dict[str, Any]  # of the networks
+    config: dict[str, Any]  # the configuration of the networks
     written_by: str
     versions: dict[str, str]
 
 
 @dataclasses.dataclass
 class Merged:
-    """What merging found, complete once `tables` has been read to its end."""
+    """The statuses and the unreadable chunks that merging found.
+
+    The values are complete when all tables of `tables` have been read.
+    """
 
     status: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
@@ -68,10 +72,17 @@ def tables(
     about: dict[str, Any],
     merged: Merged,
 ) -> Iterator[pa.Table]:
-    """Prediction tables (predictions.py), one at least, that together are the answer.
+    """Yields tables of predictions (predictions.py), which together hold all rows.
+
+    At least one table is yielded.
+
+    Args:
+      about: what made the predictions. It is stored in each table.
+      merged: the object into which the statuses and unreadable chunks are written.
 
     Raises:
-      UserError: a part is missing or damaged, the table has changed, the disk is full.
+      UserError: the result of a unit is missing or damaged, the synapse table has
+        changed, or the disk is full.
     """
     classes = plan.about["classes"]
     total = plan.about["rows"]
@@ -86,9 +97,10 @@ def tables(
         rows, whole, values = predicted.before(first + len(table))
         if not np.array_equal(rows, first + expected):
             raise UserError(
-                f"the parts in {plan.folder} do not answer rows {first:,} to "
-                f"{first + len(table):,} of {source.name} once each: has the table "
-                "changed while it was predicted? choose another --output"
+                f"{source.name}: the results in {plan.folder} do not have exactly one "
+                f"prediction for each of the rows {first:,} to {first + len(table):,}; "
+                "the table may have changed during the prediction; choose another "
+                "--output"
             )
         status[expected[~whole]] = crops.MISSING_DATA
         probabilities = np.full((len(table), len(classes)), np.nan, np.float32)
@@ -98,12 +110,13 @@ def tables(
         progress.add(len(table))
     if checksum.hexdigest() != plan.about["synapses_sha256"]:
         raise UserError(
-            f"{source.name} has changed while it was predicted; choose another --output"
+            f"{source.name}: the table has changed during the prediction; choose "
+            "another --output"
         )
 
 
 class _Sorted:
-    """The rows of all parts in the order of the table, taken a piece at a time."""
+    """The predicted rows of all units in the order of the table."""
 
     def __init__(self, plan: Plan, unreadable: set[crops.Corner]) -> None:
         self._plan, self._unreadable = plan, unreadable
@@ -121,7 +134,8 @@ class _Sorted:
             if part is None:
                 path = unit_results.path_of(self._plan, unit)
                 raise UserError(
-                    f"{path} is missing or damaged; run again, it will be made anew"
+                    f"{path}: the file is missing or damaged; run the command again, "
+                    "which creates the file again"
                 )
             self._unreadable.update(part.unreadable)
             columns = [part.rows, part.whole, *part.probabilities.T]
@@ -130,7 +144,7 @@ class _Sorted:
             )
 
     def before(self, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows, whole, probabilities) of the next rows up to and without `stop`."""
+        """Returns (rows, whole, probabilities) of the next rows below `stop`."""
         pieces = [self._waiting]
         while not len(pieces[-1]) or pieces[-1]["row"][-1].as_py() < stop:
             batch = next(self._batches, None)
@@ -146,7 +160,11 @@ class _Sorted:
 
 
 def write_feather(path: pathlib.Path, answer: Iterator[pa.Table]) -> None:
-    """One file, written batch by batch."""
+    """Writes the tables into one Feather file, batch by batch.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     first = next(answer)
     with synapses.writer(path, first.schema) as sink:
         for table in itertools.chain([first], answer):
@@ -154,7 +172,13 @@ def write_feather(path: pathlib.Path, answer: Iterator[pa.Table]) -> None:
 
 
 def write_parquet(folder: pathlib.Path, answer: Iterator[pa.Table]) -> None:
-    """A folder of files, each of some millions of rows; in order by their names."""
+    """Writes the tables into a folder of Parquet files with some million rows each.
+
+    Sorted by name, the files have the order of the tables.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
     with files.replacing_folder(folder) as partial, contextlib.ExitStack() as opened:
         rows, number = _FILE_ROWS, 0
         for table in answer:
@@ -181,17 +205,28 @@ def finish(
     grid: grids.Grid | None = None,
     abstain_below: float | None = None,
 ) -> PredictionsRecord:
-    """Merges the parts of all units; returns what predictions.json says.
+    """Merges the results of all units, and returns the content of predictions.json.
 
-    The statuses are `ok`; `partly_outside` (the part of the crop outside the volume is
-    0, as in training); `outside` (no voxel of the crop is inside), `missing_data` (a
-    chunk is missing or cannot be decoded) and `bad_position` (coordinates missing or
-    not finite), which have no probabilities.
+    Each row has one of these statuses:
+
+    - `ok`: the whole crop is inside the volume.
+    - `partly_outside`: voxels outside the volume are 0, as in training.
+    - `outside`: no voxel of the crop is inside the volume.
+    - `missing_data`: a chunk is missing or cannot be decoded.
+    - `bad_position`: a coordinate is missing or not finite.
+
+    Rows with one of the last three statuses have no probabilities.
 
     Args:
-      file_format: of `options.FORMATS`.
-      grid: the source is its points: they are written as a Zarr volume.
-      abstain_below: told with the temperature, where there is one (calibrate.py).
+      file_format: a key of `options.FORMATS`.
+      grid: the grid whose points are the source. With a grid, the predictions are
+        written as a Zarr volume.
+      abstain_below: stored with the temperature, if the classifier has one
+        (calibrate.py).
+
+    Raises:
+      UserError: the result of a unit is missing or damaged, the synapse table has
+        changed, or a file cannot be written.
     """
     about: dict[str, Any] = {
         "members": classifier.members,
@@ -215,7 +250,7 @@ def finish(
             name = FORMATS[file_format]
             WRITERS[file_format](plan.folder / name, answer)
         for other in FORMATS.values():
-            if other != name:  # an answer in another format, before the last retry
+            if other != name:  # from an earlier run with another format
                 files.remove(plan.folder / other)
         _write_unreadable(plan.folder, merged)
         record: dict[str, Any] = {
@@ -232,9 +267,10 @@ def finish(
             },
         }
         if classifier.temperature is None:
-            record.pop("temperature", None)  # an older plan does not name it
+            record.pop("temperature", None)  # older plans have no such key
         files.write_json(plan.folder / "predictions.json", record)
-        for left in (plan.folder / "parts").glob("*.partial"):  # of killed processes
+        # Processes that were killed have left these files.
+        for left in (plan.folder / "parts").glob("*.partial"):
             left.unlink(missing_ok=True)
     return cast(PredictionsRecord, record)
 

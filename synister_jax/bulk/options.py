@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prediction is asked to do. This module imports nothing that takes long."""
+"""The options of a prediction. Importing this module is fast."""
 
 import dataclasses
 
-# A unit is written as a whole, and lost as a whole when the process is killed. So many
-# synapses take seconds on an accelerator, and an hour with the published network on
-# two CPU cores. A brain of 100 million synapses has some six thousand units.
+# A unit is written as a whole. If the process is killed, the whole unit is lost. This
+# many synapses take seconds on an accelerator, and an hour with the published network
+# on two CPU cores. A brain with 100 million synapses has about six thousand units.
 UNIT_ROWS = 16_384
 MOST_UNIT_ROWS = 1 << 24  # the rows of a unit are held in memory
-# The name of the answer in the output folder, by the value of --format.
+# The name of the predictions in the output folder, for each value of --format.
 FORMATS = {"feather": "predictions.feather", "parquet": "predictions.parquet"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The values of the flags of `synister_jax.predict`, which explains them."""
+    """The values of the flags of `synister_jax.predict`, where they are explained."""
 
     workdirs: list[str]
     steps: list[str]
     volume: str
     output: str
-    synapses: str | None  # this, or the region and the step of a grid
+    synapses: str | None  # if it is None, the region and the step of a grid are given
     split: str
     part: str | None
     roi_nm_zyx: list[str] | None

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a prediction: which rows of a table are predicted together, and when.
+"""Makes the plan of a prediction: it groups the rows of a table into work units.
 
-Rows whose crop touches the volume are sorted along a space-filling curve over its
-chunks, out of core by DuckDB, and cut into units of equal size: what a unit reads lies
-together, and the next unit goes on beside it. A plan is a function of the table, the
-volume's grid and the crop's shape; `plan.json` says what it was made from, and row
-group i of `units.parquet` holds the rows of unit i.
+DuckDB sorts the rows whose crop touches the volume along a space-filling curve over the
+chunks of the volume. The table may be larger than memory. The sorted rows are cut into
+units of equal size. The crops of a unit are therefore close together, and the next unit
+continues next to them.
+
+A plan depends only on the table, the grid of the volume and the shape of a crop.
+`plan.json` records what the plan was made from. Row group i of `units.parquet` holds
+the rows of unit i.
 """
 
 import collections
@@ -37,14 +40,14 @@ _SAMPLE_ROWS = 100_000
 
 
 class PlanRecord(TypedDict):
-    """What plan.json says: what a plan is made from, and what making it found out."""
+    """The content of plan.json: what a plan is made from, and what planning found."""
 
     classes: list[str]
-    parameters_sha256: list[str]  # of each network
+    parameters_sha256: list[str]  # one checksum for each network
     views: int
-    temperature: NotRequired[float | None]  # older plans do not name it
+    temperature: NotRequired[float | None]  # absent in older plans
     batch_size: int
-    part: list[str] | None  # (split, part): only its rows
+    part: list[str] | None  # (split, part) if only the rows of a part are used
     crop_shape_zyx: list[int]
     volume: str
     volume_shape_zyx: list[int]
@@ -52,15 +55,16 @@ class PlanRecord(TypedDict):
     voxel_size_nm_zyx: list[float]
     offset_nm_zyx: list[float]
     unit_rows: int
-    rows: int  # of the table
-    synapses_sha256: str  # of its ids and positions
-    status_by_position: dict[str, int]  # rows of each status that positions tell
+    rows: int  # the number of rows of the table
+    synapses_sha256: str  # the checksum of the ids and positions of the table
+    # The number of rows with each status, as far as positions show the status.
+    status_by_position: dict[str, int]
     doubt: str | None  # what seems wrong with the positions
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A finished plan."""
+    """A plan in a folder. Its length is the number of units."""
 
     folder: pathlib.Path
     about: PlanRecord
@@ -74,11 +78,12 @@ class Plan:
 
     @property
     def predicted_rows(self) -> int:
+        """The number of rows of all units: the rows whose crop touches the volume."""
         return self._file.metadata.num_rows
 
     @property
     def is_whole(self) -> bool:
-        """Whether the units are there and as many as the plan says."""
+        """Whether `units.parquet` can be read and has as many rows as the plan says."""
         counts = self.about["status_by_position"]
         planned = counts.get(crops.OK, 0) + counts.get(crops.PARTLY_OUTSIDE, 0)
         try:
@@ -87,17 +92,22 @@ class Plan:
             return False
 
     def unit(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the table [n] int64 and their crops' starts [n, 3] int64."""
+        """Returns the rows of a unit and the first voxels of their crops.
+
+        Returns:
+          The rows of the table, [n] int64, and the starts, [n, 3] int64 as (z, y, x).
+        """
         table = self._file.read_row_group(number)
         starts = [table[name].to_numpy().astype(np.int64) for name, _ in _START]
         return table["row"].to_numpy(), np.stack(starts, axis=1)
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
-        """Of all that the plan was made from."""
+        """The SHA-256 checksum of the content of plan.json."""
         return hashlib.sha256(json.dumps(self.about).encode()).digest()
 
     def size(self, number: int) -> int:
+        """Returns the number of rows of a unit."""
         return self._file.metadata.row_group(number).num_rows
 
 
@@ -109,14 +119,18 @@ def make(
     unit_rows: int,
     made_from: dict[str, Any],
 ) -> Plan:
-    """The folder's plan, made now where there is none.
+    """Returns the plan in the folder, and makes the plan if the folder has none.
 
     Args:
-      unit_rows: rows of each unit but the last, which may have fewer.
-      made_from: what else must be the same when the folder is used again; JSON.
+      source: the rows of the synapse table.
+      volume: the volume from which the crops are read.
+      crop_shape_zyx: the shape of a crop in voxels.
+      folder: the folder of the plan.
+      unit_rows: the number of rows of each unit. The last unit can have fewer rows.
+      made_from: further JSON values that must be equal when the folder is used again.
 
     Raises:
-      UserError: the folder's plan is of other arguments, or of a table that has
+      UserError: the plan in the folder was made with other arguments, or the table has
         changed since.
     """
     path = folder / "plan.json"
@@ -138,8 +152,8 @@ def make(
             _write_units(counted, folder, unit_rows)
             files.write_json(path, identity | counted.about())
             return open(folder)
-    # Not while others wait: each compares for itself.
-    print(f"{source.name}: comparing with the plan in {folder}", flush=True)
+    # The lock is free here, so that several processes can compare at the same time.
+    print(f"{source.name}: comparing the table with the plan in {folder}", flush=True)
     found = synapse_stream.checksum(source)
     output_folders.require_same(path, {"rows": found.rows})
     output_folders.require_same(path, {"synapses_sha256": found.hexdigest()})
@@ -153,10 +167,17 @@ def of_classifier(
     output: pathlib.Path,
     unit_rows: int = UNIT_ROWS,
 ) -> Plan:
-    """The plan in `output`, made now or compared with the arguments.
+    """Returns the plan in `output`, and makes the plan if the folder has none.
+
+    Args:
+      classifier: the networks. The plan records their parameters.
+      source: the rows of the synapse table.
+      volume: the volume from which the crops are read.
+      output: the folder of the plan and the predictions.
+      unit_rows: the number of rows of each unit. The last unit can have fewer rows.
 
     Raises:
-      UserError: the folder holds predictions of other arguments.
+      UserError: the folder holds predictions that were made with other arguments.
     """
     made_from = {
         "classes": list(classifier.classes),
@@ -171,16 +192,31 @@ def of_classifier(
 
 
 def open(folder: pathlib.Path) -> Plan:
-    """The plan that is in a folder."""
+    """Returns the plan in a folder.
+
+    Raises:
+      UserError: plan.json cannot be read.
+    """
     return Plan(folder, files.read_json(folder / "plan.json"))
 
 
 def locate(
     table: pa.Table, shape_zyx: Sequence[int], volume: Volume
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Crop starts [n, 3] int64, and statuses [n] as far as positions tell them."""
+    """Returns the first voxel of each crop, and the status that its position gives it.
+
+    Args:
+      table: rows of a synapse table.
+      shape_zyx: the shape of a crop in voxels.
+      volume: the volume from which the crops are read.
+
+    Returns:
+      The starts, [n, 3] int64 as (z, y, x), and the statuses, [n] of str objects. A
+      status is `ok`, `partly_outside`, `outside` or `bad_position`.
+    """
     positions = synapses.positions_nm_zyx(table)
-    # Beyond this a voxel index does not fit int64; no volume reaches 9,000 km.
+    # The voxel index of a larger position may not fit into int64. No volume is this
+    # large: 2**53 nm are 9,000 km.
     bad = ~(np.abs(positions) < 2.0**53).all(axis=1)
     positions[bad] = 0
     starts = crops.starts_vx_zyx(positions, shape_zyx, volume)
@@ -190,12 +226,20 @@ def locate(
 
 
 def has_crop(status: np.ndarray) -> np.ndarray:
-    """[n] bool: the rows that `locate` finds something to predict for."""
+    """Returns whether the crop of each row touches the volume, [n] bool.
+
+    Args:
+      status: the statuses that `locate` returns.
+    """
     return (status == crops.OK) | (status == crops.PARTLY_OUTSIDE)
 
 
 class _Counted:
-    """The rows with a crop, coded by their place, and what passing over them tells."""
+    """The rows whose crop touches the volume, with a code for the place of each crop.
+
+    While the rows are read, the object also collects the counts, the checksum and the
+    sample of positions that `about` needs.
+    """
 
     def __init__(
         self, source: SynapseStream, volume: Volume, shape: Sequence[int]
@@ -223,25 +267,25 @@ class _Counted:
         progress.close()
 
     def _keep_some(self, positions: np.ndarray, first_row: int) -> None:
-        """Every stride-th row; the stride doubles as the rows turn out to be many."""
+        """Keeps every stride-th row. The stride doubles if the sample gets too long."""
         kept = positions[-first_row % self._stride :: self._stride]
-        self._sample.append(kept.copy())  # a view would keep the whole batch
+        self._sample.append(kept.copy())  # a view would keep the batch in memory
         while sum(map(len, self._sample)) > _SAMPLE_ROWS:
             self._sample = [np.concatenate(self._sample)[::2]]
             self._stride *= 2
 
     def about(self) -> dict[str, Any]:
-        """Once all rows have gone by."""
+        """Returns what plan.json says about the rows. All rows must have been read."""
         positions = np.concatenate([np.zeros((0, 3)), *self._sample])
         doubt = spaces.doubt(positions, self._volume)
         if spaces.look_like_voxels(positions, self._volume):
             doubt = (
-                f"all {len(positions):,} positions lie in the corner of volume "
-                f"{self._volume.uri} where voxel indices or micrometres would lie: "
-                "are they in nm?"
+                f"all {len(positions):,} positions are in the corner of volume "
+                f"{self._volume.uri} where voxel indices or micrometres would be; "
+                "check that they are in nm"
             )
         if doubt and self._stride > 1:
-            doubt = f"of every {self._stride}th row, {doubt}"
+            doubt = f"in a sample of every {self._stride}th row, {doubt}"
         return {
             "rows": self._checksum.rows,
             "synapses_sha256": self._checksum.hexdigest(),
@@ -256,7 +300,7 @@ def _write_units(counted: _Counted, folder: pathlib.Path, unit_rows: int) -> Non
         ORDER BY code, start_z_vx, start_y_vx, start_x_vx, "row" """
     with (
         files.replacing(folder / "units.parquet") as partial,
-        # No dictionaries: hardly a number is there twice.
+        # A dictionary would not save space, because few numbers occur twice.
         parquet.ParquetWriter(
             partial, _UNIT, compression="zstd", use_dictionary=False
         ) as sink,

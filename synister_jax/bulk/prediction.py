@@ -83,12 +83,12 @@ def members_of(workdirs: Sequence[str], steps: Sequence[str]) -> list[tuple[str,
 def _source(
     options: Options,
 ) -> tuple[SynapseStream, grids.Grid | None]:
-    """Returns the rows to predict, and the grid if they are the points of one."""
+    """Returns the rows to predict, and the grid if the rows are its points."""
     if options.roi_nm_zyx is not None:
         grid = grids.Grid.of(options.roi_nm_zyx, options.step_nm_zyx or [])
         name = f"grid {options.roi_nm_zyx} every {options.step_nm_zyx}"
         return SynapseStream(name, grid.batches), grid
-    assert options.synapses is not None  # one of the two is given
+    assert options.synapses is not None  # the caller gives a table or a grid
     part = None if options.part is None else (options.split, options.part)
     return reading.open(options.synapses, part), None
 
@@ -153,11 +153,11 @@ def predict(options: Options) -> None:
 
     Raises:
       UserError: an option is wrong, or a file cannot be opened, read or written. The
-        finished units stay.
+        results of finished units are kept.
     """
     prediction = _Prediction.open(options)
     plan = prediction.plan
-    # This only warns, because rows outside the volume get an answer, too.
+    # This is only a warning, because rows outside the volume get an answer, too.
     if plan.about["doubt"]:
         print(f"warning: {plan.about['doubt']}", file=sys.stderr)
     if options.dry_run:

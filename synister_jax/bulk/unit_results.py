@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Part files: what a unit of a plan found, with a checksum of its content.
+"""Reads and writes the result files of work units, with a checksum of their content.
 
-`part-<unit>-of-<units>.feather`: `row` of the table, `whole` (False where a chunk that
-the crop needs is unreadable; the probabilities mean nothing then), a float32 column a
-class. A part that is cut short, changed, or of another plan is as good as none.
+The file of a unit is `part-<unit>-of-<units>.feather`. `row` is the row of the synapse
+table. `whole` is False if a chunk that the crop needs cannot be read. The probabilities
+of such a row have no meaning. Each class has a float32 column. A file that is
+truncated, changed or made for another plan counts as missing.
 """
 
 import dataclasses
@@ -23,20 +24,28 @@ from synister_jax.em import crops
 
 @dataclasses.dataclass(frozen=True)
 class UnitResult:
-    """The rows of a unit, in the unit's order."""
+    """The predictions for the rows of a unit, in the order of the unit."""
 
     rows: np.ndarray  # int64 [n]
     whole: np.ndarray  # bool [n]
     probabilities: np.ndarray  # float32 [n, classes]
-    unreadable: frozenset[crops.Corner]
+    unreadable: frozenset[crops.Corner]  # chunks that cannot be read
 
 
 def path_of(plan: Plan, unit: int) -> pathlib.Path:
+    """Returns the path of the result file of a unit."""
     return plan.folder / "parts" / f"part-{unit:06d}-of-{len(plan):06d}.feather"
 
 
 def write(plan: Plan, unit: int, part: UnitResult) -> None:
-    """Other processes may write the same part: it is the same, whoever is last."""
+    """Writes the result file of a unit.
+
+    Other processes may write the same file at the same time. Their content is the same,
+    so the order does not matter.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     table = pa.table({"row": part.rows, "whole": part.whole})
     for name, values in zip(plan.about["classes"], part.probabilities.T, strict=True):
         table = table.append_column(name, pa.array(np.ascontiguousarray(values)))
@@ -49,10 +58,11 @@ def write(plan: Plan, unit: int, part: UnitResult) -> None:
 
 
 def read(plan: Plan, unit: int) -> UnitResult | None:
-    """The part of a unit; None where it is not there or not what was written."""
+    """Returns the result of a unit, or None if its file is missing or damaged."""
     path = path_of(plan, unit)
     try:
-        # Not mapped into memory: a folder's worth of it would count as this process's.
+        # A memory-mapped file counts as memory of this process. With all files of a
+        # folder, this would be too much.
         table = feather.read_table(path, memory_map=False)
         about = table_metadata.of(table)
         part = UnitResult(
@@ -68,13 +78,13 @@ def read(plan: Plan, unit: int) -> UnitResult | None:
 
 
 def unfinished(plan: Plan, units: Sequence[int], retry_missing: bool) -> dict[int, int]:
-    """The units that have no part, or none that can be used, in their order.
+    """Returns the units to compute, and for each unit the number of rows to predict.
+
+    These are the units without a valid result file, in the order of `units`.
 
     Args:
-      retry_missing: those too whose part has a crop that could not be read.
-
-    Returns:
-      How many rows of each are to be predicted.
+      retry_missing: also return the units with a crop that could not be read. Only the
+        rows of such crops are counted.
     """
     left = {}
     for unit in units:
@@ -87,7 +97,7 @@ def unfinished(plan: Plan, units: Sequence[int], retry_missing: bool) -> dict[in
 
 
 def _sha256(plan: Plan, unit: int, part: UnitResult) -> str:
-    """Of the content, which unit it is, and all that the plan was made from."""
+    """Returns the checksum of the content, the number of the unit and the plan."""
     digest = hashlib.sha256(plan.fingerprint + f"unit {unit}".encode())
     for values in (part.rows, part.whole, part.probabilities):
         digest.update(f"{values.dtype} {values.shape}".encode())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prediction in arguments that any process on any machine can open."""
+"""The arguments with which a worker on any machine can compute work units."""
 
 import dataclasses
 import functools
@@ -15,20 +15,21 @@ from synister_jax.network import checkpoint, inference, sharding
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """All that a process on any machine needs to execute units; plain JSON values."""
+    """All that a worker on any machine needs to compute units, as plain JSON values."""
 
     members: tuple[tuple[str, int], ...]  # (workdir, step)
     batch_size: int
     views: int
     volume: str
-    voxel_size_nm_zyx: tuple[float, ...] | None  # the network's when None
+    voxel_size_nm_zyx: tuple[float, ...] | None  # None: the size in the run's config
     output: str
     retry_missing: bool
     temperature: float | None = None
-    plan: str = ""  # its fingerprint: a worker may outlive it
+    # The fingerprint of the plan. A worker can still run when the plan is replaced.
+    plan: str = ""
 
     def elsewhere(self, plan: Plan) -> "Inputs":
-        """For another process: of this plan, and with paths from any folder."""
+        """Returns the inputs for another process: with the plan and absolute paths."""
         members = [(os.path.abspath(workdir), step) for workdir, step in self.members]
         volume = self.volume
         if "://" not in volume and not volume.lstrip().startswith("{"):
@@ -42,11 +43,16 @@ class Inputs:
         )
 
     def open(self) -> tuple[inference.Classifier, volumes.Volume]:
+        """Opens the networks and the volume.
+
+        Raises:
+          UserError: the volume or a checkpoint cannot be opened.
+        """
         members = [(pathlib.Path(workdir), step) for workdir, step in self.members]
         size = self.voxel_size_nm_zyx
         if size is None:
             size = checkpoint.load_config(members[0][0]).voxel_size_nm_zyx
-        volume = volumes.open(self.volume, size)  # first: it is quick, weights are not
+        volume = volumes.open(self.volume, size)  # quicker than the weights, so first
         mesh = sharding.make_mesh()
         classifier = inference.Classifier(
             members, self.batch_size, mesh, self.views, self.temperature
@@ -59,15 +65,27 @@ def _opened(job: Inputs) -> tuple[Plan, inference.Classifier, volumes.Volume]:
     classifier, volume = job.open()
     plan = planning.open(pathlib.Path(job.output))
     if plan.fingerprint.hex() != job.plan:
-        raise UserError(f"{job.output} was planned anew meanwhile; run again")
+        raise UserError(
+            f"{job.output}: the plan was replaced during the run; run the command again"
+        )
     here = [member["parameters_sha256"] for member in classifier.members]
     if here != plan.about["parameters_sha256"]:
-        raise UserError(f"the checkpoints changed since {job.output} was planned")
+        raise UserError(
+            f"{job.output}: the checkpoints have changed since the plan was made; "
+            "choose another --output"
+        )
     return plan, classifier, volume
 
 
 def execute_unit(job: Inputs, number: int) -> execution.Times:
-    """Writes one part, in a worker process: what is opened stays open for the next."""
+    """Computes one unit in a worker process and writes its result file.
+
+    The networks and the volume stay open for the next unit.
+
+    Raises:
+      UserError: the plan or the checkpoints have changed, the volume cannot be read, or
+        the file cannot be written.
+    """
     plan, classifier, volume = _opened(job)
     return execution.execute(
         plan, [number], classifier, volume, retry_missing=job.retry_missing

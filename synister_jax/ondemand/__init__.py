@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers to requests: the questions, the sources of synapses, and the answers."""
+"""Reads requests, gets synapses from the sources, and writes the predictions."""

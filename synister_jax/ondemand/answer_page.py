@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained HTML page about the answer to a request.
+"""Renders the answer to a request as one self-contained HTML page.
 
-As the report's page it asks nothing of any server, prints, and shows its charts and the
-first rows of its table without JavaScript too.
+The page loads nothing from a server and can be printed. Like the page of a report, the
+page shows its charts and the first rows of its table without JavaScript.
 """
 
 import pathlib
@@ -23,19 +23,20 @@ from synister_jax.tables import predictions, synapses
 from synister_jax.tables.predictions import Predictions
 
 MOST_CHARTS = 60
-MOST_POSITIONS = 200  # in the page; more are in predictions.csv
-MOST_NAMED = 200  # neurons of whom there is nothing to show
+MOST_POSITIONS = 200  # shown in the page; predictions.csv has all positions
+MOST_NAMED = 200  # neurons without predictions that are named; answer.json has all
 
 
 def render(folder: pathlib.Path, about: AnswerRecord) -> str:
-    """The page as text.
+    """Returns the page as text.
 
     Args:
-      folder: with predictions.feather; what does not fit into memory goes beside it.
-      about: what its answer.json says (answering.py).
+      folder: the folder with predictions.feather. Temporary files for data that do not
+        fit into memory are written into this folder, too.
+      about: the content of answer.json (answering.py).
 
     Raises:
-      UserError: the predictions are not there, or not what they should be.
+      UserError: predictions.feather is missing, or is not a table of predictions.
     """
     source = predictions.open(folder / "predictions.feather")
     content: dict[str, Any] = {
@@ -62,7 +63,7 @@ def render(folder: pathlib.Path, about: AnswerRecord) -> str:
 
 
 def _first_neurons(source: Predictions) -> list[int]:
-    """The ids of the first `MOST_CHARTS` neurons in the order of the rows."""
+    """Returns the ids of the first `MOST_CHARTS` neurons in the order of the rows."""
     found: dict[int, None] = {}
     for table in source.tables(["neuron_id"]):
         found |= dict.fromkeys(pc.unique(table["neuron_id"].drop_null()).to_pylist())
@@ -74,7 +75,7 @@ def _first_neurons(source: Predictions) -> list[int]:
 def _charts(
     groups: pa.Table, ids: Sequence[int], classes: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What the chart of each of these neurons shows."""
+    """Returns the content of the chart of each of these neurons."""
     places = np.searchsorted(groups["neuron_id"].to_numpy(), ids)
     charts = []
     for row in groups.take(pa.array(places)).to_pylist():
@@ -93,7 +94,7 @@ def _charts(
 
 
 def _positions(source: Predictions) -> dict[str, Any]:
-    """Rows that name no neuron: the classes they are called, and the first of them."""
+    """Returns the counts of the calls and the first rows, if no row names a neuron."""
     counts = predictions_section.Counter.of(source).top.sum(axis=1)
     columns = ["synapse_id", *synapses.POSITION, "status"]
     columns += map(predictions.probability_column, source.classes)

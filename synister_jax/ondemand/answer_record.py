@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What answer.json says: what was asked, of whom, and what came of it."""
+"""The content of answer.json: the request, the source and the results."""
 
 from typing import TypedDict
 
-REQUEST = "request.json"  # in an answer folder: what was asked
+REQUEST = "request.json"  # the file of an answer folder that describes the request
 
 
 class AnsweringModel(TypedDict):
-    """The network that answered."""
+    """The network that made the predictions."""
 
-    workdir: str  # name of the run's folder
+    workdir: str  # the name of the run's folder
     step: int
 
 
 class AnswerRecord(TypedDict):
-    """What answer.json says; it is written last, so an answer that has it is whole."""
+    """The content of answer.json.
+
+    This file is written last. A folder that has the file is therefore complete.
+    """
 
     kind: str  # neurons or positions
     source: str
     source_title: str
-    asked_of: dict[str, str]  # server, data set, version, as far as the source has them
-    asked: int  # how many neurons or positions
+    asked_of: dict[str, str]  # server, data set, version, if the source has them
+    asked: int  # the number of neurons or positions of the request
     unknown_neurons: list[str]
     neurons_without_synapses: list[str]
     rows: int
-    status: dict[str, int]  # rows of each
+    status: dict[str, int]  # the number of rows with each status
     classes: list[str]
     model: AnsweringModel
     volume: str

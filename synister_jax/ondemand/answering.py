@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers a request: what was asked, its synapses, a network → a folder of results.
+"""Answers a request: gets its synapses, predicts them and writes a folder of results.
 
-The command `request` and the web service make the same folder, byte for byte:
+The command `request` and the web service write the same folder, byte for byte:
 
-`request.json`, what it is of · `sites/` as the source gave them and in the volume's
-frame · `synapses.feather`, of these one row for each row of the answer ·
-`predictions.feather` and `.json` (merging.py) · `predictions.csv` · `report.html` ·
-`answer.json`, written last.
+- `request.json` describes the request.
+- `sites/` has the positions as the source gave them and in the volume frame.
+- `synapses.feather` has one row for each row of the answer.
+- `predictions.feather` and `predictions.json` hold the predictions (merging.py).
+- `predictions.csv` and `report.html` show the predictions.
+- `answer.json` is written last.
 
-What is finished stays, so a request that was stopped goes on where it was.
+Finished files are kept. A request that was stopped therefore continues where it was.
 """
 
 import dataclasses
@@ -33,18 +35,20 @@ from synister_jax.ondemand.questions import Asked
 from synister_jax.ondemand.sources.credentials import SourceSettings
 from synister_jax.tables import predictions, reading, synapses
 
-# (stage, done, total): called often; may raise to stop the work.
+# Called often with (stage, done, total). The function can raise an error to stop the
+# work.
 Tell = Callable[[str, int, int], None]
 
-# Small enough to stop, and to lose, within a minute on two CPU cores; on an
-# accelerator a fraction of a second.
+# A unit of this size takes less than a minute on two CPU cores, and a fraction of a
+# second on an accelerator. A stopped request therefore loses little work.
 UNIT_ROWS = 512
-_GROUP = {"neurons": 100, "positions": 10_000}  # asked for whose sites are one file
+# The sites of this many neurons or positions are in one file.
+_GROUP = {"neurons": 100, "positions": 10_000}
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenNetwork:
-    """A checkpoint and the volume it looks at, both open."""
+    """An opened checkpoint, and the opened volume from which it reads crops."""
 
     workdir: pathlib.Path
     step: int
@@ -61,7 +65,19 @@ class OpenNetwork:
         batch_size: int,
         calibrated: bool = False,
     ) -> "OpenNetwork":
-        """Raises `UserError` where run, step, volume or calibration is not there."""
+        """Opens a checkpoint and a volume.
+
+        Args:
+          workdir: the folder of the run.
+          step: the step of the checkpoint.
+          volume: the URI of the volume.
+          batch_size: the number of crops that are predicted at once.
+          calibrated: use the saved calibration of the checkpoint.
+
+        Raises:
+          UserError: the run, the step, the volume or the calibration does not exist or
+            cannot be opened.
+        """
         members = ((str(workdir), step),)
         fitted = saved_calibration.load(members, 1) if calibrated else None
         temperature = fitted["temperature"] if fitted else None
@@ -77,12 +93,17 @@ class OpenNetwork:
 
 
 def choose_step(workdir: pathlib.Path, text: str) -> int:
-    """`best` (the latest where none was validated) or a number → the step.
+    """Returns the step that a text names.
+
+    Args:
+      workdir: the folder of the run.
+      text: a number, or `best`. If no checkpoint was validated, `best` is the latest.
 
     Raises:
-      UserError: there is no such run or checkpoint.
+      UserError: the run or the checkpoint does not exist, or the text is neither a
+        number nor `best`.
     """
-    checkpoint.load_config(workdir)  # whether it is a run at all
+    checkpoint.load_config(workdir)  # refuses a folder that is not a run
     if text == "best":
         return checkpoint.best_or_latest_step(workdir)
     if not text.isdecimal():
@@ -98,15 +119,20 @@ def answer(
     tell: Tell,
     most_synapses: int | None = None,
 ) -> AnswerRecord:
-    """Fills `folder`; returns what its answer.json says.
+    """Answers a request in a folder, and returns the content of its answer.json.
 
     Args:
-      settings: of the source, which they name.
-      most_synapses: of all neurons together; None: any number.
+      asked: the neurons or positions of the request.
+      network: the network that predicts, and its volume.
+      settings: the settings of the source, with the name of the source.
+      folder: the folder of results. It is created if it does not exist.
+      tell: called with the progress.
+      most_synapses: the largest number of synapses of all neurons together. None means
+        that any number is allowed.
 
     Raises:
-      UserError: the source or the volume does not answer; the folder is of another
-        request; there are more synapses. What is finished stays.
+      UserError: the source or the volume cannot be read, the folder belongs to another
+        request, or there are too many synapses. Finished files are kept.
     """
     files.make_folder(folder)
     asked_of = settings.shown()
@@ -153,9 +179,18 @@ def answer(
 def at_once(
     network: OpenNetwork, positions_nm_zyx: np.ndarray
 ) -> tuple[np.ndarray, list]:
-    """(probabilities [n, classes] float32, NaN where there are none; [n] statuses).
+    """Predicts a few positions at once, without a folder.
 
-    For a few positions, [n, 3] in nm in the volume's frame, without a folder.
+    Args:
+      network: the network that predicts, and its volume.
+      positions_nm_zyx: [n, 3] in nm, in the volume frame.
+
+    Returns:
+      The probabilities, [n, classes] float32, and the statuses, [n]. Positions without
+      a prediction have NaN as probabilities.
+
+    Raises:
+      UserError: the volume cannot be read.
     """
     volume, classifier = network.volume, network.classifier
     shape = tuple(classifier.config.crop_shape_zyx)
@@ -180,13 +215,13 @@ def _find_synapses(
     tell: Tell,
     most_synapses: int | None,
 ) -> tuple[list[int], list[int]]:
-    """Writes synapses.feather; returns (unknown neurons, neurons without synapses)."""
+    """Writes synapses.feather; returns unknown neurons and neurons without synapses."""
     path = folder / "synapses.feather"
     try:
         about = table_metadata.of(pa.ipc.open_file(str(path)).schema)
         return about["unknown"], about["without"]
     except (OSError, pa.ArrowException):
-        pass  # not there yet, or damaged
+        pass  # the file does not exist yet, or it is damaged
     whole = (
         asked.kind == "neurons" and settings.source == "none"
     )  # a table is read once
@@ -215,8 +250,8 @@ def _find_synapses(
         rows = sum(map(len, pieces))
         if most_synapses is not None and rows > most_synapses:
             raise UserError(
-                f"these neurons have more than {most_synapses:,} synapses, as many as "
-                "one request may have here; ask for fewer neurons at once"
+                f"these neurons have more than {most_synapses:,} synapses, which is "
+                "the limit of one request; ask for fewer neurons at once"
             )
     about = {"unknown": unknown, "without": without}
     table = table_metadata.described(pa.concat_tables(pieces), about)
@@ -225,7 +260,7 @@ def _find_synapses(
 
 
 def _read_group(path: pathlib.Path) -> pa.Table | None:
-    """None where it is not there, or not what was written."""
+    """Returns the sites of a file, or None if the file is missing or damaged."""
     try:
         table = feather.read_table(path, memory_map=False)
         whole = {"unknown", "without"} <= table_metadata.of(table).keys()
@@ -241,7 +276,10 @@ def _group(
     settings: SourceSettings,
     tell: Tell,
 ) -> pa.Table:
-    """The sites of some rows of what was asked, in its order; of `sources.SITES`."""
+    """Returns the sites of some rows of the request, in their order.
+
+    The table has the columns of `sources.SITES`.
+    """
     if asked.kind == "positions":
         names = {"position_id": "synapse_id"}
         columns = [names.get(name, name) for name in rows.column_names]
@@ -257,7 +295,7 @@ def _group(
             "unknown": [f.neuron_id for f in found if not f.known],
             "without": [f.neuron_id for f in found if f.known and not len(f.sites)],
         }
-        # The source's own order may change from one answer to the next.
+        # The order in which a source gives the sites may change between requests.
         order = [("synapse_id", "ascending")]
         sites = pa.concat_tables([f.sites.sort_by(order) for f in found])
     return table_metadata.described(sites, about)
@@ -268,7 +306,7 @@ def _placed(
     volume_shape_zyx: Sequence[int],
     settings: SourceSettings,
 ) -> pa.Table:
-    """With `z_nm`, `y_nm` and `x_nm` in the volume's frame; NaN where there is none."""
+    """Adds `z_nm`, `y_nm` and `x_nm` in the volume frame; unknown values are NaN."""
     coordinates = {name: sites[name].to_numpy() for name in "xyz"}
     placed = sources.to_volume_nm_zyx(coordinates, volume_shape_zyx, settings)
     for name, values in zip(synapses.POSITION, placed.T, strict=True):
@@ -277,7 +315,7 @@ def _placed(
 
 
 class _Counted(Progress):
-    """Shows nothing; reports every batch to `tell`."""
+    """A progress that shows nothing, and reports every batch to `tell`."""
 
     def __init__(self, done: int, total: int, tell: Tell) -> None:
         super().__init__("predict", total, "synapses", done, silent=True)
@@ -292,9 +330,10 @@ class _Counted(Progress):
 def _predict(
     network: OpenNetwork, folder: pathlib.Path, tell: Tell
 ) -> tuple[merging.PredictionsRecord, str | None]:
-    """(what predictions.json says, what seems wrong with the positions)."""
+    """Returns the content of predictions.json, and the doubt about the positions."""
     source = reading.open(folder / "synapses.feather")
-    # A relative name, so that the same request in another folder has the same bytes.
+    # The name has no path, so that the same request in another folder gives the same
+    # bytes.
     source = dataclasses.replace(source, name="the request")
     plan = planning.of_classifier(
         network.classifier, source, network.volume, folder, UNIT_ROWS
@@ -311,6 +350,6 @@ def _predict(
 
 
 def _original_columns(table: pa.Table) -> pa.Table:
-    """As the original's request wrote them (synistereq), and the status."""
+    """Returns the columns that synistereq (the original) writes, and the status."""
     columns = synister.request_columns(table)
     return columns.append_column("status", table["status"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines and rows of a request from anyone, in bounded memory, with what is wrong."""
+"""Reads lines and rows of a request in bounded memory, and collects its problems."""
 
 import codecs
 import csv
@@ -7,17 +7,18 @@ import dataclasses
 from collections.abc import Iterator
 from typing import BinaryIO
 
-MOST_LINE_BYTES = 1 << 16  # of a line, and of a row with line breaks in quoted cells
-MOST_TOLD = 100  # errors, and warnings, that are kept
+# The largest length of a line, and of a row with line breaks in quoted cells.
+MOST_LINE_BYTES = 1 << 16
+MOST_TOLD = 100  # this many errors and this many warnings are kept
 
 
 @dataclasses.dataclass(frozen=True)
 class LineProblem:
-    """Something to mend, or to know."""
+    """An error or a warning about a line of a request."""
 
-    line: int  # from 1, as an editor counts; 0 for the whole
-    column: str  # "" for the row
-    message: str  # what is the matter, and what to do
+    line: int  # from 1, as in an editor; 0 for the whole text
+    column: str  # the name of the column; "" for the whole row
+    message: str  # what is wrong, and what to do
 
     def __str__(self) -> str:
         if not self.line:
@@ -27,7 +28,7 @@ class LineProblem:
 
 
 class Stop(Exception):
-    """An error after which nothing is read."""
+    """An error after which nothing more is read."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -35,7 +36,7 @@ class Stop(Exception):
 
 
 class Told:
-    """Errors and warnings: the first `MOST_TOLD`, and how many there were."""
+    """The first `MOST_TOLD` errors and warnings, and the numbers of all of them."""
 
     def __init__(self) -> None:
         self.errors: list[LineProblem] = []
@@ -54,24 +55,24 @@ class Told:
 
 
 class Lines:
-    """Lines of a stream as text: those that end in LF, CR LF or CR.
+    """The lines of a stream as text. A line ends with LF, CR LF or CR.
 
-    What is not UTF-8 is told. UTF-16, a NUL, a row of more than `MOST_LINE_BYTES` and
-    more than `most` lines are a `Stop`.
+    A line that is not UTF-8 is reported as an error. UTF-16, a NUL byte, a row of more
+    than `MOST_LINE_BYTES` and more than `most` lines raise `Stop`.
     """
 
     def __init__(self, stream: BinaryIO, told: Told, most: int) -> None:
         self._lines, self._told, self._most = _split(stream), told, most
         self._again: str | None = None
-        self.number = 0  # of the last line given
+        self.number = 0  # the number of the last line that was returned
         self.begin()
 
     def begin(self) -> None:
-        """The next line begins a row."""
+        """Marks the next line as the begin of a row."""
         self.first, self._bytes = self.number + 1, 0
 
     def peek(self) -> str | None:
-        """The next line that is not blank; it is still to come."""
+        """Returns the next line that is not blank. The next read returns it again."""
         for line in self:
             if line.strip():
                 self._again = line
@@ -96,36 +97,38 @@ class Lines:
         self._require_bounds()
         if self.number == 1:
             if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise Stop(1, "the text is UTF-16; save it as CSV in UTF-8")
+                raise Stop(1, "the text is UTF-16; save the text as CSV in UTF-8")
             raw = raw.removeprefix(codecs.BOM_UTF8)
         if b"\0" in raw:
-            why = "holds a NUL byte, so it is not CSV in UTF-8; save it as that"
+            why = "the line has a NUL byte; save the text as CSV in UTF-8"
             raise Stop(self.number, why)
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            self._told.error(self.number, "", "is not UTF-8; save it as CSV in UTF-8")
+            self._told.error(
+                self.number, "", "the line is not UTF-8; save the text as CSV in UTF-8"
+            )
             return raw.decode(errors="replace")
 
     def _require_bounds(self) -> None:
         if self.number > self._most:
-            why = f"is beyond {self._most:,} lines; leave out what is not a row"
+            why = f"the text has more than {self._most:,} lines; remove blank lines"
             raise Stop(self.number, why)
         if self._bytes <= MOST_LINE_BYTES:
             return
         if self.first < self.number:
-            why = "a quotation mark is opened and not closed; close it, or remove it"
+            why = "a quotation mark is opened and not closed; close or remove the mark"
             raise Stop(self.first, why)
-        why = f"is longer than {MOST_LINE_BYTES:,} bytes; write it in several lines"
+        why = f"the line is longer than {MOST_LINE_BYTES:,} bytes; split the line"
         raise Stop(self.first, why)
 
 
 def _split(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends; of one that is too long a part, and then no more."""
+    """Yields lines with their ends; stops after the first part of a too long line."""
     rest = b""
     while chunk := stream.read(MOST_LINE_BYTES):
         lines = (rest + chunk).splitlines(keepends=True)
-        # The LF of a CR may be yet to come.
+        # The LF that belongs to a CR may be in the next chunk.
         rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
         yield from lines
         if len(rest) > MOST_LINE_BYTES:
@@ -135,10 +138,14 @@ def _split(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def rows(lines: Lines, delimiter: str, told: Told) -> Iterator[tuple[int, list[str]]]:
-    """First line and cells of each row, blank lines left out.
+    """Yields the number of the first line, and the cells, of each row.
+
+    Blank lines are left out. An unclear quotation mark is reported as an error.
 
     Args:
-      delimiter: between cells; "" for white space.
+      lines: the lines of the request.
+      delimiter: the separator of cells; "" for white space.
+      told: collects the errors.
     """
     reader = csv.reader(lines, delimiter=delimiter or ",", strict=True)
     while True:
@@ -151,19 +158,19 @@ def rows(lines: Lines, delimiter: str, told: Told) -> Iterator[tuple[int, list[s
             told.error(
                 lines.first,
                 "",
-                "a quotation mark is not closed, or stands within a cell; quote whole "
-                'cells, and write "" for one within',
+                "a quotation mark is not closed, or is inside a cell; quote whole "
+                'cells, and write "" for a mark inside a cell',
             )
             continue
         if not delimiter:
             row = _parts(row)
-        # Of a line of white space there is one blank cell.
+        # A line of white space gives one blank cell.
         if len(row) > 1 or (row and row[0].strip()):
             yield lines.first, row
 
 
 def cells(line: str, delimiter: str) -> list[str]:
-    """The cells of one line, by itself; as `rows` where no cell goes beyond it."""
+    """Returns the cells of one line. No cell may continue on the next line."""
     row = next(csv.reader([line], delimiter=delimiter or ","))
     return row if delimiter else _parts(row)
 

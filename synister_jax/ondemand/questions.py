@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people ask for: neurons or positions in CSV or pasted text, checked row by row.
+"""Reads a request for neurons or positions from CSV or pasted text, and checks it.
 
-UTF-8 with cells separated by commas, semicolons or tabs. The first line names the
-columns: one of `NEURON`; or x, y and z, with or without one of `ID` and one of
-`NEURON`; other columns are left out. Without such a line there are ids, any number a
-line, or on every line x, y, z, or id, x, y, z, or id, skid, x, y, z.
+The text is UTF-8, and commas, semicolons or tabs separate the cells. The first line can
+name the columns. For neurons, this is one of `NEURON`. For positions, these are x, y
+and z, and optionally one of `ID` and one of `NEURON`. Other columns are ignored.
 
-What is read may come from anyone: memory is bounded, time grows with the length, and
-whatever is wrong is told by line.
+Without such a line, the text has ids of neurons, any number on a line. Or every line is
+a position: x, y, z, or id, x, y, z, or id, skid, x, y, z.
+
+The text may come from anyone. Memory is therefore bounded, the time grows with the
+length of the text, and every problem is reported with its line.
 """
 
 import array
@@ -56,14 +58,18 @@ POSITIONS = pa.schema(
     ]
 )
 
-_EXCEL = re.compile(r'"?sep=.?"?', re.IGNORECASE)  # a line that Excel understands
+_EXCEL = re.compile(
+    r'"?sep=.?"?', re.IGNORECASE
+)  # a line that tells Excel the separator
 _PLACE = re.compile(r"(^|[^a-z])[xyz]([^a-z]|$)|position|coord")
 _AXES = ("x", "y", "z")
 _ROLES = {name: "neuron" for name in NEURON}
 _ROLES |= {name: "id" for name in ID} | {name: name for name in _AXES}
 # Columns of lines without a header, by their number.
 _UNNAMED = {3: _AXES, 4: ("id", *_AXES), 5: ("id", "skid", *_AXES)}
-_LINES_A_ROW = 10  # at most, over all: else blank lines could go on for ever
+# A text may have at most this many lines for each allowed row. Without this limit, the
+# blank lines of a stream might never end.
+_LINES_A_ROW = 10
 
 
 Kind = Literal["neurons", "positions"]
@@ -71,20 +77,23 @@ Kind = Literal["neurons", "positions"]
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What is asked for: `table` has the columns `NEURONS` or `POSITIONS`."""
+    """The neurons or positions of a request.
 
-    kind: Kind  # neurons: each once, in the order of first mention
+    The columns of `table` are `NEURONS` or `POSITIONS`.
+    """
+
+    kind: Kind  # each neuron occurs once, in the order of its first mention
     table: pa.Table
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What was found; there is `asked` exactly when there is no error."""
+    """The result of a check. `asked` is None if, and only if, there is an error."""
 
-    kind: Kind | None  # None: it could not be told
+    kind: Kind | None  # None: the kind could not be recognised
     asked: Asked | None
-    rows: int  # read: positions, or mentions of neurons
-    errors: list[LineProblem]  # the first question_lines.MOST_TOLD
+    rows: int  # the number of positions, or of mentions of neurons, that were read
+    errors: list[LineProblem]  # at most the first question_lines.MOST_TOLD
     error_count: int
     warnings: list[LineProblem]
     warning_count: int
@@ -93,13 +102,16 @@ class Checked:
 def check(
     stream: BinaryIO, kind: Kind | None = None, most_rows: int = 1_000_000
 ) -> Checked:
-    """Reads a request to its end, or to an error after which the rest says nothing.
+    """Reads and checks a request.
 
-    No bytes make it raise; what `stream.read` raises passes through.
+    Reading stops at the end, or at an error that makes the rest meaningless. The
+    function raises no error for any content of the stream. Errors of `stream.read` are
+    not caught.
 
     Args:
-      kind: something else in the stream is an error.
-      most_rows: beyond which nothing is read.
+      stream: the text of the request.
+      kind: the kind that the request must have; None accepts both kinds.
+      most_rows: the largest number of rows. More rows are an error.
     """
     told = Told()
     lines = Lines(stream, told, _LINES_A_ROW * max(most_rows, 1000))
@@ -112,7 +124,9 @@ def check(
         for line, cells in layout.rows:
             rows.add(line, cells)
         if not rows.count and not told.error_count:
-            raise Stop(0, "there is no row after the header; write what you ask for")
+            raise Stop(
+                0, "there is no row after the header; add the rows that you ask for"
+            )
     except Stop as stop:
         told.error(stop.line, "", str(stop))
     return Checked(
@@ -127,15 +141,20 @@ def check(
 
 
 def load(path: str, kind: Kind | None) -> tuple[Asked, list[LineProblem]]:
-    """What the file asks for, with warnings; as `check`.
+    """Reads and checks a file with a request, and returns the request and warnings.
+
+    Args:
+      path: the file.
+      kind: the kind that the request must have; None accepts both kinds.
 
     Raises:
-      UserError: the file is not there; its first errors by line.
+      UserError: the file cannot be read or has errors. The message has the first five
+        errors with their lines.
     """
     try:
         with open(path, "rb") as stream:
             checked = check(stream, kind)
-    except (OSError, ValueError) as error:  # ValueError: of a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the name has a NUL byte
         raise UserError(f"cannot read {path}: {error}") from None
     if checked.asked is None:
         first = "; ".join(map(str, checked.errors[:5]))
@@ -148,33 +167,36 @@ def load(path: str, kind: Kind | None) -> tuple[Asked, list[LineProblem]]:
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     kind: Kind
-    names: list[str]  # of the columns, as written; empty for ids without a header
-    places: dict[str, int]  # of the columns in use, by role
-    rows: Iterator[tuple[int, list[str]]]  # to come: first line and cells of each
+    names: list[str]  # the column names as written; empty for ids without a header
+    places: dict[str, int]  # the index of the column of each role that is used
+    rows: Iterator[tuple[int, list[str]]]  # the rows to read: first line and cells
 
 
 def _layout(lines: Lines, told: Told, kind: Kind | None) -> _Layout:
-    """What the columns are, from the first row. Raises `Stop` where it does not say."""
+    """Finds the columns from the first row; raises `Stop` if the row is unclear."""
     first = lines.peek()
     if first is not None and _EXCEL.fullmatch(first.strip()):
-        next(lines)  # which separator it is, the next line shows
+        next(lines)  # the next line shows which separator is used
         lines.begin()
         first = lines.peek()
     if first is None:
-        raise Stop(0, "there is nothing in it; write ids of neurons, or positions")
+        raise Stop(0, "the text has nothing in it; write ids of neurons, or positions")
     known = {
         each: sum(_role(name) is not None for name in question_lines.cells(first, each))
         for each in (",", ";", "\t")
     }
     delimiter = max(known, key=known.__getitem__)
-    if not known[delimiter]:  # blanks separate only then: "Body ID" is one name
+    if not known[delimiter]:  # "Body ID" is one name: blanks are tried last
         names = question_lines.cells(first, "")
         delimiter, known = "", {"": sum(_role(name) is not None for name in names)}
     if known[delimiter]:
         rows = question_lines.rows(lines, delimiter, told)
         line, header = next(rows, (lines.first, []))
         if told.error_count:
-            raise Stop(line, "this first line cannot be read; mend it, then the rest")
+            raise Stop(
+                line,
+                "the first line cannot be read; correct it before the others",
+            )
         return _named(line, [name.strip() for name in header], rows, told, kind)
     delimiter = next((each for each in "\t;," if each in first), "")
     return _unnamed(lines, first, delimiter, told, kind)
@@ -191,7 +213,7 @@ def _named(
     told: Told,
     kind: Kind | None,
 ) -> _Layout:
-    """The layout of a first line that names columns."""
+    """Returns the layout of a text whose first line names the columns."""
     found: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         if (role := _role(name)) is not None:
@@ -200,36 +222,38 @@ def _named(
     if is_there == "neurons" and "neuron" not in found:
         raise Stop(
             line,
-            f"names neither neurons ({', '.join(NEURON)}) nor x, y and z; name the "
-            "columns so",
+            f"the line names neither neurons ({', '.join(NEURON)}) nor x, y and z; use "
+            "these names for the columns",
         )
     if kind == "neurons" and is_there == "positions":
         raise Stop(
             line,
-            "there are columns of positions, and neurons were to be there; ask for "
+            "the columns are those of positions, but neurons are expected; ask for "
             "positions, or leave out the columns x, y and z",
         )
     if kind == "positions" and is_there == "neurons":
         raise Stop(
             line,
-            "there are neurons, and positions were to be there; ask for neurons, or "
-            "add the columns x, y and z",
+            "the columns are those of neurons, but positions are expected; ask for "
+            "neurons, or add the columns x, y and z",
         )
     others = [shown(name) for name in names if _PLACE.search(name.lower())]
     if is_there == "neurons" and others:
         told.warning(
             line,
             "",
-            f"these are taken for neurons, and {', '.join(others[:3])} is left out; "
-            "columns of positions are called x, y and z",
+            f"the rows are read as neurons, and {', '.join(others[:3])} is ignored; "
+            "for positions, name the columns x, y and z",
         )
     wanted = ("neuron",) if is_there == "neurons" else ("id", "neuron", *_AXES)
     for role in wanted:
         if role in _AXES and role not in found:
-            raise Stop(line, f"there is no column {role}; positions have x, y and z")
+            raise Stop(line, f"there is no column {role}; positions need x, y and z")
         if len(found.get(role, [])) > 1:
             given = " and ".join(shown(names[place]) for place in found[role][:3])
-            raise Stop(line, f"columns {given} would say the same; keep one of them")
+            raise Stop(
+                line, f"the columns {given} have the same meaning; keep one of them"
+            )
     places = {role: found[role][0] for role in wanted if role in found}
     return _Layout(is_there, names, places, rows)
 
@@ -237,7 +261,7 @@ def _named(
 def _unnamed(
     lines: Lines, first: str, delimiter: str, told: Told, kind: Kind | None
 ) -> _Layout:
-    """The layout of rows without a header, of which `first` is the first line."""
+    """Returns the layout of rows without a header; `first` is the first line."""
     line = lines.first
     given = [cell.strip() for cell in question_lines.cells(first, delimiter)]
     cells = list(given)
@@ -246,24 +270,24 @@ def _unnamed(
     if not any(map(question_cells.like_data, cells)):
         raise Stop(
             line,
-            f"names no column that is known: call neurons {', '.join(NEURON)}; call "
-            "coordinates x, y and z",
+            "the line names no known column; name a column of neurons "
+            f"{', '.join(NEURON)}; name columns of coordinates x, y and z",
         )
     if kind is None:
         kind = "positions" if len(cells) in _UNNAMED else "neurons"
         if kind == "positions":
             why = f"without a header the columns are {', '.join(_UNNAMED[len(cells)])};"
-            told.warning(0, "", f"{why} if these are neurons, write one id a line")
+            told.warning(0, "", f"{why} for neurons, write one id on each line")
     if kind == "neurons":
         return _Layout(kind, [], {}, question_lines.rows(lines, ",", told))
     if len(cells) not in _UNNAMED:
         expected = ", or ".join(map(", ".join, _UNNAMED.values()))
-        raise Stop(line, f"has {_count(cells)}; a position is {expected}")
+        raise Stop(line, f"the line has {_count(cells)}; a position is {expected}")
     if len(cells) < len(given):
         raise Stop(
             line,
-            "ends in an empty cell, so it does not say which one that is; write a "
-            "line before it that names the columns, as id,x,y,z",
+            "the line ends with an empty cell, so the columns are not clear; add a "
+            "first line that names the columns, for example id,x,y,z",
         )
     names = list(_UNNAMED[len(cells)])
     places = {_ROLES[name]: place for place, name in enumerate(names)}
@@ -271,7 +295,7 @@ def _unnamed(
 
 
 class _Rows:
-    """What rows of both kinds share: their number, and how many cells they have."""
+    """The checks that rows of both kinds share: the number of rows and of cells."""
 
     def __init__(self, layout: _Layout, told: Told, most: int) -> None:
         self._names, self._places = layout.names, layout.places
@@ -280,33 +304,33 @@ class _Rows:
 
     def _begin(self, line: int) -> None:
         if self.count >= self._most:
-            why = f"there are more than {self._most:,} rows; ask for some at a time"
+            why = f"there are more than {self._most:,} rows; split the request"
             raise Stop(line, why)
         self.count += 1
 
     def _fits(self, line: int, cells: list[str]) -> bool:
-        """A cell for each name; empty ones at the end do not count."""
+        """Returns whether each name has a cell; ignores empty cells at the end."""
         beyond = cells[len(self._names) :]
         if len(cells) >= len(self._names) and not any(map(str.strip, beyond)):
             return True
         self._told.error(
             line,
             "",
-            f"has {_count(cells)} where the first line has {len(self._names)}; add or "
-            "remove some, or quote the one that holds the separator",
+            f"the row has {_count(cells)}, but the first line has {len(self._names)}; "
+            "add or remove cells, or quote the cell that contains the separator",
         )
         return False
 
     def _left_out(self, line: int, cells: list[str]) -> bool:
-        """Nothing in it, as spreadsheets leave rows below a table."""
+        """Returns whether the row is empty, as below the tables of spreadsheets."""
         if any(map(str.strip, cells)):
             return False
-        self._told.warning(line, "", "is empty; left out")
+        self._told.warning(line, "", "the row is empty; it is left out")
         return True
 
 
 class _Neurons(_Rows):
-    """Rows that name a neuron each; without a header any number of them."""
+    """Rows with one neuron each. Without a header, a row can have many neurons."""
 
     def __init__(self, layout: _Layout, told: Told, most: int) -> None:
         super().__init__(layout, told, most)
@@ -335,13 +359,13 @@ class _Neurons(_Rows):
         _, first = np.unique(ids, return_index=True)
         if (again := len(ids) - len(first)) > 0:
             what = "id is" if again == 1 else "ids are"
-            why = f"{again:,} {what} there already; each neuron is answered once"
+            why = f"{again:,} {what} repeated; each neuron is answered once"
             self._told.warning(0, "", why)
         return Asked("neurons", pa.table([ids[np.sort(first)]], schema=NEURONS))
 
 
 class _Positions(_Rows):
-    """Rows of x, y, z, with or without an id and a neuron."""
+    """Rows with x, y and z, and optionally an id and a neuron."""
 
     def __init__(self, layout: _Layout, told: Told, most: int) -> None:
         super().__init__(layout, told, most)
@@ -351,7 +375,8 @@ class _Positions(_Rows):
         self._xyz = array.array("d")
 
     def add(self, line: int, cells: list[str]) -> None:
-        # Without ids a position is known by its place, so none is left out.
+        # Without ids, a position is recognised by its row number. Therefore no row is
+        # left out.
         has_id = self._id is not None
         if has_id and not cells[0].strip() and self._left_out(line, cells):
             return
@@ -375,10 +400,10 @@ class _Positions(_Rows):
         pairs = zip(self._axes, xyz, strict=True)
         missing = [self._names[place] for place, value in pairs if math.isnan(value)]
         what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} empty"
-        self._told.warning(line, "", f"{what}; answered with status bad_position")
+        self._told.warning(line, "", f"{what}; the answer has the status bad_position")
 
     def _tell(self, line: int, cells: list[str]) -> None:
-        """Every cell of the row that is wrong."""
+        """Reports every wrong cell of the row."""
         for role, place in self._places.items():
             parse = {"id": integer, "neuron": neuron}.get(role, coordinate)
             try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is asked for the presynaptic sites of a neuron, and how places reach a volume.
+"""Gets the presynaptic sites of neurons from a source, and moves them into a volume.
 
-Each service has a module with the same two functions: `presynaptic_sites` and
-`listing`, which is every presynaptic site that the service has.
+Each service has a module with the same two functions. `presynaptic_sites` gets the
+sites of some neurons. `listing` gets every presynaptic site of the service.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from synister_jax.ondemand.sources import credentials
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where synapses come from, as people name it."""
+    """A source of synapses, with the names that people use for it."""
 
     name: str
     title: str
-    units: str  # of the x, y, z of its positions
-    space: str  # of `spaces.SPACES`
-    neuron: str  # what the service calls the id of a neuron
+    units: str  # the unit of x, y and z of its positions
+    space: str  # a key of `spaces.SPACES`
+    neuron: str  # the name that the service uses for the id of a neuron
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The answer for one neuron; `sites` is of `SITES`.
+    """The answer for one neuron. `sites` has the columns of `SITES`.
 
-    A neuron that the service knows may have no site.
+    A neuron that the service knows can have no sites.
     """
 
     neuron_id: int
@@ -43,7 +43,8 @@ class Found:
     sites: pa.Table
 
 
-# Coordinates are the source's own. Neurons may share a site, with one synapse_id.
+# The coordinates are those of the source. If neurons share a site, all rows of the site
+# have the same synapse_id.
 SITES = pa.schema(
     [
         ("synapse_id", pa.int64()),
@@ -56,7 +57,7 @@ SITES = pa.schema(
 
 _ALL = (
     Source("fafb-catmaid", "FAFB, CATMAID", "nm", "fafb-catmaid", "skeleton id"),
-    # The transform service leads from FlyWire's nm to CATMAID's.
+    # The transform service moves positions from FlyWire's frame to CATMAID's frame.
     Source("fafb-flywire", "FAFB, FlyWire", "nm", "fafb-catmaid", "root id"),
     Source(
         "hemibrain",
@@ -73,7 +74,7 @@ _ALL = (
 SOURCES: Mapping[str, Source] = types.MappingProxyType(
     {source.name: source for source in _ALL}
 )
-# gs://neuroglancer-janelia-flyem-hemibrain/emdata, in voxels (z, y, x).
+# The shape of gs://neuroglancer-janelia-flyem-hemibrain/emdata, in voxels (z, y, x).
 _PUBLIC_HEMIBRAIN = (41407, 39743, 34431)
 _MODULES = {
     "fafb-catmaid": "catmaid",
@@ -85,9 +86,15 @@ _MODULES = {
 
 
 def find(name: str) -> Source:
-    """The source of that name; `UserError` with those that there are."""
+    """Returns the source with a name.
+
+    Raises:
+      UserError: there is no such source. The message lists all sources.
+    """
     if name not in SOURCES:
-        raise UserError(f"no source {name!r}; it is one of {', '.join(SOURCES)}")
+        raise UserError(
+            f"there is no source {name!r}; give one of {', '.join(SOURCES)}"
+        )
     return SOURCES[name]
 
 
@@ -97,14 +104,19 @@ def settings(
     environment: Mapping[str, str] = os.environ,
     synapses: str | os.PathLike[str] | None = None,
 ) -> credentials.SourceSettings:
-    """Server, credentials and the like of a source; see credentials.py.
+    """Returns the server, the credentials and further settings of a source.
+
+    See credentials.py for the names of the settings.
 
     Args:
-      ini: a file that says what the environment does not.
-      synapses: for `none`, the synapse table in which neurons are looked up.
+      source: the name of the source.
+      ini: an ini file with settings that the environment does not have.
+      environment: the environment variables.
+      synapses: for the source `none`, the synapse table in which neurons are looked up.
 
     Raises:
-      UserError: no such source; the file is absent or not an ini.
+      UserError: there is no such source, or the file cannot be read or is not an ini
+        file.
     """
     return credentials.read(find(source).name, ini, environment, synapses)
 
@@ -113,17 +125,18 @@ def presynaptic_sites(
     neuron_ids: Sequence[int],
     settings: credentials.SourceSettings,
 ) -> Iterator[Found]:
-    """The presynaptic sites of each neuron, in the order asked.
+    """Yields the presynaptic sites of each neuron, in the order of `neuron_ids`.
 
     Args:
-      neuron_ids: each once.
+      neuron_ids: the ids, each of them once.
+      settings: the settings of the source.
 
     Raises:
-      UserError: the service cannot be reached, refuses the credentials, or answers
-        with what is not an answer; what to do about it.
+      UserError: the service cannot be reached, refuses the credentials, or gives an
+        answer that cannot be used. The message says what to do.
     """
     services = settings.source != "none"
-    # A segment that is background, in FlyWire and in neuPrint; no skeleton has the id.
+    # In FlyWire and neuPrint, id 0 is the background. In CATMAID, no skeleton has id 0.
     real = [neuron for neuron in neuron_ids if neuron or not services]
     answers = _module(settings.source).presynaptic_sites(real, settings)
     for neuron in neuron_ids:
@@ -134,17 +147,20 @@ def presynaptic_sites(
 def listing(
     settings: credentials.SourceSettings, after: int | None = None
 ) -> Iterator[tuple[pa.Table, int | None]]:
-    """Every presynaptic site of the source, page by page: (of `SITES`, where it is).
+    """Yields every presynaptic site of the source, page by page.
 
     Args:
-      after: what came with the last page that is already there; None starts.
+      settings: the settings of the source.
+      after: the second value of the last page that the caller has. None starts with the
+        first page.
 
     Yields:
-      A page and what to give as `after` to go on behind it.
+      A table with the columns of `SITES`, and the value of `after` with which a later
+      call continues behind this page.
 
     Raises:
-      UserError: the service does not offer it, and where such a table is published; or
-        as `presynaptic_sites`.
+      UserError: the service does not offer a listing, or one of the errors of
+        `presynaptic_sites`.
     """
     return _module(settings.source).listing(settings, after)
 
@@ -154,14 +170,19 @@ def to_volume_nm_zyx(
     volume_shape_zyx: Sequence[int] | None,
     settings: credentials.SourceSettings,
 ) -> np.ndarray:
-    """Positions in nm in the volume's frame, [n, 3] float64; NaN rows stay NaN.
+    """Returns positions in nm in the volume frame, [n, 3] float64 as (z, y, x).
+
+    A position with a NaN coordinate stays NaN.
 
     Args:
-      coordinates: `x`, `y`, `z`, [n] float64 each, in the source's units.
-      volume_shape_zyx: in voxels; needed where an axis is flipped (hemibrain).
+      coordinates: `x`, `y` and `z`, each [n] float64, in the unit of the source.
+      volume_shape_zyx: the shape of the volume in voxels. It is needed if an axis is
+        flipped (hemibrain).
+      settings: the settings of the source.
 
     Raises:
-      UserError: the shape is needed; FlyWire's transform service does not answer.
+      UserError: the shape is needed but not given, the volume does not fit the source,
+        or FlyWire's transform service does not answer.
     """
     source = settings.source
     if source == "fafb-flywire":
@@ -169,20 +190,20 @@ def to_volume_nm_zyx(
     space = spaces.SPACES[find(source).space]
     if source == "hemibrain" and tuple(volume_shape_zyx or ()) == _PUBLIC_HEMIBRAIN:
         raise UserError(
-            "this is hemibrain's public volume, with neuPrint's own axes; source "
-            "hemibrain is for the N5 export, whose axes are turned: give positions of "
-            "8 · x, y, z nm with --source=none"
+            "source hemibrain: the volume is hemibrain's public volume, which has the "
+            "axes of neuPrint, but this source is for the N5 export, which has other "
+            "axes; give positions in nm (8 · x, y, z) with --source=none"
         )
     return spaces.to_volume(space, coordinates, volume_shape_zyx)
 
 
 def _module(source: str) -> ModuleType:
-    """The module that asks it; its client is imported only here."""
+    """Returns the module that asks the source. Only this imports the client library."""
     name = _MODULES[find(source).name]
     try:
         return importlib.import_module(f"synister_jax.ondemand.sources.{name}")
     except ImportError as error:
         raise UserError(
-            f"source {source} needs the package {error.name}: "
+            f"source {source}: the package {error.name} is not installed; run "
             "pip install 'synister_jax[sources]'"
         ) from None

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FAFB's CATMAID: skeletons and the connectors that they are presynaptic to.
+"""Gets skeletons of FAFB and their presynaptic connectors from CATMAID.
 
-Plain requests: pymaid would bring 30 packages for two of them. Both are documented in
-CATMAID's source (django/applications/catmaid/control), which its servers show at
-/apis/: `{project}/skeletons/validity` in skeleton.py, `{project}/connectors/links/` in
-connector.py. A token goes into `X-Authorization`, so that HTTP's own password fits into
-`Authorization`. Coordinates are nm as CATMAID has them.
+The module sends two kinds of requests itself, because pymaid would install 30 packages
+for them. `{project}/skeletons/validity` is documented in skeleton.py of CATMAID's
+source (django/applications/catmaid/control), and `{project}/connectors/links/` in
+connector.py. CATMAID servers show this documentation at /apis/.
+
+The token is sent as `X-Authorization`, so that `Authorization` is free for the HTTP
+user and password. Coordinates are in nm, as CATMAID has them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,15 +20,15 @@ from synister_jax.base.errors import UserError
 from synister_jax.ondemand.sources import SITES, Found, http_session
 from synister_jax.ondemand.sources.credentials import SourceSettings
 
-_BATCH = 50  # skeletons a request
+_BATCH = 50  # skeletons for each request
 
 
 def presynaptic_sites(
     neuron_ids: Sequence[int], settings: SourceSettings
 ) -> Iterator[Found]:
-    """See `sources.presynaptic_sites`. A connector is one site of a skeleton.
+    """Implements `sources.presynaptic_sites`. Each connector is one site.
 
-    Connectors come in the order of their ids.
+    The connectors of a skeleton have the order of their ids.
     """
     with _session(settings) as session:
         for first in range(0, len(neuron_ids), _BATCH):
@@ -42,10 +44,10 @@ def presynaptic_sites(
 def listing(
     settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
-    """Not offered: CATMAID would answer with all connectors at once."""
+    """Raises `UserError`, because CATMAID would send all connectors at once."""
     raise UserError(
-        f"source {settings.source} cannot list a whole volume: CATMAID gives all "
-        "connectors at once or none; ask for neurons, or use a published table with "
+        f"source {settings.source} cannot list a whole volume: CATMAID cannot send "
+        "connectors in parts; ask for neurons, or use a published table with "
         "--source=none --synapses=TABLE"
     )
 
@@ -58,7 +60,8 @@ def _session(settings: SourceSettings) -> http_session.Session:
     if token:
         session.headers["X-Authorization"] = f"Token {token}"
     if settings["user"]:
-        # requests would write text as Latin-1; its types know of text alone.
+        # requests would encode text as Latin-1, so bytes are given. The type hints of
+        # requests allow only text.
         session.auth = (settings["user"].encode(), password.encode())  # type: ignore[assignment]
     return session
 
@@ -70,11 +73,11 @@ def _ask(
     ids: list[int],
     **form: str,
 ) -> tuple[str, Any]:
-    """(address, answer) of a request about skeletons."""
+    """Returns the address and the answer of a request about skeletons."""
     url = f"{settings['url'].rstrip('/')}/{settings['project']}/{path}"
     fields = {f"skeleton_ids[{i}]": str(neuron) for i, neuron in enumerate(ids)}
     answer = session.json("POST", url, data=fields | form)
-    # CATMAID tells of errors in an answer like any other (catmaid/middleware.py).
+    # CATMAID reports errors in an answer with a normal status (catmaid/middleware.py).
     if isinstance(answer, dict) and "error" in answer:
         why = " ".join(str(answer["error"]).split())
         why = session.redacted(why)[: http_session.DETAIL]
@@ -88,7 +91,7 @@ def _ask(
 def _known(
     session: http_session.Session, settings: SourceSettings, ids: list[int]
 ) -> set[int]:
-    """Those that are skeletons of the project; the answer is a list of their ids."""
+    """Returns the ids that are skeletons of the project."""
     url, answer = _ask(session, settings, "skeletons/validity", ids)
     if not isinstance(answer, list) or not all(type(n) is int for n in answer):
         raise session.broken(url, "no list of skeleton ids")
@@ -98,7 +101,10 @@ def _known(
 def _sites(
     session: http_session.Session, settings: SourceSettings, ids: list[int]
 ) -> pa.Table:
-    """Of `SITES`: the answer's `links` start with skeleton, connector, x, y and z."""
+    """Returns the connectors with the columns of `SITES`.
+
+    Each of the `links` of an answer starts with skeleton, connector, x, y and z.
+    """
     if not ids:
         return SITES.empty_table()
     url, answer = _ask(
@@ -121,7 +127,7 @@ def _sites(
         ]
     except (KeyError, TypeError, ValueError, OverflowError, pa.ArrowException):
         raise session.broken(url, "no connector links") from None
-    # A skeleton may have several nodes at a connector.
+    # A skeleton can have several nodes at a connector. Each pair is kept once.
     pairs = np.stack([arrays[1].to_numpy(), arrays[0].to_numpy()], axis=1)
     _, first = np.unique(pairs, axis=0, return_index=True)
     return pa.table(arrays, schema=SITES).take(pa.array(first))

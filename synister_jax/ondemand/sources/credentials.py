@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers and credentials of the sources, from the environment or an ini file.
+"""Reads the servers and credentials of the sources.
 
-The environment comes first, then the ini's section of the source's name, then its
-`[Credentials]` section, which is all that the original's files have
-(`catmaid_credentials.ini`: user, password, token; `neuprint_credentials.ini`: server,
-dataset, token). A `None` in such a file is nothing, as there.
+A setting is taken from the first of these places that has it:
+
+1. an environment variable,
+2. the section of the ini file that has the name of the source,
+3. the section `[Credentials]` of the ini file.
+
+The original's files have only the last section. `catmaid_credentials.ini` has user,
+password and token. `neuprint_credentials.ini` has server, dataset and token. As in the
+original, the value `None` in an ini file means that the setting is not given.
 """
 
 import configparser
@@ -20,15 +25,17 @@ from synister_jax.base.errors import UserError, redact
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:
-    variables: tuple[str, ...]  # of the environment, the first one that is set
+    # Environment variables. The first variable that is set is used.
+    variables: tuple[str, ...]
     default: str = ""
 
 
-# Other programmes read some of these variables too: pymaid and catpy CATMAID_API_TOKEN,
-# CATMAID_HTTP_USER and CATMAID_HTTP_PASSWORD, neuprint-python its own. CATMAID's server
-# is that of funkelab's synistereq; the data sets are the newest that neuPrintHTTP's
-# support/llms-txt lists; the address of the transform service is fafbseg-py's
-# (spine/base.py), its scale 4 synistereq's.
+# Other programs read some of these variables, too. pymaid and catpy read
+# CATMAID_API_TOKEN, CATMAID_HTTP_USER and CATMAID_HTTP_PASSWORD. neuprint-python reads
+# its own variables. The default of CATMAID's server comes from funkelab's
+# synistereq. The default data sets are the newest ones in support/llms-txt of
+# neuPrintHTTP. The address of the transform service comes from fafbseg-py
+# (spine/base.py), and its scale 4 from synistereq.
 _CATMAID = {
     "url": _Setting(
         ("CATMAID_URL",),
@@ -77,7 +84,7 @@ _SHOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class SourceSettings:
-    """What a source is asked with. Its text never shows a value."""
+    """The settings of a source. Their text (`repr`) never shows a value."""
 
     source: str
     values: Mapping[str, str] = dataclasses.field(repr=False)
@@ -88,18 +95,18 @@ class SourceSettings:
         return self.values[name]
 
     def shown(self) -> dict[str, str]:
-        """What an answer depends on and everybody may see, as the data set."""
+        """Returns the public settings on which an answer depends, as the data set."""
         shown = {n: redact(v) for n, v in self.values.items() if n in _SHOWN}
         if self.synapses is not None:
             path = pathlib.Path(self.synapses)
             shown["synapses"] = redact(path.name)
-            if path.is_file():  # another one of that name is another table
+            if path.is_file():  # tells apart tables of the same name
                 about = path.stat()
                 shown["table"] = f"{about.st_size} bytes, {about.st_mtime_ns} ns"
         return shown
 
     def where(self, name: str) -> str:
-        """How to give a setting, for messages."""
+        """Returns a text for messages that says how to give a setting."""
         variable = _KNOWN[self.source][name].variables[0]
         return f"{variable} (or {name} in section [{self.source}] of --credentials)"
 
@@ -110,10 +117,17 @@ def read(
     environment: Mapping[str, str],
     synapses: str | os.PathLike[str] | None,
 ) -> SourceSettings:
-    """The settings of a source that is known.
+    """Returns the settings of a source.
+
+    Args:
+      source: the name of the source, which must exist.
+      ini: the ini file, or None.
+      environment: the environment variables.
+      synapses: for the source `none`, the synapse table in which neurons are looked up.
 
     Raises:
-      UserError: the ini is absent, is none, or has a name that the source does not.
+      UserError: the ini file cannot be read, is not an ini file, or has a setting that
+        the source does not have, or the token is not valid.
     """
     sections = _sections(source, ini)
     values = {}
@@ -129,7 +143,7 @@ def read(
 
 
 def _token(settings: SourceSettings) -> str:
-    """Alone, where the JSON document around it was given, as neuPrint's page shows."""
+    """Returns the token. The JSON document of neuPrint's page is accepted, too."""
     text = settings["token"]
     try:
         text = json.loads(text)["token"] if text.startswith("{") else text.strip('"')
@@ -138,8 +152,8 @@ def _token(settings: SourceSettings) -> str:
         usable = False
     if not usable:
         raise UserError(
-            f"the token of {settings.source} is none: it has blanks or unusual "
-            f"characters; give it anew as {settings.where('token')}"
+            f"the token of {settings.source} is not valid: the token has blanks or "
+            f"unusual characters; give the token again as {settings.where('token')}"
         )
     return text
 
@@ -147,7 +161,7 @@ def _token(settings: SourceSettings) -> str:
 def _sections(
     source: str, ini: str | os.PathLike[str] | None
 ) -> list[Mapping[str, str]]:
-    """Those that count for the source, the first one most."""
+    """Returns the sections for the source. Earlier sections take precedence."""
     if ini is None:
         return []
     parser = configparser.ConfigParser(interpolation=None)
@@ -157,12 +171,14 @@ def _sections(
     except OSError as error:
         raise UserError(f"cannot read {ini}: {error.strerror}") from None
     except (configparser.Error, UnicodeDecodeError):
-        # The reason would quote the line, which may hold a password.
+        # The reason is left out, because it quotes a line that can hold a password.
         raise UserError(
-            f"{ini} is no ini file: write [{source}] and lines such as token = …"
+            f"{ini} is not an ini file; write [{source}] and lines such as token = …"
         ) from None
     if not {*_KNOWN, _SHARED} & {*parser.sections()}:
-        raise UserError(f"{ini} has no section [{source}], and no [{_SHARED}]; add one")
+        raise UserError(
+            f"{ini} has no section [{source}] and no section [{_SHARED}]; add one"
+        )
     if parser.has_section(source):
         for name in parser[source]:
             if name not in _KNOWN[source]:

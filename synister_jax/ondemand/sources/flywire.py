@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlyWire: synapses of CAVE's materialized table, asked with caveclient; to FAFB's nm.
+"""Gets FlyWire's synapses from CAVE with caveclient, and moves them to FAFB v14.
 
-The rows of the table are connections, each with an id and a presynaptic position; so
-one T-bar with several partners has several sites, as in the published predictions.
+The rows of CAVE's materialized table are connections. Each connection has an id and a
+presynaptic position. A T-bar with several partners therefore has several sites, as in
+the published predictions.
 
-FlyWire's section alignment is not FAFB v14's. A service knows the displacement of every
-place: flyconnectome/transform_service, app/main.py, `transform_values`, which takes
-and gives voxels of 4 x 4 x 40 nm; funkelab's synistereq rounds what it gives to whole
-voxels, and so do we. Its answer is in CATMAID's frame, one section from the N5's.
+FlyWire and FAFB v14 align the sections differently. A service knows the displacement at
+every position (flyconnectome/transform_service, app/main.py, `transform_values`). The
+service takes and returns voxels of 4 x 4 x 40 nm. Its answers are rounded to whole
+voxels, as in funkelab's synistereq. The answers are in CATMAID's frame, which differs
+from the frame of the N5 container by one section.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +26,18 @@ from synister_jax.ondemand.sources import SITES, Found, http_session
 from synister_jax.ondemand.sources.credentials import SourceSettings
 
 _VOXEL_SIZE_NM = {"x": 4.0, "y": 4.0, "z": 40.0}
-_POINTS = 1_000  # of a request to the transform service, as the original's
-_BATCH = 20  # root ids a request
-# Rows that a query may have. Servers cut at 200,000 and more (QUERY_LIMIT_SIZE of
-# CAVEconnectome/MaterializationEngine), and say so in a header only.
+# The points of one request to the transform service, as in the original.
+_POINTS = 1_000
+_BATCH = 20  # root ids for each request
+# The largest number of rows of a query. Servers cut answers after 200,000 rows or more
+# (QUERY_LIMIT_SIZE of CAVEconnectome/MaterializationEngine). Only a header says that an
+# answer is cut.
 _MOST_ROWS = 100_000
 _COLUMNS = ["id", "pre_pt_root_id", "pre_pt_position"]
 
 
 class _Info(http_session.OwnSession, infoservice.InfoServiceClient):
-    """Of caveclient, with our time-outs and retries; so are the others."""
+    """A client of caveclient with our time-outs and retries, as the two below."""
 
 
 class _Materialization(
@@ -49,9 +53,9 @@ class _ChunkedGraph(http_session.OwnSession, chunkedgraph.ChunkedGraphClient):
 def presynaptic_sites(
     neuron_ids: Sequence[int], settings: SourceSettings
 ) -> Iterator[Found]:
-    """See `sources.presynaptic_sites`; sites come in the order of their ids.
+    """Implements `sources.presynaptic_sites`. Sites have the order of their ids.
 
-    A root id is known that was one at the time of the materialization.
+    A root id is known if it was a root id at the time of the materialization.
     """
     cave = _Cave(settings)
     for first in range(0, len(neuron_ids), _BATCH):
@@ -69,11 +73,11 @@ def presynaptic_sites(
 def listing(
     settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
-    """Not offered: CAVE cuts queries, and offsets do not lead further."""
+    """Raises `UserError`, because CAVE cuts long answers and cannot send the rest."""
     raise UserError(
         f"source {settings.source} cannot list a whole volume: CAVE cuts large "
-        "answers. Take the published table of all synapses "
-        "(https://doi.org/10.5281/zenodo.10676866) into the volume's frame, and ask "
+        "answers; convert the published table of all synapses "
+        "(https://doi.org/10.5281/zenodo.10676866) to the volume frame, and use it "
         "with --source=none --synapses=TABLE"
     )
 
@@ -81,13 +85,18 @@ def listing(
 def to_fafb(
     coordinates: Mapping[str, np.ndarray], settings: SourceSettings
 ) -> dict[str, np.ndarray]:
-    """`x`, `y`, `z` in nm of CATMAID's FAFB v14 for those in nm of FlyWire.
+    """Moves positions from FlyWire's frame to the frame of CATMAID's FAFB v14.
 
-    Whole voxels times the voxel size. NaN where a coordinate is NaN, or where the
-    service knows no displacement.
+    Args:
+      coordinates: `x`, `y` and `z` in nm in FlyWire's frame, each [n].
+      settings: the settings of the source.
+
+    Returns:
+      `x`, `y` and `z` in nm, each [n] float64, rounded to whole voxels. A position is
+      NaN if a coordinate is NaN or the service knows no displacement there.
 
     Raises:
-      UserError: the service does not answer, or not as documented.
+      UserError: the service does not answer, or its answer has not the documented form.
     """
     points = np.stack(
         [np.asarray(coordinates[a], np.float64) / _VOXEL_SIZE_NM[a] for a in "xyz"],
@@ -103,21 +112,21 @@ def to_fafb(
             payload = {"locations": points[rows].tolist()}
             answer = session.json("POST", url, json=payload)
             try:
-                # null where there is no displacement
+                # A position without a displacement has null values.
                 moved = np.array(
                     [[point[axis] for axis in "xyz"] for point in answer], np.float64
                 )
             except (TypeError, KeyError, ValueError):
                 moved = np.zeros((0, 3))
             if moved.shape != (len(rows), 3):
-                raise session.broken(url, "no point for each that was asked")
+                raise session.broken(url, "no point for each position that was sent")
             result[rows] = np.rint(moved)
     result[np.isnan(result).any(axis=1)] = np.nan
     return {axis: result[:, i] * _VOXEL_SIZE_NM[axis] for i, axis in enumerate("xyz")}
 
 
 class _Cave:
-    """The services of a datastack, each where the info service says."""
+    """The services of a datastack, at the addresses that the info service gives."""
 
     def __init__(self, settings: SourceSettings) -> None:
         self._settings = settings
@@ -128,7 +137,7 @@ class _Cave:
             )
         except (OSError, ValueError, AttributeError):
             raise UserError(
-                "caveclient's own file of tokens is broken; mend it, or set "
+                "caveclient's own file of tokens is broken; correct the file, or set "
                 f"{settings.where('token')}"
             ) from None
         self._cut = False
@@ -153,7 +162,10 @@ class _Cave:
             raise self._broken(error) from None
 
     def sites(self, roots: list[int]) -> pa.Table:
-        """Of `SITES`, in the order of roots' ids and their own."""
+        """Returns the sites of roots with the columns of `SITES`.
+
+        The rows are sorted by root id, then by synapse id.
+        """
         frame = pd.concat(self._rows(roots, {}))
         frame = frame.sort_values(["pre_pt_root_id", "id"])
         arrays = [frame[name].to_numpy(np.int64) for name in _COLUMNS[:2]]
@@ -162,7 +174,7 @@ class _Cave:
         return pa.table(arrays, schema=SITES)
 
     def roots(self, ids: list[int]) -> set[int]:
-        """Those that are root ids at the time of the materialization."""
+        """Returns the ids that were root ids at the time of the materialization."""
         if not ids:
             return set()
         try:
@@ -183,7 +195,10 @@ class _Cave:
         return {root for root, is_root in zip(ids, latest, strict=True) if is_root}
 
     def _rows(self, roots: list[int], ids: dict[str, int]) -> list[pd.DataFrame]:
-        """The table's rows of the roots with `from` <= id < `below`, in pieces."""
+        """Returns the rows of the roots with `from` <= id < `below`, in pieces.
+
+        If an answer is cut, the request is split and sent again.
+        """
         self._cut = False
         options: dict[str, Any] = {}
         if "from" in ids:
@@ -229,15 +244,15 @@ class _Cave:
         self._cut |= "Limited query" in response.headers.get("Warning", "")
 
     def _broken(self, error: Exception) -> UserError:
-        """For what caveclient raises over an answer that is not as documented."""
+        """Returns the error for an answer that caveclient cannot use."""
         session = self._session()
         if isinstance(error, base.ServerIncompatibilityError):
             return session.problem(self._settings["url"], "is too old for caveclient")
-        what = f"what caveclient cannot use ({type(error).__name__})"
+        what = f"data that caveclient cannot use ({type(error).__name__})"
         return session.broken(self._settings["url"], what)
 
 
-# Of caveclient and pandas, where the answer lacks something or has another shape.
+# caveclient and pandas raise these errors if an answer has not the documented form.
 _ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -250,7 +265,7 @@ _ERRORS = (
 
 
 def _check(frame: pd.DataFrame, roots: list[int]) -> None:
-    """ValueError unless it has the columns asked for, of the roots asked for."""
+    """Raises an error if the frame lacks a column or has a row of another root."""
     for name in ("id", "pre_pt_root_id"):
         if not pd.api.types.is_integer_dtype(frame[name]):
             raise ValueError(name)
@@ -265,6 +280,6 @@ def _version(settings: SourceSettings) -> int:
         return int(settings["materialization"])
     except ValueError:
         raise UserError(
-            f"{settings['materialization']!r} is no number of a materialization: set "
-            f"{settings.where('materialization')}"
+            f"{settings['materialization']!r} is not the number of a materialization; "
+            f"set {settings.where('materialization')}"
         ) from None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a service over HTTP: retries, time-outs, bounded answers, errors in words.
+"""Sends requests to a service over HTTP, with retries, time-outs and clear errors.
 
-urllib3 repeats a request whose connection fails or whose status says to come back, with
-exponential back-off and jitter, or after as long as `Retry-After` says. Every request
-here reads, POSTs too, so each may be repeated. No message holds a secret.
+urllib3 repeats a request if the connection fails or the status asks for a repetition.
+The waiting time grows exponentially with jitter, or is the time that `Retry-After`
+gives. All requests here only read data, POST requests too. Each request can therefore
+be repeated. No message contains a secret, and the size of an answer is limited.
 """
 
 import io
@@ -21,8 +22,8 @@ import urllib3
 from synister_jax.base.errors import UserError
 
 CONNECT_SECONDS = 10.0
-READ_SECONDS = 180.0  # neuPrint thinks for minutes over a large query
-WHOLE_SECONDS = 900.0  # one answer, from its first byte to its last
+READ_SECONDS = 180.0  # neuPrint can need minutes for a large query
+WHOLE_SECONDS = 900.0  # for one answer, from its first byte to its last
 MOST_BYTES = 256 << 20
 RETRIES = urllib3.Retry(
     total=5,
@@ -36,40 +37,45 @@ RETRIES = urllib3.Retry(
     retry_after_max=300,
     raise_on_status=False,
 )
-DETAIL = 200  # characters of what a service says about an error
+DETAIL = 200  # characters that are shown of the error text of a service
 
 
 class Session(requests.Session):
-    """Answers that are usable, or `UserError`, whoever asks through it."""
+    """A session that returns usable answers only, and raises `UserError` otherwise."""
 
     def __init__(self, service: str, credentials: str, secrets: Iterable[str]) -> None:
-        """
+        """Makes a session.
+
         Args:
-          service: its name, for messages.
-          credentials: how to give them, for messages.
-          secrets: what no message may hold.
+          service: the name of the service, for messages.
+          credentials: how to give the credentials, for messages.
+          secrets: texts that no message may contain.
         """
         self._service, self._credentials = service, credentials
         self._secrets = [secret for secret in secrets if secret]
         super().__init__()
-        # Or an entry of ~/.netrc would take the place of a client's own header.
+        # Without this, an entry of ~/.netrc would replace the header of a client.
         self.auth = _as_it_is
 
     def mount(
         self, prefix: str | bytes, adapter: requests.adapters.BaseAdapter
     ) -> None:
-        """A client's own adapter would not retry as ours does."""
+        """Mounts our adapter, because the adapter of a client retries differently."""
         super().mount(prefix, requests.adapters.HTTPAdapter(max_retries=RETRIES))
 
     def send(
         self, request: requests.PreparedRequest, **options: Any
     ) -> requests.Response:
-        """The whole answer, with a status below 300 and no web page."""
-        # A redirect of a service leads to a login page, or would lose a POST's body.
+        """Returns the whole answer, which has a status below 300 and is not a web page.
+
+        Raises:
+          UserError: the service cannot be reached, or gives another answer.
+        """
+        # A redirect leads to a login page, or would lose the body of a POST request.
         options |= {"stream": True, "allow_redirects": False}
         options["timeout"] = (CONNECT_SECONDS, READ_SECONDS)
         retries = RETRIES
-        url = request.url or ""  # one that is prepared has it
+        url = request.url or ""  # a prepared request has a URL
         while True:
             try:
                 response = super().send(request, **options)
@@ -84,7 +90,7 @@ class Session(requests.Session):
                         request.method, request.url, error=error
                     )
                 except urllib3.exceptions.HTTPError:
-                    why = "breaks off its answer again and again: try later"
+                    why = "breaks off its answer again and again: try again later"
                     raise self.problem(url, why) from None
                 retries.sleep()
         response.raw = io.BytesIO(content)
@@ -92,32 +98,41 @@ class Session(requests.Session):
         return response
 
     def json(self, method: str, url: str, **options: Any) -> Any:
-        """The answer as JSON; options as of `requests.Session.request`."""
+        """Returns the answer as JSON; takes the options of `requests.Session.request`.
+
+        Raises:
+          UserError: the service gives no usable answer, or the answer is not JSON.
+        """
         try:
             response = self.request(method, url, **options)
-        except requests.RequestException as error:  # an address that is none
+        except requests.RequestException as error:  # the address is not valid
             raise self.problem(url, _reason(error)) from None
         try:
             return json.loads(response.content)
         except (ValueError, RecursionError):
-            raise self.broken(url, "what is not JSON") from None
+            raise self.broken(url, "text that is not JSON") from None
 
     def broken(self, url: str, what: str) -> UserError:
-        """For an answer of another shape than the documented one."""
+        """Returns the error for an answer that has not the documented form."""
         return self.problem(
-            url, f"answers with {what}; rerun, and if that stays check the address"
+            url,
+            f"answers with {what}: run the command again; if the error stays, check "
+            "the address",
         )
 
     def problem(self, url: str, why: str) -> UserError:
-        """A UserError that names the service, without path and secrets."""
+        """Returns a `UserError` that names the service, without path and secrets."""
         try:
             host = urlsplit(url).netloc.rpartition("@")[2] or url
         except ValueError:
-            host = "an address that is none"
+            host = "an invalid address"
         return UserError(self.redacted(f"{self._service} at {host} {why}"))
 
     def redacted(self, text: str) -> str:
-        """Without secrets. Before it is cut: what is left of one would not be found."""
+        """Returns a text without secrets. Cut the text only afterwards.
+
+        A part of a secret would not be found.
+        """
         for secret in self._secrets:
             text = text.replace(secret, "…")
         return text
@@ -125,15 +140,18 @@ class Session(requests.Session):
     def _read(self, response: requests.Response) -> bytes:
         end = time.monotonic() + WHOLE_SECONDS
         pieces, size = [], 0
-        # Not iter_content: that waits for a full piece, however slowly it fills.
+        # iter_content would wait for a full piece, even if the data come very slowly.
         while piece := response.raw.read1(1 << 16, decode_content=True):
             pieces.append(piece)
             size += len(piece)
             if size > MOST_BYTES:
-                why = f"answers with more than {MOST_BYTES >> 20} MiB; ask for less"
+                why = f"answers with more than {MOST_BYTES >> 20} MiB: ask for less"
                 raise self.problem(response.url, why)
             if time.monotonic() > end:
-                why = f"takes more than {WHOLE_SECONDS:.0f} s for an answer; try later"
+                why = (
+                    f"takes more than {WHOLE_SECONDS:.0f} s for an answer: try again "
+                    "later"
+                )
                 raise self.problem(response.url, why)
         return b"".join(pieces)
 
@@ -143,16 +161,18 @@ class Session(requests.Session):
         page = "html" in kind or content[:64].lstrip().lower().startswith(b"<")
         detail = "" if page else self._detail(content)
         if 300 <= status < 400:
-            why = "sends elsewhere, perhaps to log in: check the address, and set "
+            why = (
+                "redirects the request, perhaps to a login: check the address, and set "
+            )
             why += self._credentials
         elif status in (401, 403):
-            why = f"refuses ({status}{detail}): set {self._credentials}"
+            why = f"refuses access ({status}{detail}): set {self._credentials}"
         elif status == 404:
-            why = f"has nothing there (404{detail}): check the address and its settings"
+            why = f"has nothing at this path (404{detail}): check address and settings"
         elif status == 429:
-            why = f"has had too many requests (429{detail}): try later"
+            why = f"reports too many requests (429{detail}): try again later"
         elif status >= 500:
-            why = f"fails ({status}{detail}): try later"
+            why = f"fails ({status}{detail}): try again later"
         elif status >= 400:
             why = f"does not accept the request ({status}{detail})"
         elif page:
@@ -163,7 +183,7 @@ class Session(requests.Session):
         raise self.problem(response.url, why)
 
     def _detail(self, content: bytes) -> str:
-        """`: reason` of an error that is told in JSON, one line, or nothing."""
+        """Returns `: reason` in one line for a JSON error, otherwise an empty text."""
         try:
             told = json.loads(content)
         except (ValueError, RecursionError):
@@ -178,7 +198,7 @@ class Session(requests.Session):
 
 
 class OwnSession:
-    """Mixed into a client that makes a session for itself: it gets ours instead."""
+    """A mixin that gives our session to a client that would make its own session."""
 
     def __init__(self, own: Session, *arguments: Any, **options: Any) -> None:
         self._own = own
@@ -198,12 +218,12 @@ def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 
 def _reason(error: Exception) -> str:
-    """In words, without the address, which may hold a secret."""
+    """Returns the reason in words, without the address, which can contain a secret."""
     text = str(error)
     if isinstance(error, requests.exceptions.ConnectTimeout):
         return f"cannot be reached within {CONNECT_SECONDS:.0f} s: check the address"
     if "timed out" in text:
-        return f"does not answer within {READ_SECONDS:.0f} s: try later"
+        return f"does not answer within {READ_SECONDS:.0f} s: try again later"
     if isinstance(error, requests.exceptions.SSLError):
         return "has no certificate that is trusted here: check the address"
     if isinstance(error, requests.exceptions.ConnectionError):

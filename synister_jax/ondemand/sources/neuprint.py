@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hemibrain and male VNC: neuPrint's T-bars, asked with neuprint-python.
+"""Gets the T-bars of hemibrain and male VNC from neuPrint with neuprint-python.
 
-The client knows the server's addresses, payloads and errors; the questions are Cypher
-of our own over neuPrint's data model: (:Segment)-[:Contains]->(:SynapseSet)
--[:Contains]->(:Synapse), of which `fetch_synapses` also asks. That function is not
-used: it fetches every property of a synapse, regions and all, and lists nothing whole.
-Coordinates are voxels of 8 nm; ids are made of them, as FlyEM counts.
+The client knows the addresses, payloads and errors of the server. The queries of this
+module are written in Cypher for neuPrint's data model: (:Segment)-[:Contains]->
+(:SynapseSet)-[:Contains]->(:Synapse). The function `fetch_synapses` of the client uses
+the same model. It is not used here, because it fetches every property of a synapse,
+including its regions, and cannot list a whole volume.
+
+Coordinates are in voxels of 8 nm. The ids are computed from the coordinates, in the
+same way as FlyEM does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,24 +23,24 @@ from synister_jax.ondemand.sources import SITES, Found, http_session
 from synister_jax.ondemand.sources.credentials import SourceSettings
 from synister_jax.tables import ids_from_positions
 
-_BATCH = 10  # bodies a request for neurons, as neuprint-python's own batches
-# A page of a listing has bodies until their T-bars are this many.
+_BATCH = 10  # bodies for each request, as in neuprint-python
+# A page of a listing has at most this many T-bars, but at least one body.
 _PAGE_SITES = 50_000
 _PAGE_BODIES = 2_000
 
 
 class _Client(http_session.OwnSession, neuprint.Client):
-    """neuprint-python with our time-outs and retries."""
+    """The client of neuprint-python with our time-outs and retries."""
 
     def arrow_endpoint(self) -> bool:
-        """Not used here; the client would ask about it before every question."""
+        """Returns False; otherwise the client asks the server before every query."""
         return False
 
 
 def presynaptic_sites(
     neuron_ids: Sequence[int], settings: SourceSettings
 ) -> Iterator[Found]:
-    """See `sources.presynaptic_sites`; sites come in the order of their ids."""
+    """Implements `sources.presynaptic_sites`. Sites have the order of their ids."""
     client = _client(settings)
     for first in range(0, len(neuron_ids), _BATCH):
         batch = [int(neuron) for neuron in neuron_ids[first : first + _BATCH]]
@@ -56,11 +59,11 @@ def presynaptic_sites(
 def listing(
     settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
-    """See `sources.listing`; `after` is the last body id of a page.
+    """Implements `sources.listing`. `after` is the last body id of a page.
 
-    Bodies come in the order of their ids, which the server has an index of: a page
-    costs the same wherever it is, and is the same whatever was asked before it. A
-    T-bar that is in no connection of its body is not among them.
+    Bodies have the order of their ids, for which the server has an index. Every page
+    therefore takes the same time, and does not depend on earlier requests. T-bars that
+    are in no connection of their body are not listed.
     """
     client = _client(settings)
     last = -1 if after is None else after
@@ -84,24 +87,27 @@ def listing(
 def _client(settings: SourceSettings) -> _Client:
     token, server = settings["token"], settings["server"]
     if not token:
-        raise UserError(f"neuPrint needs a token: set {settings.where('token')}")
+        raise UserError(f"neuPrint needs a token; set {settings.where('token')}")
     session = http_session.Session("neuPrint", settings.where("token"), [token])
     try:
         return _Client(session, server, settings["dataset"], token, progress=False)
-    except RuntimeError as error:  # no such data set, no https
+    except RuntimeError as error:  # unknown data set, or not https
         why = session.redacted(" ".join(str(error).split()))
-        raise UserError(f"{why}: set {settings.where('dataset')}") from None
-    except (ValueError, AttributeError):  # of the list of data sets
+        raise UserError(f"neuPrint: {why}; set {settings.where('dataset')}") from None
+    except (ValueError, AttributeError):  # the list of data sets cannot be read
         raise session.broken(f"//{server}", "no list of data sets") from None
 
 
 def _sites(client: _Client, bodies: Sequence[int]) -> pa.Table:
-    """The T-bars of bodies, of `SITES`, in the order of bodies' ids and their own."""
+    """Returns the T-bars of bodies with the columns of `SITES`.
+
+    The rows are sorted by body id, then by synapse id.
+    """
     columns = _table(
         client,
         "MATCH (n:Segment)-[:Contains]->(:SynapseSet)-[:Contains]->(s:Synapse) "
         f"WHERE n.bodyId IN {list(bodies)} AND s.type = 'pre' "
-        # A T-bar is in a set for each partner of its body.
+        # A T-bar is in one set for each partner of its body. DISTINCT keeps it once.
         "WITH DISTINCT n, s "
         "RETURN n.bodyId, s.location.x, s.location.y, s.location.z",
         ["bodyId", "x", "y", "z"],
@@ -111,7 +117,7 @@ def _sites(client: _Client, bodies: Sequence[int]) -> pa.Table:
     foreign = ~np.isin(body, np.asarray(bodies, np.int64))
     if (ids < 0).any() or foreign.any():
         raise client.session.broken(
-            client.server, "T-bars of other bodies, or outside of any volume"
+            client.server, "T-bars of other bodies, or T-bars outside of any volume"
         )
     arrays = [ids, body, *(values.astype(np.float64) for values in (x, y, z))]
     order = np.lexsort((ids, body))
@@ -119,7 +125,7 @@ def _sites(client: _Client, bodies: Sequence[int]) -> pa.Table:
 
 
 def _table(client: _Client, cypher: str, names: Sequence[str]) -> list[np.ndarray]:
-    """Columns of integers, [n] int64 each, that a question has as its answer."""
+    """Returns the columns of the answer to a query, each [n] int64."""
     try:
         answer = client.fetch_custom(cypher, format="json")
         return [_integers(values) for values in _columns(answer["data"], len(names))]
@@ -135,7 +141,7 @@ def _columns(rows: list[list[Any]], count: int) -> list[tuple[Any, ...]]:
 
 
 def _integers(values: tuple[Any, ...]) -> np.ndarray:
-    """[n] int64. Neo4j's points have floats as coordinates, which are whole."""
+    """Returns values as [n] int64. Neo4j gives coordinates as whole floats."""
     if all(type(value) is int for value in values):
         return np.array(values, np.int64)
     if not all(type(value) in (int, float) for value in values):

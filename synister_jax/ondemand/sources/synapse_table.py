@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source `none`: neurons are looked up in a synapse table, and no service is asked."""
+"""The source `none`: looks up neurons in a synapse table, and asks no service."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,14 +16,19 @@ from synister_jax.tables import reading
 def presynaptic_sites(
     neuron_ids: Sequence[int], settings: SourceSettings
 ) -> Iterator[Found]:
-    """See `sources.presynaptic_sites`; the table is read once for all neurons.
+    """Implements `sources.presynaptic_sites`. The table is read once for all neurons.
 
-    Every synapse of a neuron in the table is a presynaptic site of it, and a neuron
-    without one is not known. Missing coordinates are NaN.
+    Every synapse of a neuron in the table is a presynaptic site of the neuron. A neuron
+    without a synapse in the table is unknown. Missing coordinates are NaN.
+
+    Raises:
+      UserError: no table is given, the table cannot be read, or its neuron_id column is
+        absent or empty.
     """
     if settings.synapses is None:
         raise UserError(
-            "neurons of source none are looked up in a table: give --synapses=TABLE"
+            "source none looks up neurons in a synapse table, but no table is given; "
+            "give --synapses=TABLE"
         )
     asked = pa.array(neuron_ids, pa.int64())
     parts = [SITES.empty_table()]
@@ -37,7 +42,7 @@ def presynaptic_sites(
     if not names_neurons:
         raise UserError(
             f"{settings.synapses} names no neuron: its column neuron_id is absent or "
-            "empty; give a table that has it"
+            "empty; give a table with this column"
         )
     found = pa.concat_tables(parts)
     place = pc.index_in(found["neuron_id"], value_set=asked).to_numpy()
@@ -52,7 +57,8 @@ def presynaptic_sites(
 def listing(
     settings: SourceSettings, after: int | None
 ) -> Iterator[tuple[pa.Table, int | None]]:
-    """Not offered: the table is one."""
+    """Raises `UserError`, because the synapse table is a listing already."""
     raise UserError(
-        "source none has nothing to list: its synapse table is a listing already"
+        "source none cannot list a volume: its synapse table is a listing already; "
+        "use this table"
     )
