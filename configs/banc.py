@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BANC (ssTEM, 45 × 4 × 4 nm): the ResNet-18 of synister_banc, eight transmitters.
+r"""Trains the ResNet-18 of synister_banc for BANC (ssTEM), with eight transmitters.
+
+A voxel has 45 × 4 × 4 nm.
 
     python tools/import_synapses.py --source=banc --input=banc.feather \
         --output=synapses.feather
@@ -9,20 +11,22 @@
     python -m synister_jax.train --config=configs/banc.py --workdir=runs/banc \
         --config.shards=/data/banc/shards
 
-Hardware: parameters and Adam moments take 0.4 GB; any GPU or TPU with 16 GB. Its
-authors' held-out part was watched during training and shares cell types with it. Not
-run with this code.
+Hardware: any GPU or TPU with 16 GB; parameters and Adam moments take 0.4 GB. Expected:
+this configuration has not been run with this code. The authors of BANC watched their
+held-out part during training, and the held-out part shares cell types with the training
+part.
 
-From the original: network, loss, optimiser, batch, crop, jitter; of its augmentation
-rotation by ±90° and flips (here along z too). Not from it, on purpose:
+The network, the loss, the optimiser, the batch, the crop and the jitter are those of
+the original. Rotation by ±90° and flips also come from the original; flips here are
+also along z. These steps of the original are left out on purpose:
 
-- rotation by ±180°, more scaling and more noise for rare transmitters: where strength
-  depends on the class, the traces of resampling and padding give the label away;
-- noise of at most 0.05 grey levels: it changes nothing;
-- scaling, translation beyond the jitter, gamma: not in this chain.
+- Rotation by ±180°, more scaling and more noise for rare transmitters. If the strength
+  depends on the class, the traces of resampling and padding show the label.
+- Noise of at most 0.05 grey levels, because this noise changes nothing.
+- Scaling, translation beyond the jitter, and gamma. This project has no such steps.
 
-The rest is FAFB's chain in voxels. The original computes in mixed precision (float16);
-here --config.compute_dtype=bfloat16 does.
+All other augmentation is that of FAFB, with equal sizes in voxels. The original
+computes in mixed precision (float16). Here --config.compute_dtype=bfloat16 does this.
 """
 
 import math
@@ -60,5 +64,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.class_weights = (1.0, 1.1, 1.0, 1.0, 0.9, 1.0, 1.1, 1.0)
 
     config.batch_size = 16
-    config.num_train_steps = 1_020_000  # the checkpoint that its example chooses
+    config.num_train_steps = 1_020_000  # step of the checkpoint in BANC's example
     return config

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published network, with no brain region in two parts of the split.
+r"""Trains the published network on a split without shared brain regions.
+
+No brain region is in two parts of the split.
 
     python tools/make_splits.py --synapses=fafb.feather --by=brain_region \
         --name=brain_region --output=fafb.feather
     python -m synister_jax.train --config=configs/brain_region.py \
         --workdir=runs/brain_region --config.shards=/data/fafb/shards
 
-The shards of skeleton.py serve: the same tools/shard_crops.py command, run again, takes
-the new split into their index and cuts nothing. Hardware: as skeleton.py. A neuron of
-several regions is in several parts of this split. Not run with this code.
+The shards of skeleton.py can be used. Run their tools/shard_crops.py command again: the
+command adds the new split to the index and cuts no crops.
+
+Hardware: the same as for skeleton.py. Expected: this configuration has not been run
+with this code. If a neuron has synapses in several regions, the neuron can be in
+several parts of this split.
 """
 
 import ml_collections

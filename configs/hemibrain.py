@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hemibrain (FIB-SEM, isotropic 8 nm): 80³ voxels, 640 nm in every direction.
+r"""Trains the network for the hemibrain (FIB-SEM with isotropic voxels of 8 nm).
+
+A crop has 80³ voxels, which is 640 nm in every direction.
 
     python -m synister_jax.train --config=configs/hemibrain.py \
         --workdir=runs/hemibrain --config.shards=/data/hemibrain/shards
 
-Network as the original's production model (synistereq/models: fmaps 24, four
-convolutions in the first level); 117 M parameters. Hardware: parameters and Adam
-moments take 1.4 GB; any GPU or TPU with 16 GB. Not run with this code.
+The network is the original's production model (synistereq/models: fmaps 24, four
+convolutions in the first level). It has 117 M parameters.
+
+Hardware: any GPU or TPU with 16 GB; parameters and Adam moments take 1.4 GB. Expected:
+this configuration has not been run with this code.
 """
 
 import ml_collections
@@ -26,10 +30,11 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def augment_isotropic(augment: ml_collections.ConfigDict) -> None:
-    """The published sizes in nm, alike in every direction.
+    """Sets the published sizes in nm, with equal sizes in every direction.
 
-    The original used FAFB's numbers of voxels here too. FIB-SEM has no sections that
-    could slip or differ in brightness, and z is an axis like the others.
+    The original used the numbers of voxels of FAFB for the hemibrain too. FIB-SEM has
+    no sections that can slip or differ in brightness, and z does not differ from y and
+    x.
     """
     augment.sizes_in = "nm"
     augment.jitter_zyx = (40, 40, 40)

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published network, with no hemilineage in two parts of the split.
+r"""Trains the published network on a split without shared hemilineages.
+
+No hemilineage is in two parts of the split.
 
     python tools/make_splits.py --synapses=fafb.feather --by=hemilineage \
         --name=hemilineage --output=fafb.feather
     python -m synister_jax.train --config=configs/hemilineage.py \
         --workdir=runs/hemilineage --config.shards=/data/fafb/shards
 
-The shards of skeleton.py serve: the same tools/shard_crops.py command, run again, takes
-the new split into their index and cuts nothing. Hardware: as skeleton.py. Expected: a
-stricter test than skeleton.py's, of neurons without a sister in training; not run with
-this code.
+The shards of skeleton.py can be used. Run their tools/shard_crops.py command again: the
+command adds the new split to the index and cuts no crops.
+
+Hardware: the same as for skeleton.py. Expected: the test is stricter than with
+skeleton.py, because no tested neuron has a sister neuron in training. This
+configuration has not been run with this code.
 """
 
 import ml_collections

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Male nerve cord (FIB-SEM, isotropic 8 nm): 80³ voxels, three transmitters, neither.
+r"""Trains the network for the male nerve cord (FIB-SEM with isotropic voxels of 8 nm).
+
+The classes are three transmitters and `neither`. A crop has 80³ voxels.
 
     python tools/import_synapses.py --source=malevnc \
         --input=acetylcholine.csv.gz,gaba.csv.gz,glutamate.csv.gz \
@@ -9,10 +11,12 @@
     python -m synister_jax.train --config=configs/malevnc.py --workdir=runs/malevnc \
         --config.shards=/data/malevnc/shards
 
-Network as the original's production model (synistereq/models: fmaps 16, four classes);
-83.2 M parameters. Hardware: parameters and Adam moments take 1 GB; any GPU or TPU with
-16 GB. Expected: no accuracy is published (ground truth: Takemura et al. 2024, 187
-neurons); not run with this code.
+The network is the original's production model (synistereq/models: fmaps 16, four
+classes). It has 83.2 M parameters.
+
+Hardware: any GPU or TPU with 16 GB; parameters and Adam moments take 1 GB. Expected: no
+accuracy is published, and this configuration has not been run with this code. The
+ground truth has 187 neurons (Takemura et al. 2024).
 """
 
 import ml_collections
@@ -23,7 +27,7 @@ from configs import hemibrain
 def get_config() -> ml_collections.ConfigDict:
     config = hemibrain.get_config()
     config.classes = ("gaba", "acetylcholine", "glutamate", "neither")
-    # About the size of a class: 21,606 T-bars of gaba, 10,869 of glutamate.
+    # This is about the size of a class: gaba has 21,606 T-bars, glutamate has 10,869.
     config.neither_crops = 20_000
     config.model.features = 16
     config.model.convolutions = (2, 2, 2, 2)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small real data set: N5 volume, synapses, shards. Made once a session."""
+"""Fixtures of all tests: a small data set, trained runs, a MongoDB server, a browser.
+
+The data set is an N5 volume, a table of synapses and shards. Each test session makes
+these files once.
+"""
 
 import os
 import pathlib
@@ -9,18 +13,18 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-# Before jax is imported anywhere: four CPU devices in this process, and no look for
-# other accelerators, so that the suite means the same on every machine.
+# This must be set before anything imports jax. Four CPU devices, and no search for
+# accelerators, make the tests behave the same on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
-# Many tests compile the same programs, and so do the commands that they start and the
-# other processes of pytest-xdist.
+# Many tests compile the same programs, and so do the commands that they start. All
+# processes, also those of pytest-xdist, share the compiled programs in this folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-# Most of the suite's time goes into compiling. With less optimisation of machine code
-# the same programs compile a quarter faster.
+# The tests spend most of their time compiling. With less optimisation of the machine
+# code, the same programs compile a quarter faster.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import ml_collections
@@ -45,9 +49,9 @@ if TYPE_CHECKING:
     from playwright import sync_api
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests of a trained run: the first of them waits until it is trained."""
+    """Marks tests that use a trained run as long: the first of them trains it."""
     for item in items:
         if {"trained_run", "short_run"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.long)
@@ -55,7 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def volume_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """24 × 160 × 160 voxels, grey noise with a bright blob at each synapse."""
+    """A volume of 24 × 160 × 160 voxels: noise, and a blob at each labelled synapse.
+
+    The grey value of a blob depends on the class.
+    """
     rng = np.random.default_rng(0)
     array = rng.integers(60, 120, (24, 160, 160), dtype=np.uint8)
     table = synapse_rows()
@@ -71,7 +78,7 @@ def volume_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def synapse_table() -> pa.Table:
-    """90 synapses of 18 neurons; every tenth has no known neurotransmitter."""
+    """90 synapses of 18 neurons; every tenth synapse has no known neurotransmitter."""
     return synapse_rows()
 
 
@@ -102,7 +109,10 @@ def short_config(shards_folder: pathlib.Path) -> ml_collections.ConfigDict:
 def short_run(
     tmp_path_factory: pytest.TempPathFactory, short_config: ml_collections.ConfigDict
 ) -> pathlib.Path:
-    """Steps 10 and 20: sure enough of themselves that confusions would show."""
+    """A run with checkpoints of steps 10 and 20.
+
+    Its predictions are confident enough that a mistake of the code changes them.
+    """
     folder = tmp_path_factory.mktemp("run") / "run"
     training_run.train(short_config, folder)
     return folder
@@ -112,7 +122,10 @@ def short_run(
 def trained_run(
     tmp_path_factory: pytest.TempPathFactory, shards_folder: pathlib.Path
 ) -> pathlib.Path:
-    """Steps 20 and 40: sure enough of itself that swapped rows would show."""
+    """A run with checkpoints of steps 20 and 40.
+
+    Its predictions are confident enough that a test notices swapped rows.
+    """
     config = tiny_config()
     config.shards = str(shards_folder)
     config.num_train_steps = 40
@@ -131,7 +144,7 @@ def own_shards(tmp_path: pathlib.Path, shards_folder: pathlib.Path) -> pathlib.P
 
 @pytest.fixture(scope="session")
 def mongo_server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URI of a server: SYNISTER_MONGO_URI where it is set, else one of our own."""
+    """The URI of a server: SYNISTER_MONGO_URI if that is set, else of a new server."""
     if given := os.environ.get("SYNISTER_MONGO_URI"):
         yield given
         return
@@ -143,7 +156,7 @@ def mongo_server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def mongo_database(mongo_server_uri: str) -> Iterator[str]:
-    """URI of a new database, dropped afterwards with its predictions."""
+    """The URI of a new database, which is dropped afterwards with its predictions."""
     name = f"synister_test_{uuid.uuid4().hex[:12]}"
     uri = mongo_server.with_database(mongo_server_uri, name)
     yield uri
@@ -154,14 +167,15 @@ def mongo_database(mongo_server_uri: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["sync_api.Browser"]:
-    """The machine's Chromium or Chrome; skips where there is none."""
+    """The Chromium or Chrome of this machine; tests are skipped if there is none."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
     with api.sync_playwright() as playwright:
-        # Containers often have no user namespaces; the page is our own.
+        # Chromium's sandbox needs user namespaces, which containers often lack. The
+        # tests open only our own pages, which need no sandbox.
         started = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox"]
         )

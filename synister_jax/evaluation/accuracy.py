@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the counts of a confusion matrix to accuracy, precision, recall and F1."""
+"""Computes accuracy, precision, recall and F1 from the counts of a confusion matrix."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -10,10 +10,11 @@ from synister_jax.evaluation import confusions
 
 
 class Accuracies(TypedDict):
-    """Numbers of a confusion matrix (rows true); None where undefined.
+    """The accuracies of a confusion matrix whose rows are the true classes.
 
-    `accuracy` is the fraction of all that is right, `mean_class_accuracy` the mean
-    recall over the classes that occur; both as the original's `get_accuracy`.
+    `accuracy` is the share of all entries that are right. `mean_class_accuracy` is the
+    mean recall over the classes that occur. Both follow `get_accuracy` of the original.
+    Numbers are None where they are undefined.
     """
 
     count: int
@@ -23,19 +24,24 @@ class Accuracies(TypedDict):
 
 
 class ClassNumbers(TypedDict):
-    """Numbers of one class; one that occurs and is never called has precision None."""
+    """The numbers of one class.
 
-    support: int  # how many are of it
-    called: int  # how many are called so
+    `precision` is None where the class is never called. `recall` and `f1` are None
+    where the class does not occur.
+    """
+
+    support: int  # the number of entries whose true class is this class
+    called: int  # the number of entries that are called this class
     precision: float | None
     recall: float | None
     f1: float | None
 
 
 class Summary(Accuracies):
-    """All numbers of a confusion matrix (rows true); None where undefined.
+    """All numbers of a confusion matrix whose rows are the true classes.
 
-    `macro_f1` is the mean F1 over the classes that occur.
+    `macro_f1` is the mean F1 over the classes that occur. Numbers are None where they
+    are undefined.
     """
 
     macro_f1: float | None
@@ -45,7 +51,16 @@ class Summary(Accuracies):
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Counts [classes, classes], rows true; entries below 0 are not counted."""
+    """Counts the pairs of true class (row) and predicted class (column).
+
+    Args:
+      truth: [n] indices of the true classes; entries below 0 do not count.
+      predicted: [n] indices of the predicted classes; entries below 0 do not count.
+      classes: the number of classes.
+
+    Returns:
+      The counts, int64 [classes, classes].
+    """
     known = (truth >= 0) & (predicted >= 0)
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (truth[known], predicted[known]), 1)
@@ -53,7 +68,7 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
 
 
 def accuracies(counts: np.ndarray) -> Accuracies:
-    """The accuracies of a confusion matrix, int [k, k], rows true."""
+    """Returns the accuracies of a confusion matrix, int [k, k], with true rows."""
     support, right = counts.sum(axis=1), np.diag(counts)
     recall = right[support > 0] / support[support > 0]
     return {
@@ -65,7 +80,7 @@ def accuracies(counts: np.ndarray) -> Accuracies:
 
 
 def summary(counts: np.ndarray, classes: Sequence[str]) -> Summary:
-    """All numbers of a confusion matrix, int [k, k], rows true."""
+    """Returns all numbers of a confusion matrix, int [k, k], with true rows."""
     per_class = {
         name: _of_class(int(right), int(support), int(called))
         for name, right, support, called in zip(
@@ -97,6 +112,6 @@ def _of_class(right: int, support: int, called: int) -> ClassNumbers:
 
 
 def fractions(counts: np.ndarray, axis: int) -> list[list[float | None]]:
-    """`confusions.normalised` for JSON: None where it is undefined."""
+    """Returns `confusions.normalised` as lists for JSON, with None instead of NaN."""
     found = confusions.normalised(counts, axis)
     return [[None if np.isnan(x) else float(x) for x in row] for row in found]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far probabilities can be trusted, and the temperature that mends them.
+"""Measures how well probabilities are calibrated, and fits a temperature to them.
 
-Temperature scaling, expected calibration error and its 15 bins are those of Guo et
-al. 2017 (ICML, arXiv:1706.04599): softmax(logits / T), which softmax(log p / T) equals.
+Temperature scaling, the expected calibration error and its 15 bins follow Guo et al.
+2017 (ICML, arXiv:1706.04599). The paper computes softmax(logits / T). This module
+computes softmax(log p / T), which has the same values.
 
-In all functions `probabilities` are [n, k] and `truth` is [n], the index of the right
-class. Rows with a NaN, and rows whose truth is below 0, do not count. The confidence of
-a row is its highest probability, its call the first class that has it.
+In all functions, `probabilities` has the shape [n, k], and `truth` [n] has the index of
+the right class of each row. Rows with a NaN and rows whose truth is below 0 do not
+count. The confidence of a row is its highest probability. The call of a row is the
+first class that has this probability.
 """
 
 import dataclasses
@@ -15,28 +17,29 @@ from typing import Any
 import numpy as np
 
 BINS = 15
-# Rows that are all right would be surer for ever: the lower bound ends that. At the
-# upper one a top probability of 0.999 of 6 classes has become 0.22.
+# If all rows are right, the best temperature is 0: the lower bound stops the search. At
+# the upper bound, a highest probability of 0.999 among 6 classes becomes 0.22.
 BOUNDS = (0.05, 20.0)
-# Probabilities are saved as float32, in which softmax can be 0: its smallest normal
-# number bounds the logarithm.
+# Probabilities are saved as float32, where a softmax value can become 0. This number,
+# near the smallest normal float32, keeps the logarithm finite.
 _SMALLEST = 1e-38
 
 
 def known(
     probabilities: np.ndarray, truth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that count, of both."""
+    """Returns the rows of both arrays that count: known truth and no NaN."""
     counts = (truth >= 0) & ~np.isnan(probabilities).any(axis=1)
     return probabilities[counts], truth[counts]
 
 
 def fit(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """The temperature of the least mean cross-entropy, within `BOUNDS`.
+    """Returns the temperature, within `BOUNDS`, with the least mean cross-entropy.
 
-    1 where no other is better. One row, at least, must count.
+    The temperature is 1 where no other temperature is better. At least one row must
+    count.
     """
-    from scipy import optimize  # half a second to import
+    from scipy import optimize  # takes half a second to import
 
     probabilities, truth = known(probabilities, truth)
     logs = _logs(probabilities)
@@ -44,35 +47,41 @@ def fit(probabilities: np.ndarray, truth: np.ndarray) -> float:
     def at(temperature: float) -> float:
         return _cross_entropy(logs / temperature, truth)
 
-    # Convex in 1 / T, so that there is one minimum.
+    # The cross-entropy is convex in 1 / T, so there is only one minimum.
     found = optimize.minimize_scalar(
         lambda log_temperature: at(np.exp(log_temperature)),
         bounds=np.log(BOUNDS),
         method="bounded",
         options={"xatol": 1e-6},
     )
-    # It never tries the bounds themselves; of equal ones the first.
+    # The bounded method never tries the bounds themselves. Among equally good
+    # temperatures, the first is used.
     return min((1.0, *BOUNDS, float(np.exp(found.x))), key=at)
 
 
 def apply(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(log p / temperature), [n, k] float32; rows with a NaN are all NaN."""
+    """Returns softmax(log p / temperature), [n, k] float32.
+
+    A row with a NaN becomes NaN in all classes.
+    """
     values = np.exp(_log_softmax(_logs(probabilities) / temperature))
     return values.astype(np.float32)
 
 
 def loss(probabilities: np.ndarray, truth: np.ndarray) -> float | None:
-    """Mean cross-entropy in nats; None where no row counts."""
+    """Returns the mean cross-entropy in nats, or None where no row counts."""
     probabilities, truth = known(probabilities, truth)
     return _cross_entropy(_logs(probabilities), truth) if len(truth) else None
 
 
 def reliability(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """{ece, bins}: expected calibration error, and what it is the mean over.
+    """Returns the expected calibration error and the bins that it is computed from.
 
-    `bins` are {low, high, count, confidence, accuracy} of the rows whose confidence is
-    above `low` and not above `high`; the two means are None in an empty one. `ece` is
-    the mean of |accuracy - confidence| weighted by count, None where no row counts.
+    Returns:
+      {ece, bins}. Each bin is {low, high, count, confidence, accuracy}, over the rows
+      whose confidence is above `low` and at most `high`. `confidence` and `accuracy`
+      are means, and None in an empty bin. `ece` is the mean of |accuracy - confidence|
+      over the bins, weighted by count; it is None where no row counts.
     """
     probabilities, truth = known(probabilities, truth)
     confidence, right = _calls(probabilities, truth)
@@ -99,17 +108,19 @@ def reliability(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What is kept as the threshold on the confidence falls; none where no row counts.
+    """The rows that are kept as the threshold on the confidence falls.
 
-    Rows of equal confidence are kept together: one entry for each confidence.
+    There is one entry for each confidence that occurs, because rows of equal confidence
+    are kept together. The curve is empty where no row counts.
     """
 
-    threshold: np.ndarray  # [m] descending: kept are the rows at or above it
-    kept: np.ndarray  # [m] int64, rows
-    right: np.ndarray  # [m] int64, of them
+    threshold: np.ndarray  # [m] descending; rows at or above the threshold are kept
+    kept: np.ndarray  # [m] int64, number of kept rows
+    right: np.ndarray  # [m] int64, number of kept rows that are right
 
     @classmethod
     def of(cls, probabilities: np.ndarray, truth: np.ndarray) -> "Curve":
+        """Returns the curve of these rows."""
         confidence, right = _calls(*known(probabilities, truth))
         values, place, counts = np.unique(
             -confidence, return_inverse=True, return_counts=True
@@ -119,23 +130,23 @@ class Curve:
 
     @property
     def coverage(self) -> np.ndarray:
-        """[m] share of the rows that is kept."""
+        """The share of the rows that is kept, [m]."""
         return self.kept / self.kept[-1:]
 
     @property
     def precision(self) -> np.ndarray:
-        """[m] share of the kept rows that is right."""
+        """The share of the kept rows that is right, [m]."""
         return self.right / self.kept
 
     def lowest(self, precision: float) -> float | None:
-        """The lowest threshold whose kept rows are that precise; None if none is."""
+        """Returns the lowest threshold with at least this precision, or None."""
         enough = np.flatnonzero(self.precision >= precision)
         return float(self.threshold[enough[-1]]) if len(enough) else None
 
     def at(self, threshold: float) -> tuple[float, float | None]:
-        """(coverage, precision) at a threshold, which need not be an entry.
+        """Returns (coverage, precision) at any threshold, also between the entries.
 
-        The precision is None where nothing is kept.
+        The precision is None where no row is kept.
         """
         entries = int((self.threshold >= threshold).sum())
         if not entries:
@@ -143,7 +154,7 @@ class Curve:
         return float(self.coverage[entries - 1]), float(self.precision[entries - 1])
 
     def points(self, most: int = 200) -> list[dict[str, float]]:
-        """At most so many entries, the first and the last among them."""
+        """Returns at most `most` entries, with the first and the last among them."""
         n = len(self.threshold)
         chosen = np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
         columns = (self.threshold, self.coverage, self.precision)
@@ -156,7 +167,12 @@ class Curve:
 def by_class(
     probabilities: np.ndarray, truth: np.ndarray, threshold: float
 ) -> list[tuple[int, float | None]]:
-    """For each class: calls at or above the threshold, and the share that is right."""
+    """Returns (count, precision) of each class, at or above the threshold.
+
+    The count is the number of rows that are called the class with at least this
+    confidence. The precision is the share of these rows that is right. It is None where
+    the count is 0.
+    """
     probabilities, truth = known(probabilities, truth)
     confidence, right = _calls(probabilities, truth)
     kept, k = confidence >= threshold, probabilities.shape[1]
@@ -172,7 +188,7 @@ def by_class(
 def _calls(
     probabilities: np.ndarray, truth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence [n] float64 and whether the call is right [n]."""
+    """Returns the confidence [n] float64 and whether the call is right [n] bool."""
     right = probabilities.argmax(axis=1) == truth
     return probabilities.max(axis=1, initial=0).astype(np.float64), right
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A confusion matrix, as `evaluate` measured it or as someone published it."""
+"""Reads a confusion matrix that `evaluate` has measured or that was published."""
 
 import csv
 import dataclasses
@@ -19,11 +19,14 @@ LEVELS = ("synapses", "neurons")
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """How often each class (row) was called each class (column).
+    """A confusion matrix, whose rows are true classes and whose columns are calls.
 
-    `counts` float64 [k, k] are numbers of synapses or neurons, or fractions of rows
-    where the source has no numbers. `measured` is all that metrics.json says, and
-    empty where the source is another.
+    Attributes:
+      name: the name of the source in messages.
+      classes: the k classes of the rows and columns.
+      counts: float64 [k, k], numbers of synapses or neurons; fractions of the rows
+        where the source has no numbers.
+      measured: the content of metrics.json; empty where the source is another file.
     """
 
     name: str
@@ -32,43 +35,55 @@ class Confusion:
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def by_row(self) -> np.ndarray:
-        """P(called | true), float64 [k, k]; NaN in the row of a class not seen."""
+        """Returns P(called | true), float64 [k, k].
+
+        The row of a class that does not occur is NaN.
+        """
         return normalised(self.counts, axis=1)
 
     def by_column(self) -> np.ndarray:
-        """P(true | called), float64 [k, k]; NaN in the column of one never called."""
+        """Returns P(true | called), float64 [k, k].
+
+        The column of a class that is never called is NaN.
+        """
         return normalised(self.counts, axis=0)
 
     @property
     def is_of_counts(self) -> bool:
-        """Whole numbers, and not fractions."""
+        """Whether all entries are whole numbers, and not fractions."""
         return bool((self.counts == np.round(self.counts)).all())
 
     def require_rows(self) -> None:
-        """Raises `UserError` where it is of fractions, and not of rows' fractions."""
+        """Checks that the matrix has counts, or fractions whose rows sum to 1.
+
+        Raises:
+          UserError: the entries are fractions, and the sum of a row is not 1.
+        """
         if self.is_of_counts:
             return
         total = self.counts.sum(axis=1)
-        # Each of k entries may be off by half of the last of two digits.
+        # Published fractions have two digits: rounding changes each entry by at most
+        # 0.005.
         off = np.abs(total - 1) > 0.005 * len(total) + 1e-9
         if wrong := np.flatnonzero(off & (total > 0)).tolist():
             raise UserError(
                 f"{self.name}: the row of {self.classes[wrong[0]]} sums to "
-                f"{total[wrong[0]]:.2f}, not 1; rows must be P(called | true), and "
-                "published tables often have columns P(true | called): give counts, or "
-                "rows"
+                f"{total[wrong[0]]:.2f}, not 1; rows must be P(called | true), but "
+                "published tables often have columns of P(true | called); give counts, "
+                "or fractions of the rows"
             )
 
     def for_classes(self, classes: Sequence[str]) -> "Confusion":
-        """The same with rows and columns in the order of `classes`.
+        """Returns the matrix with its rows and columns in the order of `classes`.
 
         Raises:
-          UserError: it has other classes.
+          UserError: the matrix has other classes.
         """
         if sorted(classes) != sorted(self.classes):
             raise UserError(
-                f"{self.name} is of the classes {', '.join(self.classes)}, not of "
-                f"{', '.join(classes)}; give the confusion of the same network"
+                f"{self.name} has the classes {', '.join(self.classes)}, but the "
+                f"predictions have {', '.join(classes)}; give the confusion of the "
+                "network that made the predictions"
             )
         order = [self.classes.index(name) for name in classes]
         counts = self.counts[np.ix_(order, order)]
@@ -76,24 +91,25 @@ class Confusion:
 
 
 def normalised(counts: np.ndarray, axis: int) -> np.ndarray:
-    """Counts as fractions of their sum along `axis`; NaN where that is 0."""
+    """Returns counts as fractions of their sum along `axis`; NaN where the sum is 0."""
     total = counts.sum(axis=axis, keepdims=True, dtype=np.float64)
     return counts / np.where(total > 0, total, np.nan)
 
 
 def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
-    """Reads `evaluate`'s metrics.json, or a CSV file.
+    """Reads a confusion matrix from a metrics.json of `evaluate` or from a CSV file.
 
-    A folder RUN/evaluation/<part> is the metrics.json of the one step in it.
-
-    The CSV names the called classes in its first line and the true class in the first
-    column; its numbers are counts or fractions of a row.
+    The CSV file names the called classes in its first line and the true classes in its
+    first column. Its numbers are counts or fractions of a row.
 
     Args:
-      level: of `LEVELS`, which metrics.json has both of.
+      path: the file, or a folder RUN/evaluation/<part> with a single evaluated step,
+        whose metrics.json is read.
+      level: the matrix of metrics.json to read, one of `LEVELS`.
 
     Raises:
-      UserError: absent, not one of these, negative numbers, nothing counted.
+      UserError: the file is missing or has another format, a number is negative, or all
+        numbers are 0.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -108,13 +124,20 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
     try:
         counts = np.array(rows, np.float64)
     except (TypeError, ValueError):
-        raise UserError(f"{path}: a confusion matrix is all numbers") from None
+        raise UserError(
+            f"{path}: a cell of the confusion matrix is missing or not a number; give "
+            "a number in every cell"
+        ) from None
     k = len(classes)
     if k < 2 or counts.shape != (k, k) or len(set(classes)) < k:
-        raise UserError(f"{path}: {k} classes need {k} rows of {k} numbers, each once")
+        raise UserError(
+            f"{path}: {k} classes need {k} rows of {k} numbers; name two or more "
+            "classes, each class once"
+        )
     if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
         raise UserError(
-            f"{path}: a confusion matrix counts, from 0 up, and not nothing"
+            f"{path}: the numbers of a confusion matrix must be finite and from 0 up, "
+            "and at least one must be above 0"
         )
     return Confusion(str(path), tuple(classes), counts, measured)
 
@@ -124,8 +147,8 @@ def _only_step(folder: pathlib.Path) -> pathlib.Path:
     if len(found) != 1:
         steps = ", ".join(path.parent.name for path in found) or "none"
         raise UserError(
-            f"{folder} should have one evaluated step, and has {steps}; give the "
-            "metrics.json of one"
+            f"{folder} must have exactly one evaluated step, and has {steps}; give the "
+            "metrics.json of one step"
         )
     return found[0]
 
@@ -137,8 +160,9 @@ def _of(
         classes, rows = list(content["classes"]), content[level]["confusion"]
         if content.get("part") not in (None, "test"):
             print(
-                f"warning: {path} is of part {content['part']}, not test: on neurons "
-                "that the network was trained on, or chosen by, it errs less",
+                f"warning: {path} was measured on the part {content['part']}, not "
+                "test: the network makes fewer errors on neurons that it was trained "
+                "on or chosen by",
                 file=sys.stderr,
             )
         return classes, rows
@@ -158,7 +182,7 @@ def _read_csv(path: pathlib.Path) -> tuple[list[str], list[list[str]]]:
     classes = rows[0][1:] if rows else []
     if [row[0] for row in rows[1:]] != classes:
         raise UserError(
-            f"{path}: rows must be of the classes that the first line names, in its "
+            f"{path}: the rows must name the classes of the first line, in the same "
             f"order: {', '.join(classes)}"
         )
     return classes, [row[1:] for row in rows[1:]]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of neurons, hemilineages, cell types and brain regions, under a rule.
+"""Calls neurons, hemilineages, cell types and brain regions by a voting rule.
 
-`vote_tallies` adds up the synapses of each group, `voting_rules` says how a group is
-called; here the two become a table with one row a group.
+`vote_tallies` adds up the synapses of each group, and `voting_rules` has the rules.
+This module combines both into a table with one row for each group.
 """
 
 import pathlib
@@ -21,23 +21,33 @@ from synister_jax.tables.predictions import Predictions
 def call(tally: Tally, rule: str, confusion: Confusion | None = None) -> pa.Table:
     """Calls each group of a tally.
 
-    Columns: those of `tally.groups`; `count_<class>`, the votes; `mean_<class>_prob`;
-    `predicted_neurotransmitter`, null where nothing was predicted, `unclear` where the
-    rule says so; `score`, the rule's number; of the rule's distribution over the
-    classes `margin`, by which the winner leads, and `entropy` in bits; `rule`.
-
     Args:
-      rule: of `voting_rules.RULES`.
-      confusion: of the network, for the rules that need it.
+      tally: the sums of the groups.
+      rule: a name of `voting_rules.RULES`.
+      confusion: the confusion of the network, for the rules that need it.
+
+    Returns:
+      A table with one row for each group and these columns:
+        the columns of `tally.groups`;
+        `count_<class>`: the votes for the class;
+        `mean_<class>_prob`: the mean probability of the class;
+        `predicted_neurotransmitter`: the call; null where the rule has no distribution,
+          and `unclear` where the rule makes no call;
+        `score`: the score of the rule;
+        `margin`: the lead of the winner in the distribution of the rule;
+        `entropy`: the entropy of this distribution, in bits;
+        `rule`: the name of the rule.
 
     Raises:
-      UserError: what the rule needs is not there.
+      UserError: a confusion or cleft scores that the rule needs are missing, or the
+        confusion has other classes.
     """
     voting_rules.require(rule, tally.weighted is not None, confusion)
     if confusion is not None:
         confusion = confusion.for_classes(tally.classes)
     verdict = voting_rules.RULES[rule](tally, confusion)
-    # Nothing predicted, or weights that sum to zero.
+    # The distribution is NaN where no synapse has a prediction, where the weights sum
+    # to zero, or where the confusion never calls the classes of the synapses.
     none = np.isnan(verdict.distribution).any(axis=1)
     names = np.array([*tally.classes, voting_rules.UNCLEAR])
     winner = np.where(verdict.unclear, len(tally.classes), verdict.winner)
@@ -71,17 +81,31 @@ def of(
     confusion: Confusion | None = None,
     folder: pathlib.Path | None = None,
 ) -> pa.Table:
-    """`call` of each group of a prediction table of any size.
+    """Calls each group of a prediction table of any size.
+
+    Args:
+      source: the predictions.
+      by: the kind of the groups, a key of `GROUP_COLUMNS`.
+      rule: a name of `voting_rules.RULES`.
+      confusion: the confusion of the network, for the rules that need it.
+      folder: a folder on a disk with room for the groups that do not fit into memory.
+
+    Returns:
+      The table that `call` returns.
 
     Raises:
-      UserError: no row names a group; what the rule needs is not there.
+      UserError: no row names a group, or a confusion or cleft scores that the rule
+        needs are missing.
     """
     voting_rules.require(rule, vote_tallies.WEIGHT in source.schema.names, confusion)
     return call(vote_tallies.of(source, by, folder), rule, confusion)
 
 
 def interleaved(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables of the same groups under several rules, the rows of a group together."""
+    """Joins tables of the same groups so that all rows of a group are together.
+
+    Each table has the calls of another rule, and all have the groups in equal order.
+    """
     n = len(tables[0])
     order = np.arange(n * len(tables)).reshape(len(tables), n).T.ravel()
     return pa.concat_tables(tables).take(pa.array(order))
@@ -91,7 +115,7 @@ def _margin(verdict: voting_rules.Verdict) -> np.ndarray:
     others = verdict.distribution.copy()
     place = verdict.winner[:, None]
     first = np.take_along_axis(others, place, axis=1)[:, 0]
-    np.put_along_axis(others, place, 0, axis=1)  # none is less
+    np.put_along_axis(others, place, 0, axis=1)  # no entry is below 0
     return first - others.max(axis=1)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sure an accuracy is: intervals from drawing whole neurons again and again.
+"""Computes confidence intervals of accuracies by drawing whole neurons (bootstrap).
 
-Synapses of one neuron are right or wrong together; drawing synapses would make
-intervals far too narrow (Efron & Tibshirani 1993, chapter 8: draw the units that are
-independent).
+The synapses of one neuron are not independent: they tend to be all right or all wrong.
+Drawing single synapses would make the intervals far too narrow. The units that are
+drawn must be independent (Efron & Tibshirani 1993, chapter 8).
 """
 
 from typing import TypedDict
@@ -16,7 +16,7 @@ _DRAWS_AT_ONCE = 50
 
 
 class Interval(TypedDict):
-    """95 % intervals [low, high]; None where there is none to tell."""
+    """The 95 % intervals [low, high]; None where no interval can be computed."""
 
     accuracy: list[float] | None
     mean_class_accuracy: list[float] | None
@@ -26,16 +26,21 @@ class Interval(TypedDict):
 def by_group(
     groups: np.ndarray, truth: np.ndarray, called: np.ndarray, classes: int
 ) -> Interval:
-    """Percentile intervals of `accuracy.summary`'s accuracies, by whole groups.
+    """Returns percentile intervals of the accuracies that `accuracy.summary` computes.
+
+    Whole groups are drawn with replacement. The draws begin from a fixed seed, so equal
+    input gives equal intervals.
 
     Args:
-      groups: [n] number of each entry's group, what is drawn with replacement; below 0
-        for an entry that is a group of its own.
-      truth, called: [n] classes; entries below 0 are not counted.
+      groups: [n] number of the group of each entry; a number below 0 means that the
+        entry is a group of its own.
+      truth: [n] index of the true class; entries below 0 do not count.
+      called: [n] index of the called class; entries below 0 do not count.
+      classes: the number of classes.
 
     Returns:
-      Intervals, None of fewer than two groups, and where all draws are equal, which
-      tells nothing. The same for the same input: the draws begin from a fixed seed.
+      The intervals. An interval is None if there are fewer than two groups. It is also
+      None if all draws are equal, because they carry no information.
     """
     known = (truth >= 0) & (called >= 0)
     cells = classes**2
@@ -43,8 +48,8 @@ def by_group(
     group, alone = groups[known], groups[known] < 0
     names, place = np.unique(group[~alone], return_inverse=True)
     counts = np.bincount(place * cells + cell[~alone], minlength=len(names) * cells)
-    # Of entries that are groups of their own those in a cell are one like the other:
-    # how many of them are drawn is all that counts.
+    # Entries that are groups of their own are interchangeable within a cell of the
+    # confusion. Only the number of drawn entries of each cell matters.
     counts = np.concatenate([counts.reshape(-1, cells), np.eye(cells)])
     sizes = np.bincount(cell[alone], minlength=cells)
     weights = np.concatenate([np.ones(len(names)), sizes])
@@ -68,13 +73,15 @@ def by_group(
 
 
 def wilson(right: int, count: int) -> list[float] | None:
-    """Interval of a share, for entries that are independent; None of none.
+    """Returns the 95 % Wilson interval of the share right / count.
 
-    Wilson 1927; unlike draws it says something where all are right.
+    The entries must be independent. Unlike drawing, the method of Wilson (1927) also
+    gives an interval where all entries are right. The function returns None where
+    `count` is 0.
     """
     if not count:
         return None
-    from scipy import stats  # SciPy's statistics take a second to import
+    from scipy import stats  # takes a second to import
 
     interval = stats.binomtest(right, count).proportion_ci(LEVEL, "wilson")
     return [float(interval.low), float(interval.high)]
@@ -87,7 +94,10 @@ def _percentiles(values: np.ndarray) -> list[float] | None:
 
 
 def _numbers(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Those of many confusions [m, k, k] at once; means over classes that occur."""
+    """Returns the accuracies [m] of many confusions [m, k, k] at once.
+
+    Means over the classes count only the classes that occur.
+    """
     support, called = confusion.sum(axis=2), confusion.sum(axis=1)
     right = np.diagonal(confusion, axis1=1, axis2=2)
     occurs = support > 0

@@ -51,7 +51,7 @@ def evaluate_table(
     path: pathlib.Path,
     output: pathlib.Path,
     part: tuple[str, str] | None = None,
-    variants: NeuronSelections = NeuronSelections(),
+    selections: NeuronSelections = NeuronSelections(),
 ) -> dict[str, Any]:
     """Measures a table of predictions and returns the content of metrics.json.
 
@@ -59,7 +59,7 @@ def evaluate_table(
       path: the table, which must fit into memory.
       output: the folder for metrics.json and the pictures.
       part: (split, part) to measure only these rows.
-      variants: the neurons that are also measured on their own.
+      selections: the neurons that are also measured on their own.
 
     Raises:
       UserError: the file is no prediction table, has no such part, or has no row with a
@@ -76,7 +76,7 @@ def evaluate_table(
             f"{', '.join(predictions.classes(table))}: there is nothing to compare with"
         )
     identity = {"predictions": str(path), "part": None if part is None else part[1]}
-    return write(files.make_folder(output), what, identity, table, variants)
+    return write(files.make_folder(output), what, identity, table, selections)
 
 
 def write(
@@ -84,7 +84,7 @@ def write(
     what: str,
     identity: dict[str, Any],
     table: pa.Table,
-    variants: NeuronSelections,
+    selections: NeuronSelections,
 ) -> dict[str, Any]:
     """Writes the pictures and then metrics.json, and prints the accuracies.
 
@@ -93,11 +93,11 @@ def write(
       what: the words that name the measured rows in titles and in the printed line.
       identity: the entries of metrics.json that say what was measured.
       table: the predictions.
-      variants: the neurons that are also measured on their own.
+      selections: the neurons that are also measured on their own.
     """
     from synister_jax.base import figures  # takes half a second to import
 
-    measured = metrics.measure(table, variants.n_mins, variants.cutoffs)
+    measured = metrics.measure(table, selections.n_mins, selections.cutoffs)
     classes = list(predictions.classes(table))
     lines = [f"{what}:"]
     for name in ("synapses", "neurons"):

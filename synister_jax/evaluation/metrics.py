@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How right a prediction table of labelled synapses is, from synapses to cell types.
+"""Measures the accuracy of a prediction table of labelled synapses.
 
-What `evaluate` writes as metrics.json; docs/evaluation.md lists every key.
+The numbers are computed for synapses, neurons, hemilineages, cell types and brain
+regions. `evaluate` writes them as metrics.json; docs/evaluation.md lists every key.
 """
 
 import dataclasses
@@ -24,34 +25,36 @@ from synister_jax.evaluation.accuracy import Accuracies, Summary
 from synister_jax.evaluation.intervals import Interval
 from synister_jax.tables import predictions, synapses
 
-# Neurons of so many predicted synapses, and of such a share of votes for the winner,
-# whose accuracy is told apart (the original's `n_min` and `cutoff`, evaluate.py).
+# The accuracy is also measured over neurons with at least this many predicted synapses
+# and at least this share of votes for the call. The limits correspond to `n_min` and
+# `cutoff` in evaluate.py of the original.
 N_MIN = (1, 10, 30, 100)
 CUTOFFS = (0.0, 0.5, 0.7, 0.9)
 RULE = "majority"
 
 
 class SynapseNumbers(Summary):
-    """Numbers of the synapses."""
+    """The numbers of the synapses."""
 
     interval: Interval
 
 
 class GroupNumbers(Summary):
-    """Numbers of groups (hemilineages, cell types), called by `rule`."""
+    """The numbers of groups, such as hemilineages, that are called by `rule`."""
 
     rule: str
 
 
 class NeuronNumbers(GroupNumbers):
-    """Numbers of the neurons."""
+    """The numbers of the neurons."""
 
     interval: Interval
-    tenth_of_synapses: int | None  # a tenth has fewer predicted synapses
+    # A tenth of the counted neurons has fewer predicted synapses than this number.
+    tenth_of_synapses: int | None
 
 
 class Variant(Accuracies):
-    """Numbers of the neurons that are large and sure enough, and of their synapses."""
+    """The numbers of the neurons within both limits, and of the neurons' synapses."""
 
     n_min: int
     cutoff: float
@@ -59,7 +62,7 @@ class Variant(Accuracies):
 
 
 class Measured(TypedDict):
-    """What `measure` finds; docs/evaluation.md explains every key."""
+    """The numbers that `measure` returns; docs/evaluation.md explains every key."""
 
     loss: float | None
     synapses: SynapseNumbers
@@ -79,14 +82,17 @@ def measure(
     n_mins: Sequence[int] = N_MIN,
     cutoffs: Sequence[float] = CUTOFFS,
 ) -> Measured:
-    """The numbers of a prediction table; None what is undefined.
+    """Returns the numbers of a prediction table; undefined numbers are None.
 
-    A synapse counts where its transmitter is one of the classes and it was predicted; a
-    group where its synapses name one transmitter and one of them was predicted. Rows
-    without a prediction are never a class.
+    A synapse counts if its known transmitter is one of the classes and it has a
+    prediction. A group counts if its synapses name exactly one known transmitter, which
+    is one of the classes, and at least one of its synapses has a prediction.
 
     Args:
-      n_mins, cutoffs: of `neuron_variants`, every pair.
+      table: the predictions.
+      n_mins: the smallest numbers of predicted synapses in `neuron_variants`.
+      cutoffs: the smallest shares of votes in `neuron_variants`, which has an entry for
+        every pair of `n_mins` and `cutoffs`.
     """
     classes = predictions.classes(table)
     k = len(classes)
@@ -131,12 +137,12 @@ def measure(
 
 @dataclasses.dataclass(frozen=True)
 class _Groups:
-    """The groups of one kind with what is known of them and what they are called."""
+    """The groups of one kind, with their true classes and their calls."""
 
     tally: vote_tallies.Tally
-    truth: np.ndarray  # int32 [n], -1: not one known class
-    called: np.ndarray  # int32 [n], -1: nothing predicted
-    share: np.ndarray  # float64 [n], of the votes for the call; NaN without one
+    truth: np.ndarray  # int32 [n]; -1 where there is not exactly one known class
+    called: np.ndarray  # int32 [n]; -1 where no synapse has a prediction
+    share: np.ndarray  # float64 [n], share of votes for the call; NaN without a call
 
     @classmethod
     def of(cls, table: pa.Table, by: str) -> "_Groups":
@@ -150,7 +156,7 @@ class _Groups:
         return len(self.truth)
 
     def rows_of(self, table: pa.Table) -> np.ndarray:
-        """The group of each row of `table`, [rows] int32; -1 for none."""
+        """Returns the index of each row's group, [rows] int32; -1 without a group."""
         name = synapses.GROUP_COLUMNS[self.tally.by]
         names = self.tally.groups[name].combine_chunks()
         found = pc.index_in(table[name], value_set=names)
@@ -162,7 +168,11 @@ class _Groups:
         return {"rule": RULE, **accuracy.summary(confusion, self.tally.classes)}
 
     def intervals(self) -> Interval:
-        """Of `summary`: of the accuracy Wilson's, of the means by drawing groups."""
+        """Returns the intervals of the numbers of `summary`.
+
+        The accuracy has the Wilson interval. The means over classes have intervals from
+        drawing groups.
+        """
         k, counted = len(self.tally.classes), (self.truth >= 0) & (self.called >= 0)
         found = intervals.by_group(np.arange(len(self)), self.truth, self.called, k)
         right = (self.truth == self.called)[counted]
@@ -170,7 +180,7 @@ class _Groups:
         return {**found, "accuracy": wilson}
 
     def tenth(self) -> int | None:
-        """A tenth of the labelled, predicted groups have fewer predicted synapses."""
+        """Returns the tenth percentile of the predicted synapses of counted groups."""
         sizes = self.tally.predicted[(self.truth >= 0) & (self.called >= 0)]
         return int(np.ceil(np.quantile(sizes, 0.1))) if len(sizes) else None
 
@@ -178,7 +188,10 @@ class _Groups:
 def _regions(
     table: pa.Table, truth: np.ndarray, called: np.ndarray, k: int
 ) -> dict[str, Accuracies]:
-    """Of the synapses in each brain region; a region releases no one transmitter."""
+    """Returns the accuracies of the synapses in each brain region.
+
+    A region itself is not called, because its neurons have several transmitters.
+    """
     regions = sorted(pc.unique(table["brain_region"].drop_null()).to_pylist())
     place = synapses.index_in(table["brain_region"], regions)
     return {
@@ -192,9 +205,10 @@ def _regions(
 def _expected(
     probabilities: np.ndarray, truth: np.ndarray, k: int
 ) -> list[list[float] | None]:
-    """Mean probabilities of the synapses of each class; None of one without any.
+    """Returns the mean probabilities [k] of the synapses of each true class.
 
-    The original's `expected_probability_matrix`.
+    The entry of a class without synapses is None. The original calls the result
+    `expected_probability_matrix`.
     """
     probabilities, truth = calibration.known(probabilities, truth)
     return [
@@ -213,7 +227,7 @@ def _variant(
     n_min: int,
     cutoff: float,
 ) -> Variant:
-    """Of the neurons that are large and sure enough, and of their synapses."""
+    """Returns the numbers of the neurons within the limits, and of their synapses."""
     k = len(neurons.tally.classes)
     kept = (neurons.tally.predicted >= n_min) & (neurons.share >= cutoff)
     rows = (neuron_of >= 0) & np.append(kept, False)[neuron_of]
@@ -230,7 +244,7 @@ def _variant(
 
 
 def _by_synapses(neurons: _Groups) -> list[dict[str, Any]]:
-    """Accuracy of neurons of 1, 2 to 3, 4 to 7, … predicted synapses."""
+    """Returns the accuracy of neurons with 1, 2 to 3, 4 to 7, … predicted synapses."""
     known = (neurons.truth >= 0) & (neurons.called >= 0)
     right = neurons.truth == neurons.called
     sizes = neurons.tally.predicted
@@ -250,14 +264,22 @@ def _by_synapses(neurons: _Groups) -> list[dict[str, Any]]:
 def _neurons_within(
     hemilineages: _Groups, neurons: _Groups
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Neurons of each hemilineage by their call, [n, k], and its class, [n]."""
+    """Returns the calls of the neurons in each hemilineage, and its true class.
+
+    The calls are numbers of neurons that are called each class, [n, k]. The true class
+    has the shape [n], with -1 where there is not exactly one known class.
+    """
     names, counts = vote_tallies.calls_of_neurons(neurons.tally, "hemilineage")
     every = hemilineages.tally.groups["hemilineage"].combine_chunks()
     return counts, hemilineages.truth[pc.index_in(names, value_set=every).to_numpy()]
 
 
 def scalars(part: str, measured: Measured) -> dict[str, float]:
-    """What a run logs of `measure`; nothing of what is undefined."""
+    """Returns the numbers of `measure` that a run logs, without undefined numbers.
+
+    Args:
+      part: the part of the split, which is the first half of each name.
+    """
     of_synapses, neurons = measured["synapses"], measured["neurons"]
     values = {
         f"{part}/loss": measured["loss"],

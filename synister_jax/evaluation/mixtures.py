@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One transmitter or several? A test on the calls within a group of units.
+"""Tests whether the units of a group have one transmitter or several.
 
-A group (a neuron, a hemilineage) has units (its synapses, its neurons), each called one
-of k classes. If all units truly are of class t, calls scatter as the network confuses
-t; if they are of two classes, calls are a mixture of two rows of the confusion. The
-statistic is the likelihood ratio of the two. How large it gets by chance is simulated:
-units of a group resemble each other, so calls of a group are Dirichlet-multinomial, and
-the confusion itself is known from a limited number of labelled units.
+A group (a neuron or a hemilineage) has units (its synapses or its neurons). Each unit
+is called one of k classes. If all units truly have class t, the calls scatter as the
+network confuses t. If the units have two classes, the calls are a mixture of two rows
+of the confusion. The test statistic is the likelihood ratio of these two hypotheses.
+
+A simulation finds how large the statistic becomes by chance. The units of a group are
+not independent, so the calls of a group follow a Dirichlet-multinomial distribution.
+The confusion itself is estimated from a limited number of labelled units.
 docs/one_transmitter.md has the assumptions and the measured error rates.
 """
 
@@ -15,25 +17,32 @@ import itertools
 
 import numpy as np
 
-# Shares of the second class that are tried; by symmetry of the pairs the rest as well.
+# The shares of the second class that are tried. Every pair is tried in both orders, so
+# shares above 0.5 are covered too.
 _SHARES = np.linspace(0.05, 0.5, 10)
-# Fractions are published with two digits: a printed 0 is anything below this.
+# Fractions are published with two digits, so a printed 0 can be any number below this.
 FLOOR = 0.005
-_ROWS_AT_ONCE = 10_000  # of log-likelihoods of all mixtures, to bound memory
-# Two outcomes whose statistics differ by less are equally unlikely: sums of the same
-# logarithms in another order must not break a tie.
+_ROWS_AT_ONCE = 10_000  # This many groups are fitted at once, to limit the memory.
+# Two statistics that differ by less than this count as equal. Otherwise, the order in
+# which the same logarithms are summed could break a tie.
 _TIE = 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
 class CallModel:
-    """How calls scatter in a group of one class.
+    """A model of how the calls scatter in a group whose units have one class.
 
-    `confusion` [k, k] float64 is P(called | true), no entry 0; `hypotheses` are the
-    classes that a group may be of (those with labelled units), at least two;
-    `concentration` [k] the Dirichlet concentration of what is known of each row
-    (infinite: the row is exact); `correlation` the intraclass correlation of calls
-    within a group, 0 ≤ ρ < 1.
+    Attributes:
+      confusion: [k, k] float64, P(called | true), where no entry is 0.
+      hypotheses: the classes that a group can have, which are the classes with labelled
+        units; at least two.
+      concentration: [k] Dirichlet concentration of the estimate of each row; infinite
+        where the row is exact.
+      correlation: intraclass correlation ρ of the calls within a group, 0 ≤ ρ < 1.
+
+    Raises:
+      ValueError: the correlation is out of its range, or there are fewer than two
+        hypotheses.
     """
 
     confusion: np.ndarray
@@ -43,23 +52,26 @@ class CallModel:
 
     def __post_init__(self) -> None:
         if not 0 <= self.correlation < 1:
-            raise ValueError(f"a correlation of {self.correlation} is not in [0, 1)")
+            raise ValueError(f"the correlation {self.correlation} is not in [0, 1)")
         if len(self.hypotheses) < 2:
-            raise ValueError("two classes with labelled units are needed")
+            raise ValueError("the model needs at least two classes with labelled units")
 
 
 def from_counts(
     counts: np.ndarray, correlation: float, clusters: np.ndarray | None = None
 ) -> CallModel:
-    """The model of a confusion in counts [k, k] of labelled units, rows true.
+    """Returns the model of a confusion that is given as counts of labelled units.
 
-    Jeffreys' prior, half a unit in each cell: no probability is 0, and what is not
-    known of a row with few units is a Dirichlet distribution.
+    Jeffreys' prior adds half a unit to each cell, so no probability is 0. A Dirichlet
+    distribution describes how uncertain each row is.
 
     Args:
-      clusters: [k] how many groups the units of each row come from. N units of G groups
-        count as the N / (1 + (N/G − 1)·ρ) independent ones that tell as much (Kish's
-        design effect). None: units are independent.
+      counts: [k, k] numbers of labelled units; rows are true classes, columns are
+        called classes.
+      correlation: intraclass correlation ρ of the calls within a group.
+      clusters: [k] numbers of groups that the units of each row come from. N units from
+        G groups count as N / (1 + (N/G − 1)·ρ) independent units (Kish's design
+        effect). None means that the units are independent.
     """
     counts = np.asarray(counts, np.float64)
     k, units = len(counts), counts.sum(axis=1)
@@ -75,10 +87,11 @@ def from_counts(
 
 
 def from_fractions(fractions: np.ndarray, correlation: float) -> CallModel:
-    """The model of a published confusion [k, k] of rows P(called | true).
+    """Returns the model of a published confusion [k, k] with rows P(called | true).
 
-    Entries below `FLOOR` become that, and rows are scaled to a sum of 1. Rows count as
-    exact: fractions do not tell how many units they come from.
+    Entries below `FLOOR` are raised to `FLOOR`, and each row is scaled to a sum of 1.
+    The rows count as exact, because fractions do not show how many units they come
+    from.
     """
     occurring = fractions.sum(axis=1) > 0
     raised = np.maximum(fractions, FLOOR)
@@ -91,12 +104,18 @@ def from_fractions(fractions: np.ndarray, correlation: float) -> CallModel:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The best single class and the best mixture of each of n groups.
+    """The best single class and the best mixture of two classes for each of n groups.
 
-    `single` [n] and `first`, `second` [n] are indices of classes, `share` [n] that of
-    the second, at most 0.5 (0 and `second` −1 where no mixture is likelier than the
-    single class); `log_likelihood` [n, hypotheses] of each single class and `mixture`
-    [n] of the mixture, in nats, without the multinomial coefficient.
+    Log-likelihoods are in nats, without the multinomial coefficient.
+
+    Attributes:
+      single: [n] index of the best single class.
+      log_likelihood: [n, hypotheses] log-likelihood of each single class.
+      first: [n] index of the first class of the best mixture.
+      second: [n] index of the second class; −1 where no mixture is likelier than the
+        best single class.
+      share: [n] share of the second class, at most 0.5; 0 where `second` is −1.
+      mixture: [n] log-likelihood of the best mixture.
     """
 
     single: np.ndarray
@@ -107,12 +126,15 @@ class Fit:
     mixture: np.ndarray
 
     def statistic(self) -> np.ndarray:
-        """Log-likelihood ratio of mixture and best single class, [n], nats, ≥ 0."""
+        """Returns the log-likelihood ratio of mixture and best class, [n] nats, ≥ 0."""
         return np.maximum(self.mixture - self.log_likelihood.max(axis=1), 0)
 
 
 def fit(counts: np.ndarray, model: CallModel) -> Fit:
-    """Fits calls [n, k] of n groups; of equals the first class and pair."""
+    """Fits the calls [n, k] of n groups.
+
+    If several classes or pairs of classes are equally likely, the first is used.
+    """
     pairs = list(itertools.permutations(model.hypotheses, 2))
     first, second = (np.repeat(side, len(_SHARES)) for side in np.transpose(pairs))
     share = np.tile(_SHARES, len(pairs))
@@ -141,7 +163,7 @@ def fit(counts: np.ndarray, model: CallModel) -> Fit:
 
 
 def _mixtures(model: CallModel) -> np.ndarray:
-    """P(called) [pairs · shares, k] of every mixture that is tried."""
+    """Returns P(called) [pairs · shares, k] of every mixture that is tried."""
     pairs = np.array(list(itertools.permutations(model.hypotheses, 2)))
     rows = model.confusion[pairs]  # [pairs, 2, k]
     weights = np.stack([1 - _SHARES, _SHARES], axis=1)  # [shares, 2]
@@ -155,10 +177,16 @@ def draw(
     units: int,
     groups: int,
 ) -> np.ndarray:
-    """Calls [groups, k] of groups with true `shares` [k] of the classes.
+    """Draws the calls [groups, k] of simulated groups.
 
-    Each group has rows of the confusion of its own, drawn from what is known of them;
-    then the group's own probabilities around their mixture, by the correlation.
+    For each group, the rows of the confusion are first drawn from their Dirichlet
+    distributions and mixed by `shares`. The probabilities of the group are then drawn
+    around this mixture: the higher the correlation, the more they scatter.
+
+    Args:
+      shares: [k] true shares of the classes in each group.
+      units: the number of units of each group.
+      groups: the number of groups.
     """
     mean = np.zeros((groups, len(model.confusion)))
     for row in np.flatnonzero(shares):
@@ -171,7 +199,10 @@ def draw(
 
 
 def _dirichlet(rng: np.random.Generator, concentration: np.ndarray) -> np.ndarray:
-    """A row for each row; in logarithms, where tiny concentrations stay above 0."""
+    """Draws one Dirichlet row for each row of concentrations.
+
+    The computation uses logarithms, so that tiny concentrations do not underflow to 0.
+    """
     concentration = np.maximum(concentration, 1e-12)
     log = np.log(rng.standard_gamma(concentration + 1))
     log -= rng.standard_exponential(concentration.shape) / concentration
@@ -181,13 +212,19 @@ def _dirichlet(rng: np.random.Generator, concentration: np.ndarray) -> np.ndarra
 def p_values(
     counts: np.ndarray, model: CallModel, draws: int = 9_999, seed: int = 0
 ) -> np.ndarray:
-    """How unlikely calls [n, k] are if each group is of one class, whichever; [n].
+    """Returns the p-values [n] of the hypothesis that each group has a single class.
 
-    For each class t, the likelihood ratio of the best mixture and t is compared with
-    that of `draws` simulated groups of class t and as many units; the p-value is
-    the largest over all t, so the test holds its level whichever is true. Beyond 100,
-    units are rounded down to two digits, and the ratio is scaled down likewise. A
-    group without units has 1. The same counts, model and seed give the same numbers.
+    For each class t, the likelihood ratio of the best mixture and t is computed. The
+    ratio is compared with the ratios of `draws` simulated groups of class t with the
+    same number of units. The p-value is the largest over all t, so the test holds its
+    level whichever class is true.
+
+    A number of units above 100 is rounded down to two digits, and the ratio is scaled
+    down by the same factor. A group without units has the p-value 1. Equal counts,
+    model, draws and seed give equal p-values.
+
+    Args:
+      counts: [n, k] numbers of units of each group that are called each class.
     """
     counts = np.asarray(counts)
     units = counts.sum(axis=1)
@@ -209,12 +246,12 @@ def p_values(
 
 
 def _ratios(fitted: Fit) -> np.ndarray:
-    """Log-likelihood ratio of the best mixture and each class, [n, hypotheses]."""
+    """Returns the log-likelihood ratio of best mixture and class, [n, hypotheses]."""
     return fitted.mixture[:, None] - fitted.log_likelihood
 
 
 def _null(model: CallModel, row: int, units: int, draws: int, seed: int) -> np.ndarray:
-    """Ratios of simulated groups of class `row` against that class, ascending."""
+    """Returns the ratios of simulated groups of class `row` to `row`, ascending."""
     rng = np.random.default_rng([seed, row, units])
     shares = np.eye(len(model.confusion))[row]
     simulated = fit(draw(rng, model, shares, units, draws), model)
@@ -229,10 +266,11 @@ def _two_digits(units: np.ndarray) -> np.ndarray:
 def least_units(
     model: CallModel, level: float, draws: int = 9_999, seed: int = 0
 ) -> int | None:
-    """The smallest number of units at which calls can have a p-value ≤ `level`.
+    """Returns the smallest number of units that can give a p-value of at most `level`.
 
-    Of calls of at most two classes; of 2 to 20, 30, 50 and 100 units. None where it is
-    none of these: too high a correlation, too like classes, or too few draws.
+    The function tries 2 to 20, 30, 50 and 100 units, and calls of two classes. It
+    returns None if none of these numbers is enough: the correlation is too high, the
+    classes are too similar, or `draws` is too small.
     """
     k = len(model.confusion)
     for units in (*range(2, 21), 30, 50, 100):
@@ -248,12 +286,20 @@ def least_units(
 
 
 def correlation(counts: np.ndarray, truth: np.ndarray) -> float | None:
-    """Intraclass correlation of calls [n, k] of groups with known class [n] (or −1).
+    """Returns the intraclass correlation of the calls within groups, 0 to 1.
 
-    The ANOVA estimator on the indicators of the k calls, components of variance pooled
-    over the true classes: a within and b between groups make b / (a + b). 0 where calls
-    vary less between groups than by chance; None where it is unknown (no class with two
-    groups and a group of two units, or no call differs).
+    The ANOVA estimator is applied to the indicators of the k calls. The variance within
+    groups (a) and between groups (b) is pooled over the true classes, and the
+    correlation is b / (a + b). It is 0 where the calls vary less between groups than by
+    chance.
+
+    Args:
+      counts: [n, k] numbers of units of each group that are called each class.
+      truth: [n] index of the true class of each group; −1 where it is unknown.
+
+    Returns:
+      The correlation. None if no class has two groups of which one has at least two
+      units, or if all calls of each class are equal.
     """
     counts, truth = np.asarray(counts, np.float64), np.asarray(truth)
     between_pooled = total_pooled = 0.0

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the synapses of each neuron, hemilineage, cell type or region add up to.
+"""Adds up the predictions of the synapses of each group.
 
-One pass over a prediction table of any size; DuckDB holds the groups, on disk where
-they are too many for memory.
+A group is a neuron, a hemilineage, a cell type or a brain region. The prediction table
+can have any size and is read once. DuckDB holds the groups, and writes them to the disk
+where they do not fit into memory.
 """
 
 import dataclasses
@@ -20,34 +21,39 @@ from synister_jax.tables import predictions
 from synister_jax.tables.predictions import Predictions
 from synister_jax.tables.synapses import GROUP_COLUMNS
 
-# Of a neuron: the one value that all its synapses name.
+# For a neuron, the tally gives the value of these columns that all its synapses have.
 _OF_NEURON = ("hemilineage", "cell_type")
 WEIGHT = "cleft_score"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Sums over the synapses of n groups, in ascending order of the groups.
+    """The sums over the synapses of n groups, in ascending order of the groups.
 
-    `groups` has a row a group: its column (`GROUP_COLUMNS`), `synapses` (all rows),
-    `predicted` (rows that count below), `neurons` (distinct ones), `neurotransmitter`
-    (the only known one, else null), and of neurons `hemilineage` and `cell_type` (the
-    only one, else null).
+    The table `groups` has one row for each group, with these columns:
+      the column of `GROUP_COLUMNS` that names the group;
+      `synapses`: the number of all rows;
+      `predicted`: the number of rows with a call, which are summed in the arrays;
+      `neurons`: the number of different neurons;
+      `neurotransmitter`: the known transmitter; null where there is none or several;
+      `hemilineage` and `cell_type`, for neurons only; null where there is none or
+        several.
     """
 
     by: str
     classes: tuple[str, ...]
     groups: pa.Table
     counts: np.ndarray  # int64 [n, k], synapses called each class
-    mean: np.ndarray  # float64 [n, k], mean probability; NaN where none is predicted
-    top: np.ndarray  # float64 [n, k], sum of the highest one, where called that class
-    # float64 [n, k], mean weighted by cleft score; NaN where the weights sum to zero;
-    # None without a column of them.
+    mean: np.ndarray  # float64 [n, k], mean probability; NaN where `predicted` is 0
+    # float64 [n, k], sum of the highest probabilities of the synapses called each class
+    top: np.ndarray
+    # float64 [n, k], mean probability weighted by the cleft scores. NaN where the
+    # weights sum to zero; None where the predictions have no cleft scores.
     weighted: np.ndarray | None
 
     @property
     def predicted(self) -> np.ndarray:
-        """int64 [n]."""
+        """The number of predicted synapses of each group, int64 [n]."""
         return self.groups["predicted"].to_numpy()
 
 
@@ -57,10 +63,11 @@ def of(
     folder: pathlib.Path | None = None,
     min_probability: float = 0.0,
 ) -> Tally:
-    """Adds up a prediction table of any size.
+    """Adds up a prediction table of any size; see `count` for the arguments.
 
     Raises:
-      UserError: no row names a group.
+      UserError: no row names a group, a weight is negative or infinite, or the disk is
+        full.
     """
     names = columns_needed(source.schema.names, source.classes, by)
     progress = Progress("aggregate", source.rows, "synapses")
@@ -74,7 +81,7 @@ def of(
     if not len(found.groups):
         raise UserError(
             f"{source.path} names no {by.replace('_', ' ')}: its column "
-            f"{GROUP_COLUMNS[by]} is empty"
+            f"{GROUP_COLUMNS[by]} is empty; choose another kind of group"
         )
     return found
 
@@ -86,22 +93,26 @@ def count(
     folder: pathlib.Path | None = None,
     min_probability: float = 0.0,
 ) -> Tally:
-    """Adds up the rows of `tables`, the pieces of one prediction table.
+    """Adds up the rows of `tables`, which are the pieces of one prediction table.
 
-    Rows that belong to no group are left out; rows without a prediction, or whose
-    highest probability is below `min_probability`, are in `synapses` alone.
+    Rows that belong to no group are left out. Rows without a prediction are counted
+    only in `synapses`. Rows whose highest probability is below `min_probability` are
+    also counted only in `synapses`.
 
     Args:
-      by: of `GROUP_COLUMNS`.
-      folder: on a disk with room for what does not fit into memory.
+      by: a key of `GROUP_COLUMNS`.
+      folder: a folder on a disk with room for the groups that do not fit into memory.
 
     Raises:
-      UserError: a weight is negative; the disk is full.
+      UserError: a weight is negative or infinite, or the disk is full.
+      ValueError: `tables` is empty.
     """
     tables = iter(tables)
     first = next(tables, None)
     if first is None:
-        raise ValueError("no tables; an empty one is one")
+        raise ValueError(
+            "there are no tables: give at least one table, which can be empty"
+        )
     weighted = WEIGHT in first.column_names
     schema = _schema(first.schema, classes, by, weighted)
 
@@ -112,7 +123,7 @@ def count(
             table = next(tables, None)
 
     query = _query(schema, len(classes), by)
-    # One thread: sums of floats are then the same bit for bit every time.
+    # With a single thread, the sums of floats have the same bits in every run.
     found = pa.Table.from_batches(sql.run(query, schema, batches(), folder, 1))
     return _tally(found, tuple(classes), by, weighted)
 
@@ -120,18 +131,20 @@ def count(
 def calls_of_neurons(
     neurons: Tally, by: str, least: int = 1
 ) -> tuple[pa.Array, np.ndarray]:
-    """How many neurons of each hemilineage or cell type are called what.
+    """Counts the calls of the neurons in each hemilineage or cell type.
 
-    A neuron is called by majority of its synapses, ties to the first class. One whose
-    synapses name several groups, or none, counts in no group.
+    A neuron is called the class that most of its synapses are called. On a tie, the
+    first class wins. A neuron whose synapses name several groups, or no group, does not
+    count.
 
     Args:
       neurons: the tally of neurons.
-      by: of "hemilineage" and "cell_type".
-      least: neurons of fewer predicted synapses do not count.
+      by: "hemilineage" or "cell_type".
+      least: neurons with fewer predicted synapses do not count.
 
     Returns:
-      The groups in ascending order, and counts int64 [n, k].
+      The groups in ascending order, and the numbers of their neurons that are called
+      each class, int64 [n, k].
     """
     column = neurons.groups[GROUP_COLUMNS[by]].combine_chunks()
     names = pc.unique(column.drop_null())
@@ -144,7 +157,7 @@ def calls_of_neurons(
 
 
 def columns_needed(names: Sequence[str], classes: Sequence[str], by: str) -> list[str]:
-    """Of the columns `names` of a prediction table, those that `count` reads."""
+    """Returns the columns among `names` that `count` reads from a prediction table."""
     wanted = ["neuron_id", "neurotransmitter", *GROUP_COLUMNS.values(), WEIGHT]
     if by != "neuron":
         wanted = ["neuron_id", "neurotransmitter", GROUP_COLUMNS[by], WEIGHT]
@@ -167,7 +180,10 @@ def _schema(
 def _prepared(
     table: pa.Table, classes: Sequence[str], schema: pa.Schema, min_probability: float
 ) -> pa.RecordBatch:
-    """The rows with their call (-1: none) and 0 for the numbers of those without."""
+    """Returns the rows with their calls.
+
+    Rows without a call have the call -1, and 0 in all columns of numbers.
+    """
     names = [predictions.probability_column(name) for name in classes]
     values = np.stack([table[name].to_numpy() for name in names], axis=1)
     called = predictions.called_of(values)
@@ -188,15 +204,15 @@ def _prepared(
 
 
 def weights(table: pa.Table) -> np.ndarray:
-    """Cleft scores, float32 [n], 0 where unknown.
+    """Returns the cleft scores, float32 [n], with 0 where a score is unknown.
 
     Raises:
-      UserError: one is negative or infinite.
+      UserError: a cleft score is negative or infinite.
     """
     found = pc.fill_null(table[WEIGHT], 0).to_numpy().astype(np.float32)
     if (wrong := (found < 0) | np.isinf(found)).any():
         raise UserError(
-            f"{WEIGHT} is {found[wrong][0]} somewhere; weights are 0 or more"
+            f"{WEIGHT} is {found[wrong][0]} in a row; give finite scores from 0 up"
         )
     return np.nan_to_num(found)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a group of synapses is called: the field's rules, each under a name.
+"""The voting rules of the field, which call the transmitter of a group of synapses.
 
-Every rule makes a distribution over the classes out of a group's tally; the winner is
-its largest entry. Who uses which is in docs/evaluation.md.
+Every rule turns the tally of a group into a distribution over the classes. Except with
+`flyem`, the winner is the first class with the largest entry. docs/evaluation.md says
+who uses which rule.
 """
 
 import dataclasses
@@ -22,16 +23,16 @@ FLYEM_SYNAPSES, FLYEM_TYPE_SYNAPSES, FLYEM_CONFIDENCE = 50, 100, 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Of n groups; the rows of those where nothing was predicted do not matter."""
+    """The calls of n groups; rows of groups without predictions have no meaning."""
 
     distribution: np.ndarray  # float64 [n, k]
-    winner: np.ndarray  # int [n]
-    score: np.ndarray  # float64 [n], the rule's own number; NaN where undefined
-    unclear: np.ndarray  # bool [n], the rule refuses to say
+    winner: np.ndarray  # int [n], index of the class
+    score: np.ndarray  # float64 [n], the rule's own score; NaN where it is undefined
+    unclear: np.ndarray  # bool [n], True where the rule makes no call
 
 
 def _largest(distribution: np.ndarray) -> Verdict:
-    """The first of the largest entries wins, and is the score."""
+    """Returns the verdict where the first largest entry wins and is the score."""
     winner = np.where(np.isnan(distribution), -1, distribution).argmax(axis=1)
     score = np.take_along_axis(distribution, winner[:, None], axis=1)[:, 0]
     return Verdict(distribution, winner, score, np.zeros(len(winner), bool))
@@ -43,43 +44,47 @@ def _shares(sums: np.ndarray) -> np.ndarray:
 
 
 def majority(tally: Tally, confusion: Confusion | None = None) -> Verdict:
-    """The class most synapses are called; ties to the first class; score: its share.
+    """Calls the class that most synapses are called; the score is its share.
 
-    The published table of neurons (skeleton_predictions.csv; evaluate.py,
-    `skeleton_confusion_matrix`).
+    On a tie, the first class wins. The published table of neurons uses this rule
+    (skeleton_predictions.csv; evaluate.py, `skeleton_confusion_matrix`).
     """
     return _largest(_shares(tally.counts))
 
 
 def mean_probability(tally: Tally, confusion: Confusion | None = None) -> Verdict:
-    """The class of the largest mean probability, which is the score.
+    """Calls the class with the largest mean probability, which is the score.
 
-    Schlegel et al. 2024 (`top_nt_conf`), Codex (`nt_type_score`), MANC in neuPrint
-    (`predictedNtProb`).
+    This rule is used by Schlegel et al. 2024 (`top_nt_conf`), by Codex
+    (`nt_type_score`) and by MANC in neuPrint (`predictedNtProb`).
     """
     return _largest(tally.mean)
 
 
 def cleft_weighted(tally: Tally, confusion: Confusion | None = None) -> Verdict:
-    """As `mean_probability`, each synapse weighted by its cleft score.
+    """Calls the class with the largest mean probability, weighted by the cleft scores.
 
-    fafbseg-py (`collapse_nt_predictions`). Without a call where the weights of a group
-    sum to zero.
+    fafbseg-py uses this rule (`collapse_nt_predictions`). A group whose weights sum to
+    zero has no call.
     """
-    assert tally.weighted is not None  # `require` has refused it
+    assert tally.weighted is not None  # `require` has refused tallies without weights.
     return _largest(tally.weighted)
 
 
 def flyem(tally: Tally, confusion: Confusion | None = None) -> Verdict:
-    """The class most synapses are called; ties to the first name in the alphabet.
+    """Calls the class that most synapses are called, with the confidence of FlyEM.
 
-    The score is FlyEM's confidence: the mean over the group's synapses of
-    P(called as the synapse | truly as the group), of the confusion's rows. Neurons are
-    unclear below `FLYEM_SYNAPSES` predicted synapses or `FLYEM_CONFIDENCE`, other
-    groups, by their synapses alone, below `FLYEM_TYPE_SYNAPSES`, or `FLYEM_SYNAPSES`
-    where they are one neuron (flyem-snapshot; optic lobe and male CNS in neuPrint).
+    On a tie, the first name in the alphabet wins. The score is FlyEM's confidence, the
+    mean over the synapses of P(call of the synapse | call of the group is true). These
+    probabilities are the rows of the confusion.
+
+    A neuron is unclear if it has fewer than `FLYEM_SYNAPSES` predicted synapses, or a
+    score below `FLYEM_CONFIDENCE`. Another group is unclear if it has fewer than
+    `FLYEM_TYPE_SYNAPSES` predicted synapses. If such a group is only one neuron,
+    `FLYEM_SYNAPSES` is used instead. The source of the rule is flyem-snapshot; neuPrint
+    uses the rule for the optic lobe and the male CNS.
     """
-    assert confusion is not None  # `require` has refused it
+    assert confusion is not None  # `require` has refused a missing confusion.
     confusion.require_rows()
     rows = confusion.by_row()
     distribution = _shares(tally.counts)
@@ -96,31 +101,37 @@ def flyem(tally: Tally, confusion: Confusion | None = None) -> Verdict:
 
 
 def conf_nt(tally: Tally, confusion: Confusion | None = None) -> Verdict:
-    """The class of the largest mean of P(true | called as the synapse), the score.
+    """Calls the class with the largest mean of P(true class | call of the synapse).
 
-    The columns of the confusion say what a call is worth, as in the matrices that
-    hemibrainr keeps beside the published `conf_nt` (Eckstein et al. 2024); whether that
-    was made with this very formula is not published in code. A class that was never
-    called in the confusion is worth nothing: a group of its calls alone has no call.
+    The mean is the score. The columns of the confusion give these probabilities, as do
+    the matrices that hemibrainr publishes with `conf_nt` (Eckstein et al. 2024). No
+    published code shows whether `conf_nt` was computed with exactly this formula.
+
+    A class that the confusion never calls contributes nothing. A group whose synapses
+    are all called such a class has no call.
     """
-    assert confusion is not None  # `require` has refused it
+    assert confusion is not None  # `require` has refused a missing confusion.
     worth = _shares(tally.counts) @ np.nan_to_num(confusion.by_column()).T
     return _largest(np.where(worth.any(axis=1, keepdims=True), worth, np.nan))
 
 
 def banc(tally: Tally, confusion: Confusion | None = None) -> Verdict:
-    """The class with the largest sum of highest probabilities; score: its share.
+    """Calls the class with the largest sum of highest probabilities.
 
-    Synapses add the probability of the class that they are called (BANC's R code).
+    Each synapse adds its highest probability to the class that it is called, as in the
+    R code of BANC. The score is the share of the class in the sum over all classes.
     """
     return _largest(_shares(tally.top))
 
 
 def require(rule: str, weighted: bool, confusion: Confusion | None) -> None:
-    """Raises `UserError` where a rule of `RULES` lacks what it needs.
+    """Checks that a rule of `RULES` has the inputs that it needs.
 
     Args:
-      weighted: there are cleft scores.
+      weighted: whether the predictions have cleft scores.
+
+    Raises:
+      UserError: the rule needs a confusion or cleft scores that are not given.
     """
     if rule in _NEED_CONFUSION and confusion is None:
         raise UserError(

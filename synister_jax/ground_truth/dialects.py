@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each published source of ground truth lays out its tables.
+"""Describes the table columns of each published source of ground truth.
 
-Columns and rules are those of funkelab/synister_data (consolidate.py, ingest.py) and,
-for BANC, of htem/synister_banc (01_split_data.py, 02_train.py).
+The columns and rules come from funkelab/synister_data (consolidate.py, ingest.py). For
+BANC, they come from htem/synister_banc (01_split_data.py, 02_train.py).
 """
 
 import dataclasses
@@ -14,27 +14,34 @@ from synister_jax.tables import synapses
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """Which columns a source has, and what is special about it."""
+    """The columns of a source, and the rules for reading them.
 
-    space: str  # of `spaces.SPACES`
+    An empty column name means that the source has no such column.
+    """
+
+    space: str  # the frame of the coordinates, a key of `spaces.SPACES`
     synapse_id: str
-    # The first known value of these, row by row; one of the columns must be there.
+    # In each row, the first known value of these columns is used. The file must have at
+    # least one of the columns, unless all of them are in `may_lack`.
     neuron_id: tuple[str, ...]
-    # The first alternative whose columns are all there; of these the first known value.
-    # None at all: the transmitter is the file's name up to its first dot.
+    # The first alternative whose columns the file has is used. Within this alternative,
+    # the first known value of each row is used. If there are no alternatives, the
+    # transmitter is the name of the file up to its first dot.
     neurotransmitter: tuple[tuple[str, ...], ...] = ()
     hemilineage: str = ""
     brain_region: str = ""
     cell_type: str = ""
     xyz: tuple[str, str, str] = ("x", "y", "z")
-    # A row without an id gets the Cantor number of its voxel of this size.
+    # A row without a synapse id gets the Cantor number of its voxel as the id. This is
+    # the size of the voxel.
     voxel_size_nm_zyx: tuple[float, ...] | None = None
-    neuprint_ids: bool = False  # the id is made of the voxel's coordinates
-    verified: str = ""  # where this column is there, it must say "true"
-    smallest_size: int = 0  # of a synapse, in the column `size`
-    may_lack: tuple[str, ...] = ()  # columns that a file need not have
-    neuron_needed: bool = True
-    splits: bool = False  # columns split_<name> are taken over
+    neuprint_ids: bool = False  # FlyEM's id, computed from the voxel
+    # If the file has this column, labels count only in rows where it is "true".
+    verified: str = ""
+    smallest_size: int = 0  # of a synapse in the column `size`; 0 keeps all synapses
+    may_lack: tuple[str, ...] = ()  # columns that a file can be without
+    neuron_needed: bool = True  # refuse rows without a neuron id
+    splits: bool = False  # copy the columns split_<name>
 
 
 _KNOWN = ("known.classic.transmitter", "known.other.transmitter")
@@ -61,7 +68,8 @@ DIALECTS: Mapping[str, Dialect] = {
         may_lack=("ItoLee.Hemilineage", "inside"),
     ),
     "malevnc": Dialect("malevnc-neuprint", "syn_id", ("body",), neuprint_ids=True),
-    # What consolidate.py writes: in the frame of the container already.
+    # These files are written by consolidate.py. Their positions are already in the
+    # volume frame.
     "consolidated": Dialect(
         "volume",
         "connector_id",
@@ -84,19 +92,24 @@ DIALECTS: Mapping[str, Dialect] = {
 
 
 def of_table(mapping: Mapping[str, str]) -> Dialect:
-    """Of a table in nm of its volume; `mapping`: our names (and x, y, z) to its own.
+    """Returns the dialect of a table with positions in the volume frame, in nm.
 
-    What is mapped must be there; of the rest, only the id and the coordinates.
+    Reading the table fails if a mapped column is missing, or if the column of the
+    synapse id or a coordinate is missing. All other columns are optional.
+
+    Args:
+      mapping: from the column names of a synapse table, and x, y and z, to the column
+        names of the file.
 
     Raises:
-      UserError: a name on the left is not one of ours.
+      UserError: a key of `mapping` is not a column of a synapse table.
     """
     names = [n for n in synapses.SCHEMA.names if n not in synapses.POSITION]
     own = {name: mapping.get(name, name) for name in [*names, "x", "y", "z"]}
     if unknown := mapping.keys() - own.keys():
         raise UserError(
             f"--columns: {', '.join(sorted(unknown))} is not a column of the synapse "
-            f"table; it has {', '.join(own)}"
+            f"table; use one of {', '.join(own)}"
         )
     return Dialect(
         "volume",

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ground truth of the published data sets, each in its own dialect, as a synapse table.
+"""Imports the ground truth of the published data sets as a synapse table.
 
-The columns and rules are those of funkelab/synister_data (consolidate.py, ingest.py)
-and, for BANC, htem/synister_banc. Where ours differ: Cantor ids are exact; positions
-keep their fractions of a nanometre; classes are counted after duplicates are gone; a
-neuron with an unknown row is left out whole, not from that row on; and every row left
-out is listed with its reason.
+Each data set has its own dialect. The columns and rules come from
+funkelab/synister_data (consolidate.py, ingest.py), and for BANC from
+htem/synister_banc. This module differs from these programs in five points:
+
+- Cantor ids are exact.
+- Positions keep their fractions of a nanometre.
+- Classes are counted after duplicates are dropped.
+- If one row of a neuron has no known transmitter, the whole neuron is dropped. The
+  original drops only this row and the rows after it.
+- Every dropped row is listed with its reason.
 """
 
 import dataclasses
@@ -28,7 +33,8 @@ if TYPE_CHECKING:
     from synister_jax.em.volumes import Volume
 
 
-# Other names in use; None is "not known". "kc" are the Kenyon cells.
+# Other names that the sources use. None means that the transmitter is not known, and
+# "kc" stands for Kenyon cells.
 _SYNONYMS = {
     "kc_acetylcholine": "acetylcholine",
     "ach": "acetylcholine",
@@ -39,15 +45,15 @@ _SYNONYMS = {
     "unclear": None,
     "others": None,
 }
-MINIMUM_SYNAPSES, MINIMUM_NEURONS = 1_000, 3  # of a class, as in ingest.py
+MINIMUM_SYNAPSES, MINIMUM_NEURONS = 1_000, 3  # per class, as in ingest.py
 
 
 @dataclasses.dataclass(frozen=True)
 class GroundTruth:
-    """The table, every row of the sources that is not in it, and what was counted."""
+    """The synapse table, the dropped rows of the sources, and a report with counts."""
 
     table: pa.Table
-    dropped: pa.Table  # file, row (from 0), synapse_id, neuron_id, reason
+    dropped: pa.Table  # columns: file, row (from 0), synapse_id, neuron_id, reason
     report: dict[str, Any]
 
 
@@ -68,14 +74,18 @@ def read(
     """Reads the files of one source as one synapse table.
 
     Args:
-      space: of the coordinates, in place of the dialect's.
-      volume: gives the length of a flipped axis.
-      minimum_synapses, minimum_neurons: of a class; smaller classes are dropped.
-      keep_unknown: keep neurons none of whose rows knows a transmitter.
-      drop_bad_rows: drop and list what would otherwise be an error.
+      paths: the files.
+      dialect: the columns and rules of the source.
+      space: the frame of the coordinates; by default, the frame of the dialect.
+      volume: the volume, which is needed only to know the length of a flipped axis.
+      minimum_synapses: drop classes with fewer synapses.
+      minimum_neurons: drop classes with fewer neurons.
+      keep_unknown: keep neurons that have no known transmitter in any row.
+      drop_bad_rows: drop and list bad rows, which otherwise raise an error.
 
     Raises:
-      UserError: names the file, the rows and the reason.
+      UserError: a file cannot be read, lacks a column or has a bad row; the message
+        names the file, the rows and the reason.
     """
     space = space or spaces.SPACES[dialect.space]
     read_files = [_standard(path, dialect, space) for path in paths]
@@ -127,7 +137,13 @@ def read(
 
 
 def summary(table: pa.Table, dropped: pa.Table | None = None) -> dict[str, Any]:
-    """Counts of a synapse table: rows, neurons, classes, and why rows are not in it."""
+    """Counts the synapses, neurons and classes of a table, and its dropped rows.
+
+    Returns:
+      synapses, neurons: their numbers.
+      classes: the numbers of synapses and neurons of each class.
+      dropped: the number of dropped rows for each reason.
+    """
     reasons = [] if dropped is None else dropped["reason"].value_counts().to_pylist()
     classes = table.group_by("neurotransmitter").aggregate(
         [("synapse_id", "count"), ("neuron_id", "count_distinct")]
@@ -149,24 +165,32 @@ def summary(table: pa.Table, dropped: pa.Table | None = None) -> dict[str, Any]:
 def _standard(
     path: pathlib.Path, dialect: Dialect, space: spaces.Space
 ) -> tuple[pa.Table, list[str]]:
-    """A file with one set of columns for all dialects, and the columns it lacks."""
+    """Reads a file, and returns its table and the optional columns that it lacks.
+
+    The table has the same columns for all dialects.
+    """
     table = file_formats.read(path)
     if space != spaces.SPACES["volume"] and table_metadata.of(table):
         raise UserError(
-            f"{path} is a synapse table, in its volume's frame already; read it with "
-            "--source=table and without --space, --scale_nm_zyx or --offset_nm_zyx"
+            f"{path} is a synapse table, whose positions are already in the volume "
+            "frame; read it with --source=table and without --space, --scale_nm_zyx or "
+            "--offset_nm_zyx"
         )
     absent: list[str] = []
 
     def column(*names: str) -> list[pa.ChunkedArray]:
-        """Those of the columns that are there; one of nulls where none need be."""
+        """Returns the named columns that the file has.
+
+        If the file has none of them and all are optional, the result is one column of
+        nulls.
+        """
         there = [table[name] for name in names if name in table.column_names]
         if there:
             return there
         if not set(names) <= {"", *dialect.may_lack}:
             raise UserError(
-                f"{path} has no column {' or '.join(names)}; it has "
-                f"{', '.join(table.column_names)}"
+                f"{path} has no column {' or '.join(names)}; the columns of the file "
+                f"are {', '.join(table.column_names)}"
             )
         absent.extend(filter(None, names))
         return [pa.chunked_array([pa.nulls(len(table), pa.string())])]
@@ -196,7 +220,7 @@ def _standard(
         for name in synapses.split_columns(table):
             standard[name] = columns.text(table[name])
     for axis, name in zip("xyz", dialect.xyz, strict=True):
-        # Our own tables say the unit.
+        # Synapse tables of this project name the unit in the column, as in x_nm.
         nm = f"{axis}_nm"
         is_ours = name not in table.column_names and nm in table.column_names
         standard[axis] = columns.numbers(column(nm if is_ours else name)[0])
@@ -204,7 +228,10 @@ def _standard(
 
 
 def _ids(candidates: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, np.ndarray]:
-    """The first known id of each row, null where none is, and which are malformed."""
+    """Returns the first known id of each row, and whether an id is malformed.
+
+    The id is null where no column has an id, or where an id is malformed.
+    """
     values, missing, malformed = columns.integers(candidates[0])
     for column in candidates[1:]:
         others, other_missing, other_malformed = columns.integers(column)
@@ -215,7 +242,7 @@ def _ids(candidates: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, np.ndarray]:
 
 
 def _labels(path: pathlib.Path, table: pa.Table, dialect: Dialect) -> pa.ChunkedArray:
-    """What the source says of each row's transmitter, as text; null for unknown."""
+    """Returns the transmitter of each row as the source writes it; null if unknown."""
     if not dialect.neurotransmitter:
         name = path.name.split(".")[0]
         return columns.text(pa.chunked_array([pa.array([name] * len(table))]))
@@ -226,14 +253,19 @@ def _labels(path: pathlib.Path, table: pa.Table, dialect: Dialect) -> pa.Chunked
         return pa.chunked_array([pa.nulls(len(table), pa.string())])
     choices = " or ".join(" and ".join(names) for names in dialect.neurotransmitter)
     raise UserError(
-        f"{path} has no column {choices}; it has {', '.join(table.column_names)}"
+        f"{path} has no column {choices}; the columns of the file are "
+        f"{', '.join(table.column_names)}"
     )
 
 
 def _transmitters(
     rows: pa.Table, row_filter: RowFilter, keep_unknown: bool
 ) -> pa.Array:
-    """Class names (several joined by `+`), null for unknown; one to a neuron."""
+    """Returns the class name of each row; null where the transmitter is unknown.
+
+    Several transmitters of a row are joined by `+`. All kept rows of a neuron have the
+    same class name.
+    """
     said = pc.dictionary_encode(rows["neurotransmitter"]).combine_chunks()
     names = [_class_name(text) for text in said.dictionary.to_pylist()]
     index = pc.fill_null(said.indices, len(names)).to_numpy(zero_copy_only=False)
@@ -248,11 +280,11 @@ def _transmitters(
     code = np.where(values == None, -1, code)  # noqa: E711 - element by element
     lowest, highest = _over_neuron(rows, row_filter, code)
     row_filter.drop(
-        (lowest < 0) & (highest >= 0), "neuron partly without a transmitter"
+        (lowest < 0) & (highest >= 0), "a row of its neuron has no transmitter"
     )
     row_filter.refuse(
         (lowest != highest) & (lowest >= 0),
-        "rows of its neuron name other transmitters",
+        "other rows of its neuron name another transmitter",
     )
     if not keep_unknown:
         row_filter.drop(highest < 0, "no known neurotransmitter")
@@ -269,7 +301,7 @@ def _class_name(text: str) -> str | None:
 def _over_neuron(
     rows: pa.Table, row_filter: RowFilter, code: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest code among the rows that each row shares its neuron with."""
+    """Returns the lowest and the highest code among the rows of each row's neuron."""
     lowest, highest = code.copy(), code.copy()
     at = np.flatnonzero(pc.is_valid(rows["neuron_id"]).to_numpy() & row_filter.kept)
     neurons, member = np.unique(rows["neuron_id"].take(at), return_inverse=True)
@@ -287,7 +319,10 @@ def _synapse_ids(
     xyz: Mapping[str, np.ndarray],
     position_nm_zyx: np.ndarray,
 ) -> np.ndarray:
-    """[n] int64; made of the position where the source has none."""
+    """Returns the synapse ids, [n] int64.
+
+    Where the source has no id, the id is computed from the position.
+    """
     ids = pc.fill_null(rows["synapse_id"], 0).to_numpy().copy()
     row_filter.refuse(
         rows["bad_synapse_id"].to_numpy(),
@@ -298,27 +333,35 @@ def _synapse_ids(
         index = np.stack([xyz["z"], xyz["y"], xyz["x"]], axis=1)
         whole = (index == np.trunc(index)).all(axis=1)
         made = ids_from_positions.neuprint(np.where(whole[:, None], index, -1))
-        row_filter.refuse(made < 0, "coordinates are not voxels of 0 to 2097151")
+        row_filter.refuse(made < 0, "a coordinate is not a voxel from 0 to 2097151")
         differs = ~missing & (made != ids)
-        row_filter.refuse(differs, "the id is not that of its voxel; digits were lost")
+        row_filter.refuse(
+            differs, "the synapse id does not match its voxel; digits were lost"
+        )
         return np.where(missing, made, ids)
     if dialect.voxel_size_nm_zyx is None:
         row_filter.refuse(
-            missing, "no synapse id; --voxel_size_nm_zyx makes ids of voxels"
+            missing,
+            "no synapse id; give --voxel_size_nm_zyx to compute ids from voxels",
         )
         return ids
-    # The original truncates to whole nm first (ingest.py).
+    # The original also truncates to whole nanometres first (ingest.py).
     index = np.trunc(position_nm_zyx) // dialect.voxel_size_nm_zyx
     fits = ids_from_positions.cantor_fits(index)
     row_filter.refuse(
-        missing & ~fits, "no synapse id, and no voxel that one is made of"
+        missing & ~fits,
+        "no synapse id, and its voxel is negative or too large to compute an id",
     )
     ids[missing & fits] = ids_from_positions.cantor(index[missing & fits])
     return ids
 
 
 def _drop_duplicates(table: pa.Table, row_filter: RowFilter) -> None:
-    """Of identical rows one stays; rows that say different things of an id all go."""
+    """Drops repeated rows and conflicting rows.
+
+    One of several identical rows stays. If rows with one synapse id differ, all of them
+    are dropped.
+    """
     at = np.flatnonzero(row_filter.kept)
     _, member, count = np.unique(
         table["synapse_id"].to_numpy()[at], return_inverse=True, return_counts=True
@@ -337,14 +380,14 @@ def _drop_duplicates(table: pa.Table, row_filter: RowFilter) -> None:
     repeated = np.zeros(len(table), bool)
     repeated[at] = True
     repeated[distinct["at_min"].to_numpy()] = False
-    row_filter.drop(repeated, "identical row again")
+    row_filter.drop(repeated, "repeats an identical row")
 
 
 def _one_to_a_neuron(table: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-    """Each neuron's first known hemilineage and cell type in all of its rows.
+    """Gives all rows of a neuron the neuron's first known hemilineage and cell type.
 
-    As ingest.py takes them of a neuron's first synapse. Also tells how many neurons
-    had several.
+    The program ingest.py also uses the values of a neuron's first synapse. The function
+    returns the table, and for each column how many neurons had several values.
     """
     several = {}
     for name in ("hemilineage", "cell_type"):

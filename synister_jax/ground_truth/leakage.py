@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of a split share: neurons, cell types, regions, voxels."""
+"""Measures what the parts of a split share: neurons, cell types, regions and voxels."""
 
 import itertools
 import math
@@ -25,35 +25,42 @@ def measure(
     voxel_size_nm_zyx: Sequence[float],
     classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Numbers on `split_<split>` of a synapse table, ready for JSON.
+    """Returns numbers about the column `split_<split>` of a synapse table, for JSON.
 
-    Only rows with a part and one known neurotransmitter of `classes` count as being in
-    a part.
+    A row counts as being in a part only if it has a part and exactly one known
+    neurotransmitter, which is one of `classes`.
 
     Args:
-      table: synapse table.
-      split: name of the split.
-      crop_shape_zyx: voxels.
-      voxel_size_nm_zyx: nm.
-      classes: default all in the table.
+      table: the synapse table.
+      split: the name of the split.
+      crop_shape_zyx: the shape of the crops, in voxels.
+      voxel_size_nm_zyx: the size of a voxel, in nm.
+      classes: the classes; by default, all classes in the table.
 
     Returns:
-      classes: per class and part synapses, neurons and fraction of the synapses.
-      in_no_part: rows in no part, by reason.
-      part_without_class: rows in a part that have no class.
-      in_several_parts: per column how many values have synapses in more than one part,
-        how many synapses these are, and some of the values.
-      crops: of each pair of parts, and of all, the synapses of a part whose crop shares
-        a voxel with a crop of another part.
+      split: the name of the split.
+      classes: for each class and part, the synapses, the neurons, and the fraction of
+        the class's synapses that is in the part.
+      in_no_part: the number of rows in no part, for each reason.
+      part_without_class: the number of rows that have a part but no class.
+      in_several_parts: for each column of groups, how many values have synapses in more
+        than one part, how many synapses these are, and some of the values.
+      crops: how many synapses have a crop that shares a voxel with a crop of another
+        part, for each pair of parts and for all parts together.
+
+    Raises:
+      UserError: a size is not positive, or the table does not have the split.
     """
     classes = splits.classes_of(table) if classes is None else tuple(classes)
     if not all(n > 0 for n in (*crop_shape_zyx, *voxel_size_nm_zyx)):
-        raise UserError("--crop_shape_zyx and --voxel_size_nm_zyx must be positive")
+        raise UserError(
+            "--crop_shape_zyx and --voxel_size_nm_zyx must be positive on every axis"
+        )
     part = _parts(table, split)
     labels = synapses.labels(table, classes)
     counted = (part >= 0) & (labels >= 0)
     rows = np.flatnonzero(counted)
-    # In a volume that begins at 0 nm.
+    # The function does not know the volume, and takes its offset as 0 nm.
     starts = spaces.crop_starts_vx_zyx(
         synapses.positions_nm_zyx(table)[rows], crop_shape_zyx, voxel_size_nm_zyx
     )
@@ -77,20 +84,30 @@ def measure(
 def overlapping(
     starts_vx_zyx: np.ndarray, others_vx_zyx: np.ndarray, crop_shape_zyx: Sequence[int]
 ) -> np.ndarray:
-    """[n] bool: whether a crop at `starts` [n, 3] shares a voxel with one at `others`.
+    """Returns which crops share a voxel with at least one of the other crops.
 
-    Two crops do when their starts differ by less than the shape on every axis.
+    Two crops share a voxel when their starts differ by less than the shape of a crop on
+    every axis.
+
+    Args:
+      starts_vx_zyx: [n, 3] first voxel of each crop.
+      others_vx_zyx: [m, 3] first voxel of each of the other crops.
+      crop_shape_zyx: the shape of all crops, in voxels.
+
+    Returns:
+      [n] bool.
     """
-    from scipy import spatial  # half a second to import
+    from scipy import spatial  # takes half a second to import
 
     if not len(starts_vx_zyx) or not len(others_vx_zyx):
         return np.zeros(len(starts_vx_zyx), bool)
     shape = np.asarray(crop_shape_zyx)
-    # A k-d tree over many equal points is a list; synapses of one T-bar are equal.
+    # The synapses of one T-bar have equal positions. A k-d tree over many equal points
+    # would be as slow as a list, so each position is used only once.
     places, place_of = np.unique(starts_vx_zyx, axis=0, return_inverse=True)
     tree = spatial.cKDTree(np.unique(others_vx_zyx, axis=0) / shape)
-    # In units of the shape, starts that touch without sharing are 1 apart, and those
-    # that share a voxel at most 1 - 1/shape.
+    # Distances are in units of the shape. Crops that touch without a shared voxel are 1
+    # apart. Crops that share a voxel are at most 1 - 1/shape apart.
     farthest = 1 - 1 / (2 * shape.max())
     distance, _ = tree.query(places / shape, p=math.inf, distance_upper_bound=farthest)
     return np.isfinite(distance)[place_of]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of the sources stay in a table, and why the others do not."""
+"""Filters the rows of the sources, and records why a row is dropped."""
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +15,18 @@ _DROPPED = pa.schema(
         ("reason", pa.string()),
     ]
 )
-# `empty_table()` would import pandas, which takes a quarter of a second.
+# The method `empty_table()` would import pandas, which takes a quarter of a second.
 NOTHING_DROPPED = pa.Table.from_batches([], _DROPPED)
 
 
 class RowFilter:
-    """Rows are taken out one reason after another; the first one counts.
+    """A filter that drops rows for one reason after another.
+
+    If several reasons apply to a row, the first reason is recorded.
 
     Args:
-      rows: with the columns file, row (from 0), synapse_id and neuron_id.
-      drop_bad_rows: `refuse` drops rather than raising.
+      rows: a table with the columns file, row (from 0), synapse_id and neuron_id.
+      drop_bad_rows: `refuse` drops rows and does not raise an error.
     """
 
     def __init__(self, rows: pa.Table, drop_bad_rows: bool) -> None:
@@ -34,15 +36,19 @@ class RowFilter:
 
     @property
     def kept(self) -> np.ndarray:
-        """[n] bool."""
+        """Whether each row is still kept, [n] bool."""
         return self._reason == None  # noqa: E711 - element by element
 
     def drop(self, rows: np.ndarray, reason: str) -> None:
-        """Takes out the rows, [n] bool."""
+        """Drops the rows that are True in `rows`, [n] bool, for this reason."""
         self._reason[rows & self.kept] = reason
 
     def refuse(self, rows: np.ndarray, reason: str) -> None:
-        """An error that names the rows, or a drop where the user asked for that."""
+        """Raises an error for the rows, [n] bool, or drops them with `drop_bad_rows`.
+
+        Raises:
+          UserError: some of the rows are still kept; the message names the first five.
+        """
         at = np.flatnonzero(rows & self.kept)
         if not len(at) or self._drop_bad_rows:
             self.drop(rows, reason)
@@ -51,11 +57,15 @@ class RowFilter:
         named = (f"{place['file']} row {place['row']}" for place in places)
         raise UserError(
             f"{reason}: {listed(named, len(at))} (rows count from 0 after the header); "
-            "mend them, or leave them out and list them with --drop_bad_rows"
+            "correct them, or leave them out and list them with --drop_bad_rows"
         )
 
     def dropped(self, synapse_id: pa.Array) -> pa.Table:
-        """The rows that are out, with the ids that were made or given, and why."""
+        """Returns the dropped rows with their reasons.
+
+        Args:
+          synapse_id: [n] the ids of all rows, from the file or computed.
+        """
         reason = pa.array(self._reason, pa.string())
         rows = self._rows.set_column(
             self._rows.column_names.index("synapse_id"), "synapse_id", [synapse_id]

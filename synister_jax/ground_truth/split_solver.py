@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The integer programme behind splits: whole groups to parts, classes in balance.
+"""Solves the integer programme that divides groups into parts with balanced classes.
 
-Published with Synister (Eckstein et al., Cell 2024) for two parts; here all three are
-chosen together. It knows counts only, no tables. Equal groups are one integer variable
-a part, classes that share no group are programmes of their own, and the optimum of
-each class alone bounds the joint one from below. Of equally good splits one is taken
-whose parts have their share of the groups too, where there is one: left to itself, a
-solver fills train with small neurons and the rest with a few large ones.
+The programme was published with Synister (Eckstein et al., Cell 2024) for two parts.
+This module chooses all three parts together. It works on counts and knows no tables.
+
+- Groups with equal counts share one integer variable for each part.
+- Classes that share no group are solved separately.
+- The optimum of each class alone is a lower bound for the joint optimum.
+- Among equally good splits, a split is preferred whose parts also have their share of
+  the groups. Otherwise the solver fills train with small neurons, and the other parts
+  with a few large neurons.
 """
 
 import dataclasses
@@ -17,30 +20,38 @@ import numpy as np
 from scipy import optimize, sparse
 from scipy.sparse import csgraph
 
-TOLERANCE = 0.05  # of a class's fraction in a part, absolute
+TOLERANCE = 0.05  # largest absolute error of a class's fraction in a part
 _ROUNDING = 1e-9
-_WINDOW = 300  # counts on either side of a target that the lower bound looks at
-_LARGEST_SUBSET_SUM = 10**10  # bits to shift
-_FILL_ORDER = (0, 2, 1)  # a class with one group is in train, with two also in test
-# HiGHS stops after about this many nodes x columns, wherever the clock stands: a hard
-# case takes some 20 s on two cores and has the same answer everywhere.
+_WINDOW = 300  # the lower bound looks at this many counts on either side of a target
+_LARGEST_SUBSET_SUM = 10**10  # the lower bound shifts at most about this many bits
+# Parts get groups in the order train, test, validation: a class with one group is in
+# train, and a class with two groups is in train and test.
+_FILL_ORDER = (0, 2, 1)
+# The budget of HiGHS in nodes times columns. The budget does not depend on the clock,
+# so every machine finds the same split. A hard case takes about 20 s on two cores.
 _WORK = 1_500_000
 _FEWEST_NODES, _MOST_NODES = 200, 50_000
-_SPREAD = 0.1  # of a part's share of the groups: how far it may be off, at least 1
-_EQUAL = 1e-3  # of the cost of a single synapse in the largest part
+# The number of groups in a part can differ from its share by this fraction of the
+# share, or by 1 group where the fraction is less.
+_SPREAD = 0.1
+# An objective counts as equal to its bound if the difference is below this fraction of
+# the cost of a single synapse in the largest part.
+_EQUAL = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """What is to be divided.
+    """The groups that are divided into parts, and how to divide them.
 
     Attributes:
-      counts: [groups, classes] int.
-      fractions: [parts] float; parts with fraction 0 are not made.
-      cell_types: [groups] int; each has at least one group in part 0; -1 for none.
-      anchored: [groups] bool; these are in part 0.
-      seed: of the order of the variables, which decides among equal splits.
-      deadline: time.monotonic() at which the clock stops the solver.
+      counts: [groups, classes] int, synapses (or neurons) of each group and class.
+      fractions: [parts] float, wanted fraction of each part; a part with the fraction 0
+        stays empty.
+      cell_types: [groups] int, code of the cell type, or -1. Every cell type must have
+        at least one group in part 0.
+      anchored: [groups] bool; these groups must be in part 0.
+      seed: the seed of the order of the variables, which decides among equal splits.
+      deadline: the value of time.monotonic(), in seconds, at which the solver stops.
     """
 
     counts: np.ndarray
@@ -53,15 +64,16 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """A part for each group that has one of the classes solved for.
+    """The part of each group that has at least one of the solved classes.
 
     Attributes:
-      groups: [n] int.
-      parts: [n] int, index of a part.
+      groups: [n] int, index of the group.
+      parts: [n] int, index of the part.
       deviations: [classes] float, the largest of |fraction - wanted| over the parts.
       objective: sum over classes and parts of |count - target| / target.
-      bound: no solution has a smaller objective.
-      stopped: "" for solved to the end, "nodes" or "clock".
+      bound: a lower bound: no solution has a smaller objective.
+      stopped: "" if the solver has finished; "nodes" if its budget is spent; "clock" if
+        its time is over.
     """
 
     groups: np.ndarray
@@ -73,7 +85,11 @@ class Solution:
 
 
 class Infeasible(Exception):
-    """No solution within tolerance: `classes`, the worst first; `stopped` as above."""
+    """No solution is within the tolerance.
+
+    `classes` are the indices of the classes, the worst class first. `stopped` has the
+    values of `Solution.stopped`.
+    """
 
     def __init__(self, classes: Sequence[int], stopped: str) -> None:
         super().__init__(classes)
@@ -81,10 +97,14 @@ class Infeasible(Exception):
 
 
 def anchor(counts: np.ndarray, cell_types: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`cell_types` and `anchored` of Groups, with as few constraints as will do.
+    """Returns `cell_types` and `anchored` for `Groups`, with few constraints.
 
-    Of a cell type whose groups are all alike it does not matter which is in part 0:
-    the first is put there and the others are free.
+    If all groups of a cell type have equal counts, any of them can be the group in part
+    0. The first group is then put into part 0, and the other groups are free.
+
+    Args:
+      counts: [groups, classes] int.
+      cell_types: [groups] int, code of the cell type, or -1.
     """
     kinds = np.unique(np.column_stack([cell_types, counts]), axis=0)
     values, kinds_of_type = np.unique(kinds[:, 0], return_counts=True)
@@ -96,7 +116,7 @@ def anchor(counts: np.ndarray, cell_types: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def independent(groups: Groups, classes: Sequence[int]) -> list[list[int]]:
-    """`classes` in sets that have no group, and no cell type, in common."""
+    """Divides `classes` into sets that share no group and no cell type."""
     own = groups.cell_types.max(initial=-1) + 1 + np.arange(len(groups.counts))
     unit = np.where(groups.cell_types < 0, own, groups.cell_types)
     group, column = np.nonzero(groups.counts[:, classes])
@@ -109,12 +129,16 @@ def independent(groups: Groups, classes: Sequence[int]) -> list[list[int]]:
 
 
 def solve(groups: Groups, classes: Sequence[int], *, spread: bool = True) -> Solution:
-    """The best split of the groups of `classes` within tolerance.
+    """Returns the best split of the groups of `classes` within the tolerance.
 
-    With `spread` each part has its share of the groups too, where that is free.
+    Args:
+      groups: the groups.
+      classes: the indices of the classes to solve.
+      spread: also give each part its share of the groups, where this does not make the
+        objective worse.
 
     Raises:
-      Infeasible: there is none, or the solver found none.
+      Infeasible: no split is within the tolerance, or the solver has found none.
     """
     if np.count_nonzero(groups.fractions) == 1:
         everything = np.arange(len(groups.counts))
@@ -140,7 +164,11 @@ def solve(groups: Groups, classes: Sequence[int], *, spread: bool = True) -> Sol
 
 
 def nearest(groups: Groups, which: int) -> np.ndarray | None:
-    """[parts] fractions of one class whose largest deviation is the smallest."""
+    """Returns the fractions [parts] of one class that come nearest to the wanted ones.
+
+    The largest deviation over the parts is as small as possible. The result is None if
+    the solver has found no split.
+    """
     found = _optimise(groups, [which], [0.0], minimise_worst=True)
     if isinstance(found, str):
         return None
@@ -164,14 +192,18 @@ def _within_any_tolerance(
     found = dataclasses.replace(found, stopped="clock" if by_clock else found.stopped)
     if isinstance(even, str) or even.objective > found.objective * (1 + _ROUNDING):
         return found
-    # Equal objectives may be summed with other roundings.
+    # Equal objectives can differ by rounding, because the order of their sums differs.
     proven = found.bound == found.objective
     bound = even.objective if proven else min(found.bound, even.objective)
     return dataclasses.replace(even, bound=bound, stopped=found.stopped)
 
 
 def _each_alone(groups: Groups, classes: Sequence[int]) -> list[float]:
-    """Lower bound of each class's objective; Infeasible names all that cannot be."""
+    """Returns a lower bound of the objective of each class.
+
+    Raises:
+      Infeasible: some classes have no split even alone; the error names all of them.
+    """
     least, wrong, stopped = [], [], ""
     for which in classes:
         try:
@@ -186,18 +218,18 @@ def _each_alone(groups: Groups, classes: Sequence[int]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Kinds:
-    """Groups alike in what matters for the classes solved for, merged."""
+    """The groups, merged into kinds whose groups are equal for the solved classes."""
 
-    members: np.ndarray  # [n] int, index of a group
-    kind: np.ndarray  # [n] int, of each member
-    many: np.ndarray  # [kinds] int
+    members: np.ndarray  # [n] int, index of the group
+    kind: np.ndarray  # [n] int, kind of each member
+    many: np.ndarray  # [kinds] int, number of groups
     counts: np.ndarray  # [kinds, classes] int
     cell_types: np.ndarray  # [kinds] int
     anchored: np.ndarray  # [kinds] bool
 
 
 def _merge(groups: Groups, classes: Sequence[int]) -> _Kinds:
-    """In an order that the seed decides."""
+    """Merges equal groups into kinds, whose order depends on the seed."""
     is_member = np.any(groups.counts[:, classes] > 0, axis=1)
     typed = groups.cell_types >= 0
     is_member |= typed & np.isin(groups.cell_types, groups.cell_types[is_member])
@@ -228,14 +260,18 @@ def _optimise(
     spread: bool = False,
     minimise_worst: bool = False,
 ) -> Solution | str:
-    """Solves for `classes`, or says why there is no solution ("" for proven)."""
+    """Returns the solution for `classes`, or why there is none.
+
+    The text is "" if it is proven that there is no solution. Otherwise it is a value of
+    `Solution.stopped`.
+    """
     kinds = _merge(groups, classes)
     made = np.flatnonzero(groups.fractions)
     fractions = groups.fractions[made]
     totals = kinds.many @ kinds.counts
     wanted = np.stack([targets(n, groups.fractions)[made] for n in totals], axis=1)
     weights = 1 / np.maximum(wanted, 1)
-    unit = weights.min()  # the smallest possible deviation costs 1 in the programme
+    unit = weights.min()  # the smallest possible deviation costs 1
     constraints = _constraints(
         kinds,
         made,
@@ -257,7 +293,8 @@ def _optimise(
     most[-1] = tolerance + _ROUNDING
     work = _WORK // 10 if spread else _WORK
     nodes = int(np.clip(work // len(cost), _FEWEST_NODES, _MOST_NODES))
-    # HiGHS 1.12 now and then trips over its own presolve (status "Solve error").
+    # The presolve of HiGHS 1.12 sometimes fails (status "Solve error"). The programme
+    # is then solved without presolve.
     for presolve in (True, False):
         found = optimize.milp(
             cost,
@@ -273,7 +310,8 @@ def _optimise(
         )
         if found.x is not None or "error" not in found.message:
             break
-    # 0 solved, 1 time, 2 infeasible; 4 is nodes, or infeasible found by presolve.
+    # The status is 0 for solved, 1 for the time limit, and 2 for infeasible. It is 4
+    # for the node limit, but also if presolve finds that the programme is infeasible.
     proven = found.status in (0, 2) or "infeasible or unbounded" in found.message
     stopped = "" if proven else "clock" if found.status == 1 else "nodes"
     if found.x is None:
@@ -308,8 +346,12 @@ def _constraints(
     spread: bool,
     with_worst: bool,
 ) -> optimize.LinearConstraint:
-    """Columns: groups of each kind in each part after the first; over, then under, for
-    each part and class; the worst deviation of a fraction."""
+    """Returns the constraints of the integer programme.
+
+    Its columns are, in this order: the number of groups of each kind in each part after
+    the first; the excess of each part and class over its target; the shortage of each
+    part and class; and the largest deviation of a fraction.
+    """
     parts, classes = wanted.shape
     in_part, rest = _part_sums(kinds.counts, kinds.many, parts)
     has = kinds.counts > 0
@@ -354,9 +396,10 @@ def _constraints(
 def _part_sums(
     weights: np.ndarray, many: np.ndarray, parts: int
 ) -> tuple[sparse.csr_array, np.ndarray]:
-    """Sums of weights [kinds, m] in each part: matrix @ columns + rest, [parts * m].
+    """Returns (matrix, rest): the sums in each part are matrix @ columns + rest.
 
-    The first part has no columns: it holds what the others do not.
+    The weights have the shape [kinds, m], and the sums have the shape [parts * m]. The
+    first part has no columns, because it has all groups that are in no other part.
     """
     others = sparse.csr_array(weights.T.astype(float))
     first = sparse.hstack([-others] * (parts - 1))
@@ -367,7 +410,11 @@ def _part_sums(
 
 
 def _dealt(kinds: _Kinds, chosen: np.ndarray) -> np.ndarray:
-    """Part of each member: of a kind, the first go to part 1, the next to part 2 …"""
+    """Returns the part of each member.
+
+    Within each kind, the first members go to part 1 and the next members to part 2. The
+    remaining members go to part 0.
+    """
     order = np.argsort(kinds.kind, kind="stable")
     start = np.cumsum(kinds.many) - kinds.many
     rank = np.empty(len(order), np.int64)
@@ -381,22 +428,26 @@ def _dealt(kinds: _Kinds, chosen: np.ndarray) -> np.ndarray:
 
 
 def targets(count: int, fractions: np.ndarray) -> np.ndarray:
-    """[parts] int: truncated; the first part that is made takes the rest."""
+    """Returns the target count of each part, [parts] int.
+
+    The targets are truncated. The first part with a fraction above 0 takes the rest.
+    """
     wanted = np.floor(fractions * count + _ROUNDING).astype(np.int64)
     wanted[np.flatnonzero(fractions)[0]] += count - wanted.sum()
     return wanted
 
 
 def least_objective(sizes_of_groups: np.ndarray, fractions: np.ndarray) -> float:
-    """Lower bound of sum over parts of |count - target| / target, for one class.
+    """Returns a lower bound of the objective of one class.
 
-    Which counts can parts have at all? Sums of group sizes; the nearest such sums to
-    the targets that leave such a sum to the first part are a relaxation that a solver's
-    LP does not see.
+    The objective is the sum over the parts of |count - target| / target. The count of
+    every part is a sum of group sizes. The bound uses the sums nearest to the targets,
+    if the rest for the first part is such a sum too. The linear relaxation of the
+    solver does not find this bound. The bound is 0 where its computation is too large.
 
     Args:
       sizes_of_groups: [groups] int, positive.
-      fractions: [parts], adding up to 1.
+      fractions: [parts] float, which add up to 1.
     """
     total = int(sizes_of_groups.sum())
     sizes, many = np.unique(sizes_of_groups, return_counts=True)
@@ -421,7 +472,7 @@ def least_objective(sizes_of_groups: np.ndarray, fractions: np.ndarray) -> float
 
 
 def _subset_sums(sizes: list[int], many: list[int], total: int) -> np.ndarray:
-    """[total + 1] bool: whether some of the groups add up to the index."""
+    """Returns whether some of the groups add up to each index, [total + 1] bool."""
     sums = 1
     for size, left in zip(sizes, many, strict=True):
         take = 1

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train, validation and test parts of a synapse table, balanced and free of leaks.
+"""Splits a synapse table into train, validation and test parts without shared groups.
 
-A group (neuron, hemilineage, brain region, cell type) goes whole to one part; an
-integer programme chooses which, so that every class comes close to its fractions:
-Eckstein et al., Cell 2024, extended from two parts to three.
+A group is a neuron, a hemilineage, a brain region or a cell type. Each whole group goes
+to one part. An integer programme chooses the part of each group, so that every class
+comes close to its fractions. The method is from Eckstein et al. (Cell 2024). It is
+extended from two parts to three.
 """
 
 import dataclasses
@@ -20,30 +21,35 @@ from synister_jax.ground_truth import split_solver
 from synister_jax.tables import synapses
 from synister_jax.tables.synapses import GROUP_COLUMNS
 
-_PER_SYNAPSE_SEED = 19120623  # the original's
+_PER_SYNAPSE_SEED = 19120623  # the seed of the original
 
 
 class ImpossibleSplit(UserError):
-    """No split within tolerance; names the classes and the best that each can do."""
+    """No split is within the tolerance.
+
+    The message names the classes and the best fractions that each class can reach.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A part for every row, and how close the parts come to their targets.
+    """The part of every row, and how close the parts come to their targets.
 
     Attributes:
-      parts: [rows] object: train, validation, test or None.
-      classes: the classes taking part.
-      targets: [classes, 3] int synapses (or neurons) in the order of synapses.PARTS.
-      counts: [classes, 3] int, achieved.
+      parts: [rows] object; train, validation, test or None.
+      classes: the classes that take part.
+      targets: [classes, 3] int, wanted synapses (or neurons) of each class and part, in
+        the order of synapses.PARTS.
+      counts: [classes, 3] int, the synapses (or neurons) that the split has.
       objective: sum over classes and parts of |count - target| / target, without the
         classes in `per_synapse`.
-      bound: no split of these groups has a smaller objective.
-      stopped: "" (solved to the end), "nodes" (budget spent: the same answer
-        everywhere) or "clock" (another machine may find another split).
-      seconds: time taken.
-      per_synapse: classes split synapse by synapse: their neurons are in several
-        parts. Their targets and counts are synapses always.
+      bound: a lower bound: no split of these groups has a smaller objective.
+      stopped: "" if the solver has finished. "nodes" if its budget of nodes is spent;
+        every machine then finds the same split. "clock" if its time is over; another
+        machine can then find another split.
+      seconds: the time that the split took.
+      per_synapse: the classes that are split synapse by synapse, so that their neurons
+        are in several parts. Their targets and counts are always synapses.
     """
 
     parts: np.ndarray
@@ -58,39 +64,46 @@ class Split:
 
     @property
     def gap(self) -> float:
+        """The difference of the objective and its lower bound."""
         return self.objective - self.bound
 
     @property
     def optimal(self) -> bool:
-        """Whether no better split exists, proven."""
+        """Whether it is proven that no better split exists."""
         return self.gap == 0
 
 
 def classes_of(table: pa.Table) -> tuple[str, ...]:
-    """The single known neurotransmitters in the table, in the order of synapses."""
+    """Returns the known neurotransmitters of the table.
+
+    Their order is the order of `synapses.NEUROTRANSMITTERS`. A value with several
+    transmitters does not count.
+    """
     there = set(pc.unique(table["neurotransmitter"]).to_pylist())
     return tuple(name for name in synapses.NEUROTRANSMITTERS if name in there)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How a split is to be made.
+    """The settings of a split.
 
     Attributes:
-      by: neuron, hemilineage, brain_region or cell_type (a neuron without a type is
-        a group of its own).
-      fractions: of train, validation and test; a part with fraction 0 is not made.
-      classes: default all that are in the table.
-      hold_out: ids of synapses to keep out of the split.
-      hold_out_part: "train" puts held-out rows that could take part there. The rest
-        of their neurons may be elsewhere.
-      balance: what to count, "synapses" or "neurons".
-      shared_cell_types: at least one neuron of every cell type is in train (the rule
-        of BANC); by neuron only.
-      per_synapse_fallback: split classes that cannot come within tolerance synapse by
-        synapse instead of raising.
+      by: the kind of the groups: neuron, hemilineage, brain_region or cell_type. With
+        cell_type, a neuron without a cell type is a group of its own.
+      fractions: the fractions of train, validation and test; a part with the fraction 0
+        stays empty.
+      classes: the classes that take part; by default, all classes in the table.
+      hold_out: the ids of synapses that are kept out of the split.
+      hold_out_part: "train" puts the held-out synapses that could take part into train.
+        Other synapses of their neurons can be in other parts.
+      balance: the units that are counted, "synapses" or "neurons".
+      shared_cell_types: at least one neuron of every cell type is in train, as in BANC;
+        possible only with by="neuron".
+      per_synapse_fallback: split a class synapse by synapse if no split by groups is
+        within the tolerance. Otherwise such a class is an error.
       seed: another seed gives another split.
-      time_limit_s: of wall time, should the budget of nodes not be enough.
+      time_limit_s: stop the solver after this time, in seconds of wall time, if its
+        budget of nodes is not spent before.
     """
 
     by: str
@@ -105,30 +118,33 @@ class Scheme:
     time_limit_s: float = 60.0
 
     def check(self, table: pa.Table) -> None:
-        """Raises `UserError` for what the table cannot be split by."""
+        """Checks that the table can be split with these settings.
+
+        Raises:
+          UserError: a setting has no possible value; the message names its option.
+        """
         if self.by not in GROUP_COLUMNS:
-            raise UserError(f"--by={self.by}: it is one of {', '.join(GROUP_COLUMNS)}")
+            raise UserError(f"--by={self.by}: give one of {', '.join(GROUP_COLUMNS)}")
         column = GROUP_COLUMNS[self.by]
         if table[column].null_count == len(table):
             raise UserError(
-                f"--by={self.by}: no row has a {column}; split by something else"
+                f"--by={self.by}: no row has a {column}; split by another group"
             )
         if self.balance not in ("synapses", "neurons"):
-            raise UserError(f"--balance={self.balance}: it is synapses or neurons")
+            raise UserError(f"--balance={self.balance}: give synapses or neurons")
         if self.hold_out_part not in (None, "train"):
-            raise UserError(
-                f"--hold_out_part={self.hold_out_part}: it is none or train"
-            )
+            raise UserError(f"--hold_out_part={self.hold_out_part}: give none or train")
         fractions = self.fractions
         shown = ", ".join(f"{f:g}" for f in fractions)
         if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions):
             raise UserError(
-                f"--fractions={shown}: three numbers from 0 to 1 are needed, for "
+                f"--fractions={shown}: give three numbers from 0 to 1, for "
                 f"{', '.join(synapses.PARTS)}"
             )
         if not math.isclose(sum(fractions), 1, abs_tol=1e-6):
             raise UserError(
-                f"--fractions={shown} add up to {sum(fractions):g}, not to 1"
+                f"--fractions={shown} add up to {sum(fractions):g}; give three "
+                "fractions that add up to 1"
             )
         if self.shared_cell_types and (self.by != "neuron" or not fractions[0]):
             raise UserError("--shared_cell_types needs --by=neuron and a train part")
@@ -138,16 +154,20 @@ class Scheme:
 def make(table: pa.Table, scheme: Scheme) -> Split:
     """Splits a synapse table so that no group is in two parts.
 
-    The answer does not depend on the order of the rows. It is the same on every
-    machine unless the clock stops the solver (`Split.stopped`).
+    The split does not depend on the order of the rows. It is the same on every machine
+    unless the clock stops the solver (`Split.stopped`).
 
     Args:
-      table: synapse table. Rows take part that have one known neurotransmitter, of
-        `classes`, and a group, and are not held out; all others get no part.
+      table: the synapse table. A row takes part if it has exactly one known
+        neurotransmitter, which is one of the classes, and a group, and is not held out.
+        With balance="neurons", it also needs a neuron. All other rows get no part.
+      scheme: the settings.
 
     Raises:
-      ImpossibleSplit: a class would be more than 5 points off in some part.
-      UserError: names the argument that is wrong by the option of make_splits.py.
+      ImpossibleSplit: the fraction of a class in some part would be more than 5
+        percentage points off.
+      UserError: a setting is wrong or no row can take part; the message names the
+        option of make_splits.py.
     """
     start = time.monotonic()
     scheme.check(table)
@@ -226,19 +246,19 @@ def _check_rows(labels: np.ndarray, classes: Sequence[str], by: str) -> None:
         raise UserError(
             "--synapses: no row has one known neurotransmitter "
             f"({', '.join(classes) or 'none is in the table'}) and a "
-            f"{GROUP_COLUMNS[by]} and is not held out; nothing can be split"
+            f"{GROUP_COLUMNS[by]} and is not held out; give a table with such rows"
         )
     there = np.bincount(labels, minlength=len(classes))
     missing = [name for name, n in zip(classes, there, strict=True) if not n]
     if missing:
         raise UserError(
-            f"no row that can take part is {' or '.join(missing)}; leave it out by "
-            "--classes"
+            f"no row that can take part has the class {' or '.join(missing)}; leave "
+            "the class out of --classes"
         )
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Rank of each value among the column's sorted values, [n] int64; -1 for null."""
+    """Returns each value's rank among the sorted values, [n] int64; -1 for null."""
     encoded = column.combine_chunks().dictionary_encode()
     rank = np.argsort(pc.sort_indices(encoded.dictionary).to_numpy())
     indices = pc.fill_null(encoded.indices, -1).to_numpy()
@@ -246,7 +266,10 @@ def _codes(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _cell_types(table: pa.Table, neurons: np.ndarray) -> np.ndarray:
-    """Code of each row's cell type, that of its neuron where it has none itself."""
+    """Returns the code of each row's cell type; -1 for none.
+
+    If a row has no cell type, the cell type of its neuron is used.
+    """
     types = _codes(table["cell_type"])
     known = (types >= 0) & (neurons >= 0)
     of_neuron = np.full(neurons.max(initial=-1) + 1, -1)
@@ -254,7 +277,10 @@ def _cell_types(table: pa.Table, neurons: np.ndarray) -> np.ndarray:
     wrong = np.flatnonzero(known & (of_neuron[neurons] != types))
     if len(wrong):
         neuron_id = table["neuron_id"][int(wrong[0])].as_py()
-        raise UserError(f"--synapses: neuron {neuron_id} has two cell types; mend that")
+        raise UserError(
+            f"--synapses: neuron {neuron_id} has two cell types; give each neuron one "
+            "cell type"
+        )
     fill = (types < 0) & (neurons >= 0)
     types[fill] = of_neuron[neurons[fill]]
     return types
@@ -263,7 +289,7 @@ def _cell_types(table: pa.Table, neurons: np.ndarray) -> np.ndarray:
 def _groups(
     table: pa.Table, by: str, neurons: np.ndarray, types: np.ndarray
 ) -> np.ndarray:
-    """Code of each row's group, in the order of the groups' values; -1 for none."""
+    """Returns the code of each row's group, in the order of the values; -1 for none."""
     if by == "neuron":
         return neurons
     if by == "cell_type":
@@ -277,14 +303,21 @@ def _held_out(table: pa.Table, hold_out: np.ndarray | None) -> np.ndarray:
         return np.zeros(len(table), bool)
     held_out = np.isin(table["synapse_id"].to_numpy(), hold_out)
     if not held_out.any():
-        raise UserError("--hold_out: none of its synapses is in --synapses; same ids?")
+        raise UserError(
+            "--hold_out: none of its synapses is in --synapses; check that both tables "
+            "have the same kind of ids"
+        )
     return held_out
 
 
 def _solve_all(
     groups: split_solver.Groups, classes: Sequence[str], by: str, fallback: bool
 ) -> tuple[list[split_solver.Solution], list[int], set[str]]:
-    """Solutions, the classes that none is for, and why the solver stopped early."""
+    """Solves sets of classes that share no group, one set after the other.
+
+    Returns:
+      The solutions, the classes without a solution, and why the solver stopped early.
+    """
     solutions: list[split_solver.Solution] = []
     left_out: list[int] = []
     failures: list[split_solver.Infeasible] = []
@@ -312,7 +345,7 @@ def _explain(
     by: str,
     failures: Sequence[split_solver.Infeasible],
 ) -> str:
-    """One line for the user."""
+    """Returns the message about classes without a split, which is one line."""
     parts = "/".join(synapses.PARTS)
     wanted = "/".join(f"{f:.2f}" for f in groups.fractions)
     described = []
@@ -330,15 +363,15 @@ def _explain(
     found = "was found within the solver's budget" if stopped else "exists"
     return (
         f"no split by {by} {found} with {parts} within "
-        f"{split_solver.TOLERANCE * 100:g} points of {wanted} for "
-        f"{', '.join(described)}; split these synapse by synapse "
-        f"(--per_synapse_fallback), try other --fractions, {doubt}or leave them out "
-        "by --classes"
+        f"{split_solver.TOLERANCE * 100:g} percentage points of {wanted} for "
+        f"{', '.join(described)}; split these classes synapse by synapse "
+        f"(--per_synapse_fallback), try other --fractions, {doubt}or leave the classes "
+        "out of --classes"
     )
 
 
 def _per_synapse(ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Part of each id, [n] int: at random, in parts of exactly the target sizes."""
+    """Draws a part for each id, [n] int; each part has exactly its target size."""
     drawn = np.random.default_rng(_PER_SYNAPSE_SEED).permutation(len(ids))
     part = np.empty(len(ids), np.int64)
     part[np.argsort(ids)[drawn]] = np.repeat(np.arange(3), targets)

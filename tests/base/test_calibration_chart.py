@@ -40,7 +40,7 @@ def test_the_numbers_are_in_the_chart() -> None:
     filled = [b for b in numbers["before"]["bins"] if b["count"]]
     heights = [bar.get_height() for bar in before.patches]
     assert heights == [b["accuracy"] for b in filled]
-    # A bar within its bin, the dot within its interval.
+    # Each bar is within its bin, and each accuracy within its interval.
     for bar, one in zip(before.patches, filled, strict=True):
         assert one["low"] < bar.get_x() < bar.get_x() + bar.get_width() < one["high"]
     drawn = before.lines[1:-1]
@@ -70,6 +70,6 @@ def test_paper_and_ink_are_the_style_s(style: str) -> None:
         )
     expected = (np.array(paper) * 255).round()
     assert (picture[:3] == expected).all() and (picture[:, :3] == expected).all()
-    # Text of the other end: the title's darkest or lightest pixel.
+    # The text contrasts with the paper: some pixel of the title is far from it.
     title = picture[:25].astype(int).mean(axis=2)
     assert abs(title - expected[0]).max() > 200

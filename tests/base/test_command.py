@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands as a user meets them: flags, exit codes, one line for a mistake."""
+"""Tests what a user sees of a command: flags, exit codes, one line for a mistake."""
 
 import os
 import pathlib
@@ -23,7 +23,10 @@ SHARD = ["tools/shard_crops.py", "--config=configs/demo.py"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command; `train` in a process of its own, which a mistake ends at once."""
+    """Runs a command.
+
+    `train` runs in a new process, because a mistake in it ends the whole process.
+    """
     if "synister_jax.train" not in arguments or "--help" in arguments:
         return commands.run(*arguments)
     return subprocess.run(
@@ -144,7 +147,7 @@ def test_unwritable_output_is_named(tmp_path: pathlib.Path) -> None:
 @pytest.mark.long
 def test_progress_tells_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("work", 1_000, "things", every_seconds=0)
-    time.sleep(1)  # a compilation, which must not spoil the first ETA
+    time.sleep(1)  # like a compilation, which must not spoil the ETA
     progress.add()
     progress.add(99)
     progress.note = "nearly"

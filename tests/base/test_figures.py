@@ -18,9 +18,9 @@ def test_inline_svg_leaves_colours_to_the_page() -> None:
     assert text.startswith("<svg")
     colours = set(re.findall(r"#[0-9a-f]{6}\b|var\([^)]*\)|currentColor", text))
     assert colours == {"currentColor", "var(--line)", "var(--c0)"}
-    assert ">train/loss</text>" in text  # text, not outlines
+    assert ">train/loss</text>" in text  # as text, not as outlines
     assert "accuracy" not in text
-    # The curve of training is as strong as its colour, on dark paper too.
+    # The training curve is opaque, so that it is visible on dark paper too.
     lines = [x for x in re.findall(r"<path[^>]*>", text) if "var(--c0)" in x]
     assert lines and not [x for x in lines if "opacity" in x]
 
@@ -47,7 +47,7 @@ def test_checkpoints_without_a_number_have_a_gap() -> None:
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     np.testing.assert_array_equal(lines["synapse accuracy"], [0.5, 0.5])
     assert np.isnan(lines["neuron accuracy"]).all()
-    figures.png(figure)  # closes it
+    figures.png(figure)  # closes the figure
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4)])

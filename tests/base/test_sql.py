@@ -39,7 +39,11 @@ def rows_of(found: Iterator[pa.RecordBatch]) -> np.ndarray:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What DuckDB needs at least is so and so much a thread, whatever the machine."""
+    """DuckDB with one thread.
+
+    Each thread needs some memory. Without this limit, the memory that DuckDB needs
+    would depend on the machine.
+    """
     connect = duckdb.connect
     monkeypatch.setattr(
         duckdb, "connect", lambda config: connect(config=config | {"threads": 1})
@@ -79,7 +83,7 @@ def test_too_little_memory_is_told_in_one_way(
     one_thread: None,
     memory: str,
 ) -> None:
-    """While rows go in, and while they come out."""
+    """The message is the same while rows go in and while rows come out."""
     monkeypatch.setattr(sql, "MEMORY", memory)
     try:
         found = rows_of(sql.run(QUERY, SCHEMA, batches(10), tmp_path))
@@ -127,7 +131,8 @@ def test_what_the_rows_raise_is_raised(
     at: int,
     error: BaseException,
 ) -> None:
-    monkeypatch.setattr(sql, "MEMORY", "40MB")  # on the disk when the last comes
+    # With this limit, rows are on the disk when the last batch comes.
+    monkeypatch.setattr(sql, "MEMORY", "40MB")
 
     def broken() -> Iterator[pa.RecordBatch]:
         yield from batches(at)

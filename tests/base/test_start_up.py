@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command imports: seconds of every start, in every test and every job."""
+"""Tests that commands import heavy packages only when they need them.
+
+An import can cost seconds at every start of a command, in every test and every job.
+"""
 
 import json
 import pathlib
@@ -11,7 +14,7 @@ import pytest
 from tests.helpers.prediction_tables import drawn, write
 from tests.helpers.small_data import CLASSES, ROOT
 
-# Each takes from a quarter of a second to five seconds.
+# The import of each takes from a quarter of a second to five seconds.
 HEAVY = (
     *("array_record", "distributed", "fastapi", "flax", "grain", "jax", "matplotlib"),
     *("optax", "orbax", "pandas", "scipy", "tensorboard", "torch", "uvicorn"),
@@ -26,7 +29,8 @@ TOOLS = sorted(
     for path in (ROOT / "tools").glob("*.py")
     if "command.run(" in path.read_text(encoding="utf-8")
 )
-# The path of the program is the first argument; what it imported is the last line.
+# The first argument is the path of the program. The last line that is printed lists the
+# packages that the program has imported.
 _RUN = """
 import json, runpy, sys
 sys.argv = sys.argv[1:]

@@ -191,7 +191,7 @@ def test_a_plan_made_anew_is_not_the_old_one(
     changed["synapses_sha256"] = "another table"
     (tmp_path / "copy" / "plan.json").write_text(json.dumps(changed))
     anew = planning.open(tmp_path / "copy")
-    with pytest.raises(UserError, match="planned anew"):
+    with pytest.raises(UserError, match="the plan was replaced"):
         worker_inputs.execute_unit(dataclasses.replace(there, batch_size=8), 0)
     assert worker_inputs.execute_unit(job.elsewhere(anew), 0).synapses == 3
 
@@ -261,5 +261,6 @@ def test_what_the_flags_may_say(trained_run: pathlib.Path) -> None:
             prediction.units_of(text, 7)
     dask_cluster.check("local")
     dask_cluster.check("tcp://host:8786")
-    with pytest.raises(UserError, match="--cluster=pbs: give local, slurm, lsf or"):
+    message = "--cluster=pbs: the cluster is unknown; give local, slurm, lsf or"
+    with pytest.raises(UserError, match=message):
         dask_cluster.check("pbs")

@@ -155,7 +155,7 @@ def test_text_tells_rows_units_bytes_and_time(
     counts = plan.about["status_by_position"]
     assert rows.startswith("rows: 1,234 (3 bad_position, ")
     assert f"{counts['ok']:,} ok" in rows and "100 outside" in rows
-    assert rows.endswith("; 103 without a voxel there")
+    assert rows.endswith("; 103 without a crop in the volume")
     assert units == "units: 12 of up to 100 synapses"
     kilobytes = 1131 * 4 * 16 * 16 / 1e6
     assert needed == f"bytes needed: {kilobytes:.3g} MB in crops of 4×16×16"
@@ -182,8 +182,9 @@ def test_text_of_a_table_without_rows(
     source = source_of(table_of(np.zeros((0, 3))))
     plan = planning.of_classifier(classifier, source, volume, tmp_path / "out")
     text = estimate.text(plan, classifier, volume)
-    assert text.startswith("rows: 0 (none); 0 without a voxel there\nunits: 0 of up to")
-    assert "bytes needed: 0 B in" in text and "about 0 B, each chunk once" in text
+    first = "rows: 0 (none); 0 without a crop in the volume\nunits: 0 of up to"
+    assert text.startswith(first)
+    assert "bytes needed: 0 B in" in text and "about 0 B, if each unit" in text
     assert "time: about 0:00 for the network" in text
 
 

@@ -300,7 +300,7 @@ def test_wrong_number_of_predictions(count: int, tmp_path: pathlib.Path) -> None
 
 def test_wrong_number_of_classes(tmp_path: pathlib.Path) -> None:
     values = np.zeros((len(GRID), 1), np.float32)
-    with pytest.raises(UserError, match=r"\[34300, 1\] for 3 classes"):
+    with pytest.raises(UserError, match=r"\[34300, 1\], but 3 classes"):
         grids.write_zarr(tmp_path / "p.zarr", GRID, CLASSES, [values], ABOUT)
 
 
@@ -355,7 +355,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: pathlib.Path) -> None:
     (tmp_path / "volume.zarr" / ".zattrs").write_text("{}")
     (tmp_path / "file").write_text("x")
     for name in ("volume.zarr", "file"):
-        with pytest.raises(UserError, match=f"{name} is there and holds no predict"):
+        with pytest.raises(UserError, match=f"{name} exists and does not hold pred"):
             write(tmp_path / name)
     with pytest.raises(UserError, match="cannot write to .*file"):
         write(tmp_path / "file" / "p.zarr")

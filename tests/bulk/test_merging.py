@@ -240,7 +240,7 @@ def test_a_refused_answer_leaves_nothing(
 ) -> None:
     """A brain's is of many gigabytes; and the advice is another folder."""
     before = names_in(plan.folder)
-    with pytest.raises(UserError, match="changed while it was predicted"):
+    with pytest.raises(UserError, match="changed during the prediction"):
         merge(plan, source_of(table.slice(0, 990), 130), volume, file_format)
     gc.collect()
     assert names_in(plan.folder) == before
@@ -259,7 +259,7 @@ def test_without_one_part_there_is_no_answer(
         content[len(content) // 3] ^= 0xFF
         other = unit_results.path_of(plan, 4).read_bytes()
         path.write_bytes(content if damage == "damaged" else other)
-    message = f"^{path} is missing or damaged; run again"
+    message = f"^{path}: the file is missing or damaged; run the command again"
     refused(plan, table, volume, file_format, message)
 
 
@@ -305,7 +305,7 @@ def test_a_table_that_changed_since_is_refused(
 ) -> None:
     changed = CHANGES[change](table)
     assert not changed.equals(table)
-    message = r"table.* changed while it was predicted[?;] choose another --output"
+    message = r"table .*changed during the prediction; choose another --output"
     refused(plan, changed, volume, file_format, message)
     # The right one still has its answer.
     merge(plan, source_of(table), volume, file_format)
@@ -334,7 +334,7 @@ def test_a_refused_answer_leaves_the_one_before(
 ) -> None:
     _, path = merge(plan, source_of(table, 100), volume, file_format)
     before = read(path)
-    with pytest.raises(UserError, match="changed while it was predicted"):
+    with pytest.raises(UserError, match="changed during the prediction"):
         merge(plan, source_of(table.slice(1)), volume, file_format)
     assert same(read(path), before)
 

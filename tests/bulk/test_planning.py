@@ -297,7 +297,7 @@ def test_positions_of_another_unit_are_doubted_with_the_one_that_fits(
         return
     assert plan.about["doubt"].endswith(doubt)
     # 1,000 rows, more than 100 of every 8th, so of every 16th.
-    start = "of every 16th row, " if sample == 100 else ""
+    start = "in a sample of every 16th row, " if sample == 100 else ""
     assert plan.about["doubt"].startswith(start)
     of = "of 63 positions" if sample == 100 else "of 1,000 positions"
     assert of in plan.about["doubt"] and volume.uri in plan.about["doubt"]

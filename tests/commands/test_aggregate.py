@@ -45,12 +45,12 @@ def test_command_calls_under_several_rules(tmp_path: pathlib.Path) -> None:
         *voting_rules.RULES
     }
     assert about["confusion"] == f"{tmp_path}/metrics.json"
-    # One rule of it is what the functions say.
+    # The rows of a rule equal the rows that the functions return.
     tally = vote_tallies.count([table], CLASSES, "neuron", min_probability=0.6)
     alone = group_calls.call(tally, "banc")
     own = answer.filter(pa.compute.equal(answer["rule"], "banc"))
     assert own.replace_schema_metadata(alone.schema.metadata).equals(alone)
-    # Not by the whole file's name: nothing is written where something is wrong.
+    # If an option is missing or wrong, the command writes nothing.
     done = run(*arguments, "--by=hemilineage", "--min_probability=calibrated")
     assert done.returncode == 2 and "output" in done.stderr
     done = run(*arguments, "--min_probability=2", f"--output={tmp_path}/o.feather")

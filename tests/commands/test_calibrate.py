@@ -22,7 +22,10 @@ IDENTITY = {"step": 7, "split": "skeleton", "crops": "c0ffee"}
 def write_evaluation(
     run: pathlib.Path, part: str, n: int = 400, **changed: Any
 ) -> None:
-    """What `evaluate` leaves of a part, for a network that is twice too sure."""
+    """Writes what `evaluate` writes for a part of the split.
+
+    The network is too confident: its logits are twice as large as they should be.
+    """
     identity = IDENTITY | {"part": part, "classes": list(CLASSES)} | changed
     rng = np.random.default_rng(len(part))
     logits = rng.normal(0, 2, (n, 3))
@@ -51,7 +54,7 @@ def write_evaluation(
 
 
 def write_run(folder: pathlib.Path) -> pathlib.Path:
-    """A folder with what calibration needs of a run."""
+    """Makes a folder with the files of a run that calibration needs."""
     files.make_folder(folder)
     config = {"classes": list(CLASSES), "crops_sha256": IDENTITY["crops"]}
     files.write_json(folder / "config.json", config)
@@ -80,13 +83,14 @@ def test_the_file_says_what_was_fitted(fitted_run: pathlib.Path) -> None:
     fitted = json.loads((fitted_run / "calibration" / "step-7.json").read_text())
     assert {name: fitted[name] for name in IDENTITY} == IDENTITY
     assert fitted["part"] == "validation" and fitted["classes"] == list(CLASSES)
-    assert fitted["rows"] == 396  # not those without prediction or one known class
+    # Rows without a prediction, or without exactly one known class, do not count.
+    assert fitted["rows"] == 396
     assert fitted["temperature"] == pytest.approx(2, rel=0.2)
     assert fitted["after"]["loss"] < fitted["before"]["loss"]
     assert fitted["after"]["ece"] < fitted["before"]["ece"]
     assert fitted["precision_target"] == 0.9 <= fitted["precision"]
     assert 0.3 < fitted["coverage"] < 1 and len(fitted["curve"]) == 200
-    # By hand, of the table.
+    # The numbers are computed again from the table.
     folder = fitted_run / "evaluation" / "validation" / "step-7"
     table = predictions.load(folder / "predictions.feather")
     values = calibration.apply(predictions.probabilities(table), fitted["temperature"])
@@ -149,7 +153,7 @@ def test_no_threshold_is_precise_enough(
     path = run / "evaluation/validation/step-7/predictions.feather"
     table = predictions.load(path)
     place = table.column_names.index("neurotransmitter")
-    called = [CLASSES[(i + 1) % 3] for i in predictions.called(table)]  # all wrong
+    called = [CLASSES[(i + 1) % 3] for i in predictions.called(table)]  # all are wrong
     wrong = table.set_column(place, "neurotransmitter", pa.array(called))
     files.write_feather(path, wrong)
     fitted = calibrating.fit(run, 7, 0.95)
@@ -172,7 +176,7 @@ def test_a_check_of_other_crops_is_refused(
 ) -> None:
     write_evaluation(fitted_run, "test", **changed)
     [(name, value)] = changed.items()
-    if name == "classes":  # none of its labels is one of them
+    if name == "classes":  # no label is one of these classes
         expected = "no labelled synapse"
     else:
         expected = f"fitted with {name} .*, but test was evaluated with {value}"
@@ -184,7 +188,7 @@ def test_mistakes_in_what_was_evaluated(run: pathlib.Path) -> None:
     folder = run / "evaluation" / "validation" / "step-7"
     with pytest.raises(UserError, match="evaluate .*--part=validation --steps=8 first"):
         calibrating.fit(run, 8, 0.9)
-    # Test in the place of validation, or step 7's in the place of another.
+    # The files of test lie in the folder of validation, or those of step 7 in step 8.
     write_evaluation(run, "test")
     for name in ("metrics.json", "predictions.feather"):
         kept = (folder / name).read_bytes()
@@ -202,7 +206,7 @@ def test_mistakes_in_what_was_evaluated(run: pathlib.Path) -> None:
     files.write_feather(folder / "predictions.feather", table.slice(1))
     with pytest.raises(UserError, match="no labelled synapse with a prediction"):
         calibrating.fit(run, 7, 0.9)
-    (folder / "metrics.json").unlink()  # evaluate was killed
+    (folder / "metrics.json").unlink()  # as if evaluate was killed
     with pytest.raises(UserError, match="metrics.json is not there; run python -m"):
         calibrating.fit(run, 7, 0.9)
     assert not (run / "calibration").exists()
@@ -214,7 +218,8 @@ def test_what_predict_takes(run: pathlib.Path, fitted_run: pathlib.Path) -> None
     members = [(str(fitted_run), 7)]
     fitted = saved_calibration.load(members, 1)
     assert fitted == files.read_json(saved_calibration.path_of(fitted_run, 7))
-    saved_calibration.require_parameters(fitted, "any")  # evaluate did not keep them
+    # The fit has no checksum of the parameters, so that any parameters are accepted.
+    saved_calibration.require_parameters(fitted, "any")
     known = fitted | {"parameters_sha256": "these"}
     saved_calibration.require_parameters(known, "these")
     with pytest.raises(UserError, match="parameters that the checkpoint no longer has"):
@@ -290,7 +295,7 @@ def test_command(short_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     command.append("--precision=0.9")
     done = commands.run(*command)
     assert done.returncode == 0, done.stderr
-    assert "step 20, 396 synapses of validation" in done.stdout  # of the latest
+    assert "step 20, 396 synapses of validation" in done.stdout  # the latest
     assert saved_calibration.read(folder, 20)["precision_target"] == 0.9
     command.append("--check=test")
     refused = commands.run(*command)

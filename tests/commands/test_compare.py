@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tables whose agreement is counted again with NumPy, and mistakes."""
+"""Tests `compare` against counts made with NumPy, and its answers to mistakes."""
 
 import pathlib
 import re
@@ -31,7 +31,7 @@ def write(path: pathlib.Path, columns: Mapping[str, Any]) -> pathlib.Path:
 
 
 def ours(ids: np.ndarray, p: np.ndarray, **columns: Any) -> dict[str, Any]:
-    """As our own tables: nm, classes of A; the position is a function of the id."""
+    """Returns columns as in our tables: classes A, and nm that depend on the id."""
     made = {"synapse_id": ids, "z_nm": ids * 40.0, "y_nm": ids * 8.0, "x_nm": ids * 4.0}
     made["neuron_id"] = BODY + ids % 37
     made |= {f"nt_{n}_prob": x for n, x in zip(A, p.T.astype(np.float32), strict=True)}
@@ -39,7 +39,7 @@ def ours(ids: np.ndarray, p: np.ndarray, **columns: Any) -> dict[str, Any]:
 
 
 def theirs(ids: np.ndarray, p: np.ndarray, **columns: Any) -> dict[str, Any]:
-    """As on Zenodo: voxels, classes of B."""
+    """Returns columns as in the files on Zenodo: classes B, and voxels."""
     made = {f"nts_8.{n}": x for n, x in zip(B, p.T.astype(np.float32), strict=True)}
     made |= {"body": BODY + ids % 37, "x": ids, "y": ids, "z": ids, "id": ids}
     return made | columns
@@ -49,13 +49,17 @@ VOXEL = (40.0, 8.0, 4.0)
 
 
 class Case:
-    """Shuffled tables with rows of their own, ties and rows without a prediction."""
+    """Two shuffled tables with 300 common rows.
+
+    Each table also has rows that the other table lacks, ties, and rows without a
+    prediction.
+    """
 
     def __init__(self, folder: pathlib.Path) -> None:
         rng = np.random.default_rng(0)
         self.ids_a = rng.permutation(COUNT) + 1000
         self.ids_b = rng.permutation(COUNT) + 1100
-        # Eighths are exact, and often equal.
+        # Multiples of 1/8 are exact, and often equal.
         self.p = rng.multinomial(8, [0.4, 0.4, 0.2], COUNT) / 8
         self.q = rng.multinomial(8, [0.2, 0.1, 0.4, 0.3], COUNT) / 8
         self.p[::20], self.q[7::20, 1], self.q[3::50] = np.nan, np.nan, 0
@@ -67,7 +71,7 @@ class Case:
         return compare.compare(a, b, output, **options)
 
     def reference(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Probabilities (p, q) over CLASSES by id, where both predict."""
+        """Returns (p, q) over CLASSES for each id that both tables predict."""
         p = {i: np.append(x, 0) for i, x in zip(self.ids_a, self.p, strict=True)}
         q = {
             i: np.array([x[B.index(c)] for c in CLASSES])
@@ -82,7 +86,10 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    """Pictures cost more than all the rest: only the command draws one."""
+    """The tables, without pictures.
+
+    A picture takes longer than all the rest. Only the test of the command draws one.
+    """
     monkeypatch.setattr(figures, "confusion", lambda *_: None)
     monkeypatch.setattr(figures, "png", lambda _: b"")
     return Case(tmp_path)
@@ -225,7 +232,7 @@ def test_other_neurons_and_places_of_the_same_ids_are_told(
     result = case.compare(tmp_path / "out")
     assert result["neurons"]["ids_differ"] == 300
     assert result["positions"]["mean_difference_nm_zyx"] == [-40, 0, 0]
-    assert result["positions"]["apart"]["count"] == 0  # a voxel is 40 nm
+    assert result["positions"]["apart"]["count"] == 0  # 40 nm is one voxel
     result = case.compare(tmp_path / "out", tolerance_nm=39)
     assert result["positions"]["apart"] == {
         "count": 300,
@@ -278,9 +285,10 @@ def test_shuffled_ids_are_of_another_set(tmp_path: pathlib.Path, case: Case) -> 
     assert result["joined"]["by"] == "id" and result["joined"]["rows"] == 300
     text = compare.summary(result)
     found = re.search(r"of these, (\d+) lie elsewhere in B \(typically (\d+)", text)
-    assert found and int(found[1]) > 290 and int(found[2]) > 4000  # of 16,000 nm
+    # The tables extend over 16,000 nm.
+    assert found and int(found[1]) > 290 and int(found[2]) > 4000
     assert "nm zyx away, in no one direction): do the files use" in text
-    # Positions that do not help either.
+    # Now the positions do not match either.
     columns = theirs(case.ids_b, case.q, id=shuffled)
     columns |= {axis: case.ids_b % 7 + 10**6 for axis in "xyz"}
     columns["z"] = np.where(case.ids_b % 2, case.ids_b * 9 - 10_000, case.ids_b - 900)
@@ -382,7 +390,7 @@ def test_a_grid_too_fine(tmp_path: pathlib.Path, case: Case) -> None:
 
 
 def test_the_command(tmp_path: pathlib.Path) -> None:
-    """Also for names that matplotlib would read as mathematics, and fail on."""
+    """The command also takes file names that matplotlib would read as formulas."""
     case = Case(tmp_path)
     case.a = case.a.rename(tmp_path / r"a$\frac{$.feather")
     done = command(

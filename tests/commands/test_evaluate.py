@@ -49,7 +49,7 @@ def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert [c["step"] for c in summary["checkpoints"]] == [10, 20]
     means = [c["synapse_mean_class_accuracy"] for c in summary["checkpoints"]]
-    # Of equal ones the latest.
+    # Of two equal checkpoints, the later is the best.
     assert summary["best_step"] == (10 if means[0] > means[1] else 20)
     assert checkpoint.best_step(short_run) == summary["best_step"]
     for step in (10, 20):
@@ -60,7 +60,7 @@ def test_command_writes_numbers_pictures_and_the_best(short_run: pathlib.Path) -
             "confusion_synapses.png",
             "confusion_neurons.png",
         }
-    # The loop's own validation, at the same step, says the same.
+    # The validation during training gives the same numbers at this step.
     measured = json.loads((folder / "step-20" / "metrics.json").read_text())
     [logged] = [x for x in metrics_log.read(short_run) if "validation/loss" in x]
     for name, value in metrics.scalars("validation", measured).items():
@@ -150,7 +150,7 @@ def test_variants_that_are_not_possible() -> None:
 def test_a_table_of_predictions(
     short_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The same numbers as of the checkpoint that made it."""
+    """A table has the same numbers as the checkpoint that made the table."""
     checkpoint_evaluation.evaluate(short_run, "test", [20])
     folder = short_run / "evaluation" / "test" / "step-20"
     part = ("skeleton", "test")

@@ -101,7 +101,7 @@ def test_what_is_read_is_never_written(tmp_path: pathlib.Path) -> None:
     for output in (tmp_path, tmp_path / "link"):
         with pytest.raises(UserError, match="synapses.feather is the input"):
             export.export(str(path), "fafbseg", output, ExportOptions())
-    # Also where an export of ours has replaced the link.
+    # The input may also be a link.
     link = tmp_path / "predictions.feather"
     link.symlink_to(path)
     with pytest.raises(UserError, match="synapses.feather is the input"):
@@ -163,7 +163,7 @@ def test_a_killed_folder_is_of_its_predictions(
             export.export(path, "synister", output, options)
     assert not files.read_json(output / "export.json")["finished"]
     assert len(contents(output)) == 1
-    # Nothing was written yet: anyone may have the folder.
+    # No file was written yet, so that another export may use the folder.
     export.export(path, "cave", output, ExportOptions())
     output = tmp_path / "killed later"
     write = export_files.write
@@ -180,7 +180,7 @@ def test_a_killed_folder_is_of_its_predictions(
         export.export(path, "cave", output, ExportOptions())
     with pytest.raises(UserError, match="options was .*'predict': 3.*'predict': 4"):
         export.export(path, "synister", output, ExportOptions((40, 4, 4), predict=4))
-    # New neuron ids, say, in the same place: all is made anew.
+    # If the predictions at this path change, the export writes all files again.
     prediction_tables.write(tmp_path, table.slice(1))
     content = export.export(path, "synister", output, options)
     assert content["synapses"] == 1 and content["finished"]

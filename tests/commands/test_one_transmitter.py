@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,14 @@ from synister_jax import one_transmitter
 from synister_jax.base.errors import UserError
 from synister_jax.evaluation import confusions, mixtures
 from synister_jax.tables import predictions
-from tests.helpers import commands
 from tests.helpers.prediction_tables import table_of
 from tests.helpers.small_data import CLASSES
 
-# Of 100 labelled synapses of 10 neurons a class, and of these neurons.
+# Confusion matrices: each class has 100 labelled synapses, which belong to 10 neurons.
 SYNAPSES = np.array([[90, 6, 4], [5, 85, 10], [8, 2, 90]])
 NEURONS = np.array([[10, 0, 0], [0, 9, 1], [0, 0, 10]])
 FIRST_ID = 720_575_940_600_000_000
-# Of each neuron: hemilineage, and how many synapses are called each class.
+# For each neuron: its hemilineage, and how many synapses are called each class.
 MADE: dict[int, tuple[str | None, tuple[int, int, int]]] = {
     0: ("A", (90, 5, 5)),
     1: ("A", (50, 2, 48)),  # two transmitters
@@ -64,7 +65,7 @@ def metrics(
     neurons_within: float | None = None,
     **more: Any,
 ) -> pathlib.Path:
-    """With the classes in another order than in the predictions."""
+    """Writes metrics.json, whose classes have another order than in the predictions."""
     order = [2, 0, 1]
     content = {
         "classes": [CLASSES[i] for i in order],
@@ -130,7 +131,8 @@ def test_model_of_neurons(
     path = metrics(tmp_path, neurons_within=0.2, hemilineages=hemilineages)
     model = one_transmitter.model(loaded(path, "neurons"), "neurons", None)
     assert model.correlation == 0.2 and not capsys.readouterr().out
-    # Ten neurons a class in 4, 5 and 2 hemilineages, whose rows are in another order.
+    # The ten neurons of each class are in 4, 5 and 2 hemilineages. The rows of the
+    # matrix have another order of classes.
     worth = [10 / (1 + (10 / g - 1) * 0.2) + 1.5 for g in (4, 5, 2)]
     np.testing.assert_allclose(model.concentration, worth)
 
@@ -145,7 +147,7 @@ def test_model_of_a_published_matrix(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_cannot_be_a_model(tmp_path: pathlib.Path) -> None:
-    columns = SYNAPSES / SYNAPSES.sum(axis=0) * [0.5, 1, 1]  # not rows
+    columns = SYNAPSES / SYNAPSES.sum(axis=0) * [0.5, 1, 1]  # not by rows
     with pytest.raises(UserError, match=r"row of gaba sums to 0\.\d\d, not 1.*P\(call"):
         one_transmitter.model(csv(tmp_path, columns), "synapses", 0.1)
     with pytest.raises(UserError, match="give --correlation"):
@@ -223,7 +225,7 @@ def test_verdicts_on_hemilineages(
     assert rows["C"]["verdict"] == "not_predicted"
     assert rows["A"]["verdict"] in ("one", "too_few")
     tested = [row for row in rows.values() if row["p_value"] is not None]
-    # Benjamini and Hochberg, by hand.
+    # The q-values of Benjamini and Hochberg are computed again by hand.
     p = sorted(row["p_value"] for row in tested)
     for row in tested:
         above = [v * len(p) / (i + 1) for i, v in enumerate(p) if v >= row["p_value"]]
@@ -235,7 +237,7 @@ def test_few_draws_are_said_to_be_few() -> None:
     found = pa.table({"verdict": pa.array(verdict)})
     text = one_transmitter.summary(found, 0.05, 999)
     assert text.startswith("3,000 one, 5 too_few\n")
-    # 60 · 0.05 / 3,000 = 1 / 1,000
+    # The smallest p-value is 1 / (999 + 1) = 60 · 0.05 / 3,000.
     assert (
         "if fewer than 60 of the 3,000 tested groups" in text
         and "--draws=9999 " in text
@@ -245,14 +247,14 @@ def test_few_draws_are_said_to_be_few() -> None:
     assert "\nnothing was tested" in one_transmitter.summary(few, 0.05, 999)
 
 
-def test_command_finds_the_same(
+def test_command_in_another_process_finds_the_same(
     tmp_path: pathlib.Path, source: predictions.Predictions
 ) -> None:
     output, path = tmp_path / "neurons.feather", metrics(tmp_path)
-    command = ["-m", "synister_jax.one_transmitter", "--by=neuron"]
+    command = [sys.executable, "-m", "synister_jax.one_transmitter", "--by=neuron"]
     command += [f"--predictions={source.path}", f"--confusion={path}"]
     command += [f"--output={output}", "--draws=999"]
-    done = commands.run(*command)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{output}: 20 groups; units are synapses" in done.stdout
     found = feather.read_table(output)
@@ -267,7 +269,7 @@ def test_small_neurons_are_no_units(
     source: predictions.Predictions,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """B has neurons of 22, 3 and 1 synapses."""
+    """Hemilineage B has neurons with 22, 3 and 1 predicted synapses."""
     every = dict(
         zip(*map(list, one_transmitter.units(source, "hemilineage")), strict=True)
     )

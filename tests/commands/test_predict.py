@@ -48,7 +48,7 @@ def predict_all(
     unit_rows: int = 10,
     retry_missing: bool = False,
 ) -> pa.Table:
-    """What the command does, in this process."""
+    """Predicts as the command does, in this process."""
     if isinstance(table, pathlib.Path):
         source = reading.open(table)
     else:
@@ -62,7 +62,7 @@ def predict_all(
 
 @pytest.fixture
 def awkward(tmp_path: pathlib.Path, synapse_table: pa.Table) -> pathlib.Path:
-    """The table in random order, with rows outside, at the border, and nowhere."""
+    """The table in random order. Some rows are outside, at the border or nowhere."""
     order = np.random.default_rng(3).permutation(len(synapse_table))
     rows = synapse_table.take(pa.array(order)).to_pylist()
     rows[0]["x_nm"], rows[3]["x_nm"] = 1e7, 0.0
@@ -99,7 +99,7 @@ def test_every_row_has_a_row_in_order(
     assert starting_with_nt == [f"nt_{name}_prob" for name in CLASSES]
     assert {saved.schema.field(n).type for n in starting_with_nt} == {pa.float32()}
     status = saved["status"].to_pylist()
-    # The fixture's own crops at the volume's face count as partly outside too.
+    # Other rows of the table are at the volume's faces, and partly outside too.
     for row, expected in EXPECTED_STATUS.items():
         assert status[row] == expected, row
     probabilities = predictions.probabilities(saved)
@@ -107,7 +107,7 @@ def test_every_row_has_a_row_in_order(
     assert np.isnan(probabilities[~predicted]).all()
     np.testing.assert_allclose(probabilities[predicted].sum(axis=1), 1, rtol=1e-5)
 
-    # Independently: each crop by plain indexing, one at a time.
+    # The independent check cuts each crop by plain indexing and classifies it alone.
     array = np.pad(volume.read((0, 0, 0), volume.shape_zyx), 16)
     positions = synapses.positions_nm_zyx(saved) / (40, 4, 4)
     one = classifier(trained_run, batch_size=1)
@@ -172,16 +172,16 @@ def test_missing_chunk_is_a_status(
     np.testing.assert_array_equal(nan, missing)
     assert listed.read_text() == "z_vx,y_vx,x_vx\n8,64,64\n"
 
-    chunk.write_bytes(content[:50])  # cut short: as unreadable as missing
+    chunk.write_bytes(content[:50])  # cut short, and as unreadable as if missing
     broken = predict_all(*arguments, volumes.open(str(path)), tmp_path / "broken")
     assert broken["status"].equals(result["status"])
 
-    chunk.write_bytes(content)  # restored: done again when asked to
+    chunk.write_bytes(content)  # restored: read again only on request
     volume = volumes.open(str(path))
     same = predict_all(*arguments, volume, out)
     assert same["status"].equals(result["status"])
 
-    # Those rows and no others: what was read before would be wrong now.
+    # Only rows without a prediction are read again: their crops touch the chunk.
     class Reading(volumes.Volume):
         def start_reading(
             self, start: np.ndarray, stop: np.ndarray, fresh: bool = False
@@ -251,13 +251,14 @@ def test_a_damaged_part_is_done_again(
     assert output_files(tmp_path) == expected
 
 
-# What appears in the folder as the command goes on, and how long that stage takes.
+# For each stage of the command, files that appear in the folder, and seconds. The test
+# waits for one of the files, and kills the command within so many seconds.
 STAGES = (
     (("query.tmp", "units.parquet.partial"), 0.2),  # plan
     (tuple(f"parts/part-{i:06d}-of-000030.feather" for i in range(0, 24, 2)), 0.05),
     (tuple(f"parts/part-{i:06d}-of-000030.feather" for i in range(24, 30)), 0.05),
     (("predictions.feather.partial",), 0.3),  # merge
-    (("predictions.feather.partial",), 1.0),  # and what is written last
+    (("predictions.feather.partial",), 1.0),  # the end of the merge
 )
 
 
@@ -268,7 +269,7 @@ def test_killed_in_every_stage_and_rerun_gives_the_same_bytes(
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
-    # Many rows more, none of them in the volume: planning and merging take a while.
+    # Many more rows, all outside the volume, make planning and merging take a while.
     empty = synapse_table.slice(0, 1).to_pylist()[0] | {"z_nm": 1e7}
     ids = np.arange(150_000)
     columns = {name: pa.array([value]).take(ids * 0) for name, value in empty.items()}
@@ -296,7 +297,7 @@ def test_killed_in_every_stage_and_rerun_gives_the_same_bytes(
         commands.run(*command, check=True)
         assert output_files(folder) == expected
         shutil.rmtree(folder)
-    # A process that was done before the signal came was not killed.
+    # A process that ended before the signal was not killed.
     assert len(stage_reached) == 10 and sum(stage_reached) >= 8
 
 
@@ -330,7 +331,7 @@ def test_mistaken_units_stop_cutting_and_warn_in_prediction(
     synapse_table: pa.Table,
 ) -> None:
     rows = synapse_table.to_pylist()
-    for row in rows:  # as if nm were voxels
+    for row in rows:  # as if the nm were voxels
         row["z_nm"] *= 40
         row["y_nm"] *= 4
         row["x_nm"] *= 4
@@ -373,7 +374,7 @@ def test_other_arguments_in_the_same_folder_are_refused(
     ):
         with pytest.raises(UserError, match=differs):
             predict_all(other, synapse_table, volume, tmp_path)
-    # A label is not what was predicted: it may change, and is in the answer.
+    # The prediction does not depend on the label. The answer has the new label.
     place = synapse_table.column_names.index("neuron_id")
     ids = pc.add(synapse_table["neuron_id"], 1)
     renamed = synapse_table.set_column(place, "neuron_id", ids)
@@ -465,8 +466,9 @@ def test_real_volume_at_its_real_synapses(
     commands.run(*command, check=True)
     result = predictions.load(tmp_path / "out" / "predictions.feather")
     assert result["synapse_id"].to_pylist() == list(range(1, 14))
-    assert set(result["status"].to_pylist()) == {"ok"}  # 4 sections fit around 2
-    # The published crop has 16 sections: none of these synapses has all of them.
+    # A crop of 4 sections around section 2 is inside the volume.
+    assert set(result["status"].to_pylist()) == {"ok"}
+    # The published crop has 16 sections, and is partly outside for all synapses.
     table = reading.load(tmp_path / "real.csv")
     volume = volumes.open(str(folder / "stack1.n5" / "volumes" / "raw" / "s0"))
     shape = (16, 160, 160)
@@ -479,7 +481,7 @@ def run(command: list[str], *options: str) -> subprocess.CompletedProcess:
 
 
 def refusals(command: list[str], cases: list[tuple[list[str], str]]) -> None:
-    """Each is one line and exit code 1."""
+    """Asserts that each command ends with one line of error and exit code 1."""
     for options, message in cases:
         refused = run(command, *options)
         assert refused.returncode == 1, options
@@ -498,11 +500,11 @@ def test_a_dry_run_says_what_it_will_take(
     finished = run(command, "--dry_run")
     assert finished.returncode == 0, finished.stderr
     found = finished.stdout
-    assert "rows: 90 (3 bad_position, " in found and "5 without a voxel" in found
+    assert "rows: 90 (3 bad_position, " in found and "5 without a crop" in found
     assert "units: 29 of up to 3 synapses" in found
     assert "bytes needed: 87 kB in crops of 4×16×16" in found
     assert "chunk bytes to decode: about " in found and "crops/s on " in found
-    # The plan stays, and is the one that is executed.
+    # The plan stays in the folder, and the next command executes it.
     assert list(out.glob("parts/*")) == []
     written = (out / "units.parquet").stat().st_mtime_ns
     assert run(command).returncode == 0
@@ -565,7 +567,7 @@ def test_a_grid_is_a_volume_of_probabilities(
     columns = dict(zip(synapses.POSITION, rows.T, strict=True))
     table = pa.table({"synapse_id": np.arange(len(rows)), **columns})
     volume = volumes.open(str(volume_path))
-    model = classifier(trained_run, 4, devices=4)  # as many as the command has
+    model = classifier(trained_run, 4, devices=4)  # the command has 4 too
     answer = predict_all(model, table, volume, tmp_path / "table", 50)
     expected = predictions.probabilities(answer).T.reshape(values.shape)
     np.testing.assert_array_equal(values, expected)
@@ -600,7 +602,7 @@ def test_views_and_several_checkpoints(
     assert [m["step"] for m in record["members"]] == [20, 40]
     assert record["views"] == 8
     answer = predictions.load(tmp_path / "out" / "predictions.feather")
-    mesh = sharding.make_mesh(jax.devices()[:4])  # as many as the command has
+    mesh = sharding.make_mesh(jax.devices()[:4])  # the command has 4 too
     members = [(trained_run, 20), (trained_run, 40)]
     model = inference.Classifier(members, 4, mesh, views=8)
     volume = volumes.open(str(volume_path))
@@ -662,15 +664,15 @@ def test_voxels_in_place_of_nm_are_doubted(
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> None:
-    many = pa.concat_tables([synapse_table] * 2)  # of 100 and more it can be told
+    many = pa.concat_tables([synapse_table] * 2)  # the check needs 100 rows
     for size, name in zip((40, 4, 4), synapses.POSITION, strict=True):
         place = many.column_names.index(name)
         many = many.set_column(place, name, pc.divide(many[name], size))
     volume, model = volumes.open(str(volume_path)), classifier(trained_run)
     source = source_of(many)
     plan = planning.of_classifier(model, source, volume, tmp_path)
-    assert "all 180 positions lie in the corner" in plan.about["doubt"]
-    assert "are they in nm?" in plan.about["doubt"]
+    assert "all 180 positions are in the corner" in plan.about["doubt"]
+    assert "check that they are in nm" in plan.about["doubt"]
 
 
 def test_what_another_process_has_done_is_not_done_again(
@@ -701,7 +703,7 @@ def test_a_batch_that_does_not_fit_is_told(
 def calibrated_run(
     tmp_path_factory: pytest.TempPathFactory, trained_run: pathlib.Path
 ) -> pathlib.Path:
-    """`trained_run` with the temperature of its latest checkpoint."""
+    """A copy of `trained_run` with a fitted temperature for its latest checkpoint."""
     run = tmp_path_factory.mktemp("calibrated") / "run"
     shutil.copytree(trained_run, run)
     checkpoint_evaluation.evaluate(run, "validation", [40], batch_size=8)
@@ -765,7 +767,7 @@ def test_calibrated_and_plain_parts_do_not_mix(
     for other in (None, 1.6):
         with pytest.raises(UserError, match=f"temperature was 1.5, now {other}"):
             planned(other, "sharp")
-    # A worker elsewhere has it from the job.
+    # A worker on another machine gets the temperature from the job.
     job = worker_inputs.Inputs(
         ((str(trained_run), 40),),
         8,

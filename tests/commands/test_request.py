@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command, as people type it."""
+"""Tests the command `request`, as users type it."""
 
 import pathlib
 import subprocess
@@ -56,7 +56,11 @@ def test_neuron_ids_in_transmitters_out(
 def test_catmaid_is_asked_and_one_section_lies_between(
     command: list[str], synapse_table: pa.Table, tmp_path: pathlib.Path
 ) -> None:
-    """Two skeletons share a connector, a third has none, a fourth is none."""
+    """The positions from CATMAID are shifted by one section into the volume frame.
+
+    Two skeletons share a connector. The third skeleton has no connector, and the fourth
+    id is unknown.
+    """
     rows = synapse_table.select(["synapse_id", *synapses.POSITION]).to_pylist()[:6]
     links = [
         (16 + i // 3, row["synapse_id"], row["x_nm"], row["y_nm"], row["z_nm"] + 40)

@@ -46,7 +46,7 @@ def full(
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> ml_collections.ConfigDict:
-    """Everything switched on, with shards whose context is large enough."""
+    """A configuration with every option on, and shards with a large enough margin."""
     config = runs.everything_on()
     folder = tmp_path_factory.mktemp("full") / "shards"
     margin = augment.AugmentSettings.of(config).margin_vx_zyx
@@ -59,7 +59,10 @@ def full(
 def test_resume_is_bitwise(
     tmp_path: pathlib.Path, full: ml_collections.ConfigDict
 ) -> None:
-    """7 steps = 3 steps, end, 4 steps; with everything on, and lines of 2 steps."""
+    """A run of 7 steps equals a run that ends after 3 steps and is resumed for 4.
+
+    Every option is on, and a line of the log covers 2 steps.
+    """
     config = full.copy_and_resolve_references()
     config.schedule = "constant"  # a falling rate depends on the number of steps
     config.log_every_steps = 2
@@ -77,7 +80,7 @@ def test_resume_is_bitwise(
     assert lines["whole"] == lines["halves"]
     assert [x["step"] for x in lines["whole"] if "train/loss" in x] == [2, 4, 6]
     assert [x["step"] for x in lines["whole"] if "validation/loss" in x] == [3, 6]
-    # The average of the parameters lags behind them, and is what is evaluated.
+    # The average of the parameters, which is evaluated, lags behind the parameters.
     lag = (
         whole[".ema['params']['dense0']['kernel']"]
         - whole[".params['dense0']['kernel']"]
@@ -89,9 +92,10 @@ def test_resume_is_bitwise(
 def test_killed_and_resumed_is_bitwise(
     tmp_path: pathlib.Path, full: ml_collections.ConfigDict
 ) -> None:
-    """kill -9 of the command between checkpoints; the same command goes on.
+    """After kill -9 between checkpoints, the same command continues the run exactly.
 
-    On one device, as most users have: with the CPU's library for convolutions.
+    The command has one device, as most users have. Convolutions then use the CPU's
+    library.
     """
     config = full.copy_and_resolve_references()
     config.num_train_steps = 40
@@ -128,10 +132,10 @@ def run_steps(
     head_devices: int = 1,
     steps: int = 4,
 ) -> tuple[list[float], train_step.TrainState]:
-    """Losses and state after some steps of plain descent on so many devices.
+    """Returns the losses and the state after some steps of plain gradient descent.
 
-    Adam's first steps are the signs of gradients, which rounding can turn: a plain
-    descent shows whether the gradients agree.
+    Adam's first steps are the signs of the gradients, which rounding can change. Plain
+    gradient descent shows whether the gradients agree.
     """
     tx = optax.sgd(0.05)
     mesh = sharding.make_mesh(jax.devices()[:devices], head_devices)
@@ -174,7 +178,7 @@ def test_one_device_equals_four(
     on_one_device: tuple[list[float], train_step.TrainState],
     head_devices: int,
 ) -> None:
-    """Same losses, parameters, averages and batch statistics after four steps."""
+    """Losses, parameters, averages and batch statistics agree after four steps."""
     on_four = run_steps(full, 4, head_devices)
     kernel = on_four[1].params["dense0"]["kernel"]
     assert len(kernel.sharding.device_set) == 4
@@ -195,7 +199,7 @@ def test_one_device_equals_four(
 def test_accumulated_gradients_are_the_mean_over_the_parts(
     full: ml_collections.ConfigDict,
 ) -> None:
-    """One descent by hand: each part's own forward pass, gradients averaged."""
+    """A step descends by the mean of the gradients of the parts' own forward passes."""
     config = full.copy_and_resolve_references()
     config.accumulate_steps = 3
     config.model.dropout = 0.0
@@ -271,7 +275,10 @@ def test_it_learns(tmp_path: pathlib.Path, config: ml_collections.ConfigDict) ->
 
 
 def read_events(folder: pathlib.Path) -> dict[tuple[str, int], float | str]:
-    """What TensorBoard files hold, by name and step (TFRecord: length, crc, data)."""
+    """Returns the content of TensorBoard files by name and step.
+
+    A record of TFRecord is a length and its checksum, then the data and their checksum.
+    """
     scalars = {}
     for path in folder.iterdir():
         content = path.read_bytes()
@@ -318,7 +325,7 @@ def test_other_config_in_the_same_folder_is_refused(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
     training_run.train(config, tmp_path)
-    config.num_train_steps = 7  # longer is fine
+    config.num_train_steps = 7  # a longer training is fine
     training_run.train(config, tmp_path)
     config.learning_rate = 1e-3
     with pytest.raises(UserError, match="learning_rate = 0.01, now 0.001"):
@@ -336,7 +343,7 @@ def test_other_crops_in_the_same_folder_are_refused(
     config.num_train_steps = 3
     training_run.train(config, tmp_path / "run")
     moved = shutil.copytree(config.shards, tmp_path / "moved")
-    config.shards = str(moved)  # the same data elsewhere is fine
+    config.shards = str(moved)  # the same data in another folder is fine
     training_run.train(config, tmp_path / "run")
     index = feather.read_table(moved / "index.feather")
     parts = index["split_skeleton"].to_pylist()
@@ -392,4 +399,4 @@ def test_mistakes_stop_at_the_start(
     config.shards = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="are not there"):
         training_run.train(config, tmp_path)
-    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    assert list(tmp_path.iterdir()) == []  # no run was started

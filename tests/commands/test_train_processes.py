@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in several processes, each with devices of its own, over real TCP."""
+"""Tests training in several processes, which have their own devices and use TCP."""
 
 import pathlib
 import signal
@@ -19,7 +19,7 @@ from tests.helpers.small_data import tiny_config
 
 @pytest.fixture
 def config(shards_folder: pathlib.Path) -> ml_collections.ConfigDict:
-    """Without warp and rotation, which test_train compares between devices."""
+    """A configuration without warp and rotation, which test_train tests on devices."""
     config = tiny_config()
     config.shards = str(shards_folder)
     config.learning_rate = 1e-4
@@ -30,7 +30,7 @@ def config(shards_folder: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def start_all(command: list[str], processes: int, devices: int) -> list:
-    """The same command in so many processes, with so many devices each."""
+    """Starts the command in several processes with `devices` devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,10 +42,11 @@ def start_all(command: list[str], processes: int, devices: int) -> list:
 
 
 def assert_agree(workdirs: list[pathlib.Path], step: int, config: object) -> None:
-    """Equal but for rounding, to 3 % of each array's largest number.
+    """Asserts that arrays differ by at most 3 % of their largest number.
 
-    Adam divides by gradients, which makes much of rounding where they are small; a
-    bias before a batch norm has gradient 0, and its steps are rounding alone.
+    Adam divides by the size of gradients, which enlarges the rounding errors of small
+    gradients. A bias before a batch norm has gradient 0, so that its steps are nothing
+    but rounding errors. Such biases are not compared.
     """
     first, second = (runs.saved_state(workdir, step, config) for workdir in workdirs)
     assert first.keys() == second.keys() and first[".step"] == second[".step"] == step
@@ -67,9 +68,10 @@ def finish(started: list[subprocess.Popen]) -> list[str]:
 def test_two_processes_equal_one(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-    """Two processes of two devices that share the head = one process of four.
+    """Two processes with two devices each train like one process with four devices.
 
-    Then the two-process run is carried on by one process, as a resume does.
+    In the run of two processes, groups of two devices share the head. Afterwards one
+    process continues this run, as when a run is resumed.
     """
     config.num_train_steps = 8
     one = runs.command(tmp_path, config, tmp_path / "one")
@@ -80,7 +82,7 @@ def test_two_processes_equal_one(
     two = runs.command(tmp_path, config, tmp_path / "two")
     outputs = finish(start_all(two, 2, 2))
     assert "4 cpu device(s) in 2 process(es)" in outputs[0]
-    assert "step 6" in outputs[0] and "step" not in outputs[1]  # one speaks for all
+    assert "step 6" in outputs[0] and "step" not in outputs[1]  # only one prints
     logs = [metrics_log.read(tmp_path / name) for name in ("one", "two")]
     assert logs[1][-1]["step"] == 6
     first = [line for line in logs[0] if line["step"] <= 6]

@@ -28,7 +28,10 @@ def parameters(config: ml_collections.ConfigDict) -> int:
 @pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_possible(name: str) -> None:
-    """Network, augmentation and recipe; and it says how it is used."""
+    """Network, augmentation and training settings are valid.
+
+    The docstring of the configuration shows a command that uses it.
+    """
     config = get_config(name)
     logits = inference.abstract_variables(config)["params"]["logits"]["kernel"]
     assert logits.shape[-1] == len(config.classes)
@@ -42,7 +45,7 @@ def test_every_config_is_possible(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_config_invents_an_option(name: str) -> None:
-    """What one adds to skeleton.py nothing would read."""
+    """No code would read an option that skeleton.py does not have."""
     known, config = skeleton.get_config(), get_config(name)
     assert set(config) == set(known)
     assert set(config.augment) == set(known.augment)
@@ -116,7 +119,7 @@ def test_other_splits_differ_in_the_split_alone(module: object) -> None:
 
 
 def test_crops_cut_for_one_split_serve_the_others() -> None:
-    """Also those of the production network."""
+    """The crops also serve the production network."""
     names = ("skeleton", "hemilineage", "brain_region", "production_fafb")
     margins = {augment.AugmentSettings.of(get_config(n)).margin_vx_zyx for n in names}
     assert len(margins) == 1

@@ -62,7 +62,7 @@ def test_missing_chunk_is_flagged_and_its_neighbours_are_read(
     tmp_path: pathlib.Path, kind: str
 ) -> None:
     stored = ARRAY_ZYX.copy()
-    stored[8:16, 0:16, 16:32] = 0  # one whole chunk, which so is not stored
+    stored[8:16, 0:16, 16:32] = 0  # a whole chunk of zeros is not stored
     MAKERS[kind](tmp_path / "v", stored)
     volume = volumes.open(str(tmp_path / "v"))
     starts = np.array([[6, 10, 10], [0, 0, 0]])
@@ -89,7 +89,7 @@ def test_chunks_cut_short_are_flagged(
 
 
 def test_a_chunk_that_is_back_is_read(tmp_path: pathlib.Path) -> None:
-    """The cache remembers that it was missing when the read went ahead."""
+    """The volume's cache still lacks the chunk, but `crops.read` finds it."""
     make_n5(tmp_path)
     (tmp_path / "0" / "0" / "0").rename(tmp_path / "away")
     volume = volumes.open(str(tmp_path))

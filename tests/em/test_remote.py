@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volumes behind a real HTTP server that is healthy, moody, or gone."""
+"""Volumes on a real HTTP server that works, fails now and then, or is gone."""
 
 import contextlib
 import http.server
@@ -30,20 +30,21 @@ from tests.helpers.volume_formats import (
     make_zarr,
 )
 
-# TensorStore reads it once, at the first request of the process.
+# TensorStore reads this variable only once, at the first request of the process.
 os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
 
 CROP_ZYX = (6, 10, 10)
 STARTS_VX_ZYX = np.random.default_rng(0).integers(-4, 30, (40, 3))
 METADATA = (".zarray", ".zattrs", "zarr.json", "attributes.json", "info")
 
-Trouble = Callable[[], int | str | None]  # status to answer, or what else goes wrong
+# Returns the HTTP status of the answer, the name of another failure, or None.
+Trouble = Callable[[], int | str | None]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `folder`; `trouble` says what befalls each request for a chunk."""
+    """Serves `folder`; `trouble` chooses the failure of each request for a chunk."""
 
-    request_queue_size = 128  # a call beyond it is heard a second later
+    request_queue_size = 128  # connections beyond it wait for a second
 
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -56,33 +57,34 @@ class Server(http.server.ThreadingHTTPServer):
         self._thread.start()
 
     def close(self) -> None:
-        """From here on connections are refused."""
+        """Stops the server, which then refuses all connections."""
         if self.closing.is_set():
             return
         self.closing.set()
         self.shutdown()
         self._thread.join()
-        self.server_close()  # waits for the handlers
+        self.server_close()  # waits until all handlers end
 
     def handle_error(self, request: object, client_address: object) -> None:
-        # A client that has had enough is no error of the server's.
+        # A client that closes its connection early is no error of the server.
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: Server
-    wbufsize = -1  # in one packet: headers and body apart take 40 ms
+    # Headers and body go out in one packet, because two packets would take 40 ms.
+    wbufsize = -1
 
     def log_message(self, *args: object) -> None:
         pass
 
     def do_HEAD(self) -> None:
-        self._answer(200, b"")  # how the S3 driver finds out where a bucket is
+        self._answer(200, b"")  # the S3 driver asks in which region a bucket is
 
     def do_GET(self) -> None:
         place = self.path.partition("?")[0]
-        # Google's API names an object so: /storage/v1/b/BUCKET/o/PATH?alt=media
+        # Google's API names an object like this: /storage/v1/b/BUCKET/o/PATH?alt=media
         place = re.sub(r"^.*/v1/b/([^/]+)/o/", r"/\1/", place)
         path = self.server.folder / urllib.parse.unquote(place).strip("/")
         if not path.is_file():
@@ -131,7 +133,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(length or len(body)))
-        # Google's driver asks for the one, Amazon's for the other.
+        # Google's driver needs the first header, Amazon's driver needs the second.
         self.send_header("x-goog-generation", "1")
         self.send_header("ETag", '"1"')
         for name, value in (headers or {}).items():
@@ -149,7 +151,7 @@ def server(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def every_third(troubles: Iterator[int | str | None]) -> Trouble:
-    """The first, fourth, … request meets with the next of `troubles`."""
+    """Lets the first, fourth, seventh, … request fail with the next of `troubles`."""
     lock, requests = threading.Lock(), itertools.count()
 
     def trouble() -> int | str | None:
@@ -187,7 +189,7 @@ def test_crops_over_http_equal_the_local_ones(
 def test_a_level_of_an_ome_zarr_over_http(
     server: Server, tmp_path: pathlib.Path
 ) -> None:
-    """Its voxel size lies in the folder above."""
+    """The voxel size of the level is in the folder above the level."""
     make_zarr(tmp_path / "v" / "s0")
     (tmp_path / "v" / "s0" / ".zattrs").unlink()
     scale = {"type": "scale", "scale": [40, 4, 5]}
@@ -223,7 +225,7 @@ def test_silence_is_ridden_out(server: Server, tmp_path: pathlib.Path) -> None:
 def test_buckets(
     server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Google's and Amazon's interfaces, as far as reading public objects goes."""
+    """Public objects are read through the interfaces of Google and of Amazon."""
     path = tmp_path / "bucket" / "v"
     MAKERS["precomputed_sharded"](path)
     server.trouble = every_third(itertools.repeat(503))
@@ -247,7 +249,7 @@ def test_a_server_that_is_gone_ends_the_reading(
     server: Server, tmp_path: pathlib.Path
 ) -> None:
     make_n5(tmp_path / "v")
-    # Nothing is cached, so that each crop needs the server.
+    # The cache has no room, so that each crop needs the server.
     volume = volumes.open(f"{server.url}/v", cache_bytes=0)
     inside = np.random.default_rng(0).integers(0, 20, (40, 3)) // (2, 1, 1)
     reading = crops.read(volume, inside, CROP_ZYX, bytes_in_flight=4000)
@@ -288,7 +290,7 @@ def test_a_missing_chunk_over_http_is_flagged(
     server: Server, tmp_path: pathlib.Path, kind: str
 ) -> None:
     stored = ARRAY_ZYX.copy()
-    stored[8:16, 0:16, 16:32] = 0  # one whole chunk, which so is not stored
+    stored[8:16, 0:16, 16:32] = 0  # a whole chunk of zeros is not stored
     MAKERS[kind](tmp_path / "v", stored)
     volume = volumes.open(f"{server.url}/v")
     [crop] = crops.read(volume, np.array([[6, 10, 10]]), (8, 12, 12))
@@ -344,7 +346,7 @@ def test_a_refusal_is_an_error_not_a_missing_chunk(
 def test_a_store_that_refuses_what_is_not_there(
     server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a bucket does that is public but does not list its files."""
+    """A public bucket that does not list its files answers 403 in place of 404."""
     answer = _Handler._answer
 
     def refusing(self: _Handler, status: int, *args: object, **more: object) -> None:

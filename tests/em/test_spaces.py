@@ -16,12 +16,12 @@ def at(space: str, x: float, y: float, z: float, **options: object) -> list[floa
 
 
 def test_catmaid_lies_one_section_above_the_container() -> None:
-    # The example of synistereq's test: (z, y, x) 217440 becomes 217400.
+    # The example is from synistereq's test: z of 217440 becomes 217400.
     assert at("fafb-catmaid", 438817, 164242, 217440) == [217400, 164242, 438817]
 
 
 def test_hemibrain_axes_are_turned_and_the_first_flipped() -> None:
-    # (X - x - 1, z, y) of neuPrint's voxels, times 8 nm.
+    # neuPrint's voxel (x, y, z) becomes (X - x - 1, z, y), times 8 nm.
     position = at("hemibrain-neuprint", 100, 20, 3, shape_zyx=(34_427, 5, 7))
     assert position == [(34_427 - 100 - 1) * 8, 3 * 8, 20 * 8]
     with pytest.raises(UserError, match="--volume"):
@@ -60,7 +60,7 @@ def test_mistaken_units_are_named(volume: volumes.Volume) -> None:
     assert "once more" in spaces.doubt(twice, volume)
     assert "x, y, z" in spaces.doubt(right[:, ::-1], volume)
     assert "thousandths" in spaces.doubt(right * 1000, volume)
-    assert spaces.doubt(right + 1e9, volume) is None  # outside, but who knows why
+    assert spaces.doubt(right + 1e9, volume) is None  # outside for an unknown reason
     voxels = (right - volume.offset_nm_zyx) / volume.voxel_size_nm_zyx
     assert spaces.look_like_voxels(voxels + volume.offset_nm_zyx, volume)
 

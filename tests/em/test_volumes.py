@@ -78,7 +78,7 @@ def test_the_format_before_the_uri_must_be_right(tmp_path: pathlib.Path) -> None
         volumes.open(f"precomputed://{tmp_path}")
     with pytest.raises(UserError, match="not a zarr2 volume.* says that it is n5"):
         volumes.open(f"zarr2://{tmp_path}")
-    # Where there are two, the one that is meant.
+    # If the folder holds two formats, the prefix selects one.
     make_zarr(tmp_path)
     for prefix in ("n5", "zarr"):
         volume = volumes.open(f"{prefix}://{tmp_path}")
@@ -87,7 +87,7 @@ def test_the_format_before_the_uri_must_be_right(tmp_path: pathlib.Path) -> None
 
 @pytest.mark.parametrize("kind", ["n5", "zarr"])
 def test_lz4_is_named(tmp_path: pathlib.Path, kind: str) -> None:
-    """Java tools write N5 so; TensorStore has no decoder for it."""
+    """Java tools write N5 with lz4, which TensorStore cannot decode."""
     MAKERS[kind](tmp_path)
     if kind == "n5":
         path, change = tmp_path / "attributes.json", {"compression": {"type": "lz4"}}
@@ -131,7 +131,7 @@ def test_a_spec_needs_no_slash_at_its_end(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("named", ["xyz", "zyx", "yxz"])
 def test_named_axes_are_honoured(tmp_path: pathlib.Path, named: str) -> None:
-    """Store, voxel size and offset follow the names that the container gives."""
+    """Voxels, voxel size and offset follow the axis names that the container gives."""
     order = ["zyx".index(name) for name in named]
     grid = {"chunk_shape": [CHUNK_ZYX[i] for i in order]}
     metadata = {
@@ -295,5 +295,6 @@ def test_real_volumes() -> None:
     volume = volumes.open(str(folder))
     assert volume.shape_zyx == (250, 250, 250)
     assert volume.voxel_size_nm_zyx == (10, 10, 10)
-    # Real tissue, not fill: another axis order would still be grey, so see test above.
+    # The mean is that of tissue, not of fill. Another axis order would give the same
+    # mean, so the tests above check the order.
     assert 60 < volume.read((100, 100, 100), (120, 120, 120)).mean() < 200

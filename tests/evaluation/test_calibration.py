@@ -15,7 +15,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def drawn(
     n: int, sharpness: float, seed: int = 0, k: int = 4
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of softmax(z), and softmax(sharpness z) as a table has it."""
+    """Returns softmax(sharpness · z) in float32, and labels drawn from softmax(z)."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.5, (n, k))
     edges = softmax(logits).cumsum(axis=1)
@@ -32,10 +32,10 @@ def error(probabilities: np.ndarray, truth: np.ndarray) -> float:
 def test_the_temperature_that_is_known(sharpness: float) -> None:
     probabilities, truth = drawn(20_000, sharpness)
     fitted = calibration.fit(probabilities, truth)
-    # Over 20 seeds the standard deviation was 0.011 of it.
+    # Over 20 seeds, the standard deviation was 0.011 of the sharpness.
     assert fitted == pytest.approx(sharpness, rel=0.05)
     after = calibration.apply(probabilities, fitted)
-    # What it finds is the least of a fine search, too.
+    # No temperature of a fine search has a lower loss.
     tried = sharpness * np.exp(np.linspace(-0.2, 0.2, 81))
     losses = [
         calibration.loss(calibration.apply(probabilities, t), truth) for t in tried
@@ -63,7 +63,7 @@ def test_apply_is_softmax_of_the_logits_over_t() -> None:
 
 def test_probabilities_of_0_and_1() -> None:
     probabilities = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
-    truth = np.array([0, 1, 0])  # the last is as wrong as can be
+    truth = np.array([0, 1, 0])  # the last row is certain and wrong
     assert calibration.loss(probabilities, truth) == pytest.approx(87.5 / 3, rel=1e-3)
     assert calibration.fit(probabilities, truth) == calibration.BOUNDS[1]
     assert np.isfinite(calibration.apply(probabilities, 0.05)).all()
@@ -71,12 +71,12 @@ def test_probabilities_of_0_and_1() -> None:
 
 def test_reliability_against_a_plain_loop() -> None:
     probabilities, truth = drawn(3_000, 2.0)
-    probabilities[:15, :] = 0  # on the edges of bins: of the lower one
+    probabilities[:15, :] = 0  # on edges, which belong to the lower bin
     probabilities[:15, 1] = np.arange(1, 16) / 15
     found = calibration.reliability(probabilities, truth)
     total = 0.0
     for i, one in enumerate(found["bins"]):
-        # The edge as float64, as the probabilities are compared.
+        # The edges are float64, because the probabilities are compared as float64.
         low, high = np.linspace(0, 1, 16)[i : i + 2]
         assert (one["low"], one["high"]) == (low, high)
         rows = [
@@ -126,7 +126,7 @@ def test_rows_that_do_not_count() -> None:
 
 @pytest.fixture(scope="module")
 def tied() -> tuple[np.ndarray, np.ndarray]:
-    """200 rows with some 20 confidences."""
+    """200 rows that have only about 20 different confidences."""
     rng = np.random.default_rng(4)
     top = rng.integers(20, 40, 200) / 40
     truth = np.where(rng.random(200) < top, 0, 1)
@@ -163,9 +163,9 @@ def test_precision_that_no_threshold_reaches() -> None:
     curve = calibration.Curve.of(
         np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), np.array([1, 0, 0])
     )
-    assert curve.lowest(0.7) is None  # 0, 1/2, 2/3
+    assert curve.lowest(0.7) is None  # the precisions are 0, 1/2, 2/3
     assert curve.lowest(2 / 3) == 0.7
-    # Equal ones enter together: the right one alone would be enough.
+    # Rows of equal confidence enter together, so the right row cannot enter alone.
     tie = np.array([[0.9, 0.1], [0.9, 0.1]])
     assert calibration.Curve.of(tie, np.array([0, 1])).lowest(0.95) is None
 
@@ -204,7 +204,7 @@ def test_degenerate_rows() -> None:
     assert calibration.fit(right, right.argmax(1)) == low
     assert calibration.fit(right, right.argmin(1)) == high
     assert calibration.fit(right[:1], right[:1].argmax(1)) == low
-    # Nothing to choose between: as they are.
+    # There is nothing to choose, so the probabilities stay as they are.
     one_class = np.ones((4, 1), np.float32)
     assert calibration.fit(one_class, np.zeros(4, int)) == 1
     assert calibration.fit(np.full((4, 2), 0.5), np.array([0, 1, 1, 1])) == 1

@@ -6,7 +6,7 @@ from synister_jax.evaluation import intervals
 
 
 def test_every_draw_is_an_accuracy_of_whole_neurons() -> None:
-    """Against a loop that draws neurons with the same numbers."""
+    """A loop that draws neurons with the same random numbers gives equal intervals."""
     rng = np.random.default_rng(3)
     group = rng.integers(0, 12, 200)
     truth = group % 3
@@ -31,7 +31,7 @@ def test_every_draw_is_an_accuracy_of_whole_neurons() -> None:
 
 
 def test_whole_neurons_make_wider_intervals_than_synapses() -> None:
-    """Neurons that are all right or all wrong: as sure as 30 coins, not 3,000."""
+    """30 neurons, each all right or all wrong, scatter like 30 coins, not 3,000."""
     neuron = np.repeat(np.arange(30), 100)
     truth = np.zeros(3000, int)
     called = (neuron < 9).astype(int)
@@ -39,7 +39,7 @@ def test_whole_neurons_make_wider_intervals_than_synapses() -> None:
     assert 0.3 < high - low < 0.36  # 2 · 1.96 · √(0.7 · 0.3 / 30) = 0.328
     alone = np.full(3000, -1)
     low, high = intervals.by_group(alone, truth, called, 2)["accuracy"]
-    assert 0.028 < high - low < 0.038  # a tenth
+    assert 0.028 < high - low < 0.038  # a tenth of the width above
 
 
 def test_entries_of_no_neuron_are_drawn_as_neurons_of_one() -> None:
@@ -49,8 +49,8 @@ def test_entries_of_no_neuron_are_drawn_as_neurons_of_one() -> None:
     one = intervals.by_group(np.arange(400), truth, called, 3)
     alone = intervals.by_group(np.full(400, -1), truth, called, 3)
     for name, limits in one.items():
-        assert alone[name] == pytest.approx(limits, abs=0.01)  # other draws
-    # Half of them neurons, half not.
+        assert alone[name] == pytest.approx(limits, abs=0.01)  # the draws differ
+    # Half of the entries have a neuron, the other half have none.
     mixed = np.where(np.arange(400) % 2, np.arange(400), -1)
     both = intervals.by_group(mixed, truth, called, 3)
     assert both["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
@@ -64,7 +64,7 @@ def test_draws_that_are_all_equal_say_nothing() -> None:
 
 @pytest.mark.parametrize(("right", "count"), [(21, 21), (0, 5), (9, 10)])
 def test_interval_of_a_share(right: int, count: int) -> None:
-    """Wilson's formula, written out."""
+    """The interval equals Wilson's formula, which is written out here."""
     z, p = 1.959963984540054, right / count
     middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)

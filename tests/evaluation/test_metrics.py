@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every number against scikit-learn on random tables, and corners by hand."""
+"""Compares all numbers with scikit-learn on random tables; edge cases by hand."""
 
 import json
 
@@ -56,7 +56,7 @@ def assert_as_scikit_learn(found: dict, truth: np.ndarray, called: np.ndarray) -
 
 
 def majority(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Truth, call, and number of votes of each group, in plain Python."""
+    """Returns truth, call, and votes for each class of each group, in plain Python."""
     called = predictions.called(table)
     groups: dict = {}
     for row, call in zip(table.to_pylist(), called, strict=True):
@@ -91,7 +91,7 @@ def test_numbers_are_those_of_scikit_learn(seed: int) -> None:
     for name, column in (("neurons", "neuron_id"), ("cell_types", "cell_type")):
         found = measured[name]
         if not found["count"]:
-            assert column == "cell_type"  # each of them has several transmitters
+            assert column == "cell_type"  # each type has several transmitters
             continue
         assert_as_scikit_learn(found, *majority(table, column)[:2])
     for name, found in measured["brain_regions"].items():
@@ -117,7 +117,8 @@ def test_variants_keep_large_and_sure_neurons_and_their_synapses() -> None:
             assert found["count"] == 0 and found["accuracy"] is None
             continue
         assert_as_scikit_learn(found, neuron_truth[kept], neuron_call[kept])
-    # Every neuron of which something is predicted, whether its transmitter is known.
+    # The first variant keeps every neuron with a prediction, even if its transmitter
+    # is unknown.
     first = every[0]["synapses"]
     neurons = table["neuron_id"].to_pylist()
     seen = {n for n, c in zip(neurons, called, strict=True) if c >= 0} - {None}
@@ -138,7 +139,7 @@ def test_accuracy_against_the_number_of_synapses() -> None:
     )
     assert metrics.measure(table)["accuracy_by_synapses"] == [
         {"synapses": [1, 1], "neurons": 1, "accuracy": 1.0},
-        {"synapses": [2, 3], "neurons": 1, "accuracy": 0.0},  # a tie, to gaba
+        {"synapses": [2, 3], "neurons": 1, "accuracy": 0.0},  # a tie, won by gaba
         {"synapses": [4, 7], "neurons": 1, "accuracy": 1.0},
     ]
 
@@ -165,7 +166,8 @@ def test_absent_class_single_neuron_ties_and_nan() -> None:
     assert per_class["acetylcholine"]["precision"] == 0.0  # called, and never right
     assert per_class["acetylcholine"]["recall"] is None
     assert per_class["dopamine"]["f1"] is None
-    # 1 : 1, to the first class; of one neuron nearly any accuracy can be.
+    # The first class wins the tie of 1 : 1. With a single neuron, nearly every
+    # accuracy is possible.
     assert measured["neurons"]["confusion"][0] == [1, 0, 0]
     low, high = measured["neurons"]["interval"]["accuracy"]
     assert low < 0.21 and high == 1
@@ -222,21 +224,22 @@ def test_numbers_of_a_small_table() -> None:
         },
     )
     measured = metrics.measure(table)
-    # Unpredicted rows are never a class: the last one is nowhere.
+    # Rows without a prediction have no class, so the last row does not count.
     assert measured["synapses"]["confusion"] == [[2, 1, 0], [0, 0, 0], [1, 0, 1]]
     assert measured["synapses"]["accuracy"] == pytest.approx(3 / 5)
     assert measured["synapses"]["mean_class_accuracy"] == pytest.approx(
         (2 / 3 + 1 / 2) / 2
     )
     assert measured["synapses"]["per_class"]["acetylcholine"]["recall"] is None
-    # Neuron 1: two of three gaba; neuron 2: a tie, taken by the first class.
+    # Two of the three calls of neuron 1 are gaba. Neuron 2 has a tie, which the first
+    # class wins.
     assert measured["neurons"]["confusion"] == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
     logs = np.log([0.7, 0.2, 0.4, 0.8, 0.3])
     assert measured["loss"] == pytest.approx(-logs.mean(), rel=1e-6)
 
 
 def test_neurons_of_a_hemilineage_err_together_or_not() -> None:
-    """Four hemilineages of gaba: calls of neurons alike within, then not at all."""
+    """Four hemilineages of gaba: first their neurons are called alike, then mixed."""
     gaba, ach = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
     for alike in (True, False):
         calls = [gaba] * 10 + [ach] * 10 if alike else [gaba, ach] * 10

@@ -8,7 +8,7 @@ from scipy import stats
 
 from synister_jax.evaluation import mixtures
 
-# P(called | true), of a network that confuses the second class with the third.
+# P(called | true) of a network that confuses the second class with the third.
 ROWS = np.array(
     [
         [0.85, 0.05, 0.06, 0.04],
@@ -92,7 +92,8 @@ def test_p_values_are_those_of_all_outcomes(
             null = stats.multinomial(4, row)
         chance = null.pmf(calls)
         assert chance.sum() == pytest.approx(1)
-        reached = ratios[:, label] >= ratios[:, label, None] - 1e-9  # [of, reached by]
+        # reached[i, j]: outcome j is at least as extreme as outcome i.
+        reached = ratios[:, label] >= ratios[:, label, None] - 1e-9
         expected = np.maximum(expected, reached @ chance)
     found = mixtures.p_values(calls, model, draws=15_000)
     np.testing.assert_allclose(found, expected, atol=0.018)
@@ -116,7 +117,8 @@ def test_what_is_not_known_of_the_confusion_scatters_too() -> None:
     model = mixtures.from_counts(np.diag([10, 10, 10, 10]), 0)
     calls = mixtures.draw(rng, model, ONE_OF_EACH[0], 100_000, 5_000)
     row = model.confusion[0]
-    # A Dirichlet distribution of ten units and a half in each of four cells.
+    # The row has a Dirichlet distribution of its ten units, with 0.5 added to each of
+    # the four cells.
     np.testing.assert_allclose(row, [10.5 / 12, 0.5 / 12, 0.5 / 12, 0.5 / 12])
     deviation = np.sqrt(row * (1 - row) / 13)
     np.testing.assert_allclose(calls.std(axis=0) / 1e5, deviation, rtol=0.08)
@@ -135,7 +137,7 @@ def test_groups_of_units_that_are_all_alike(correlation: float) -> None:
 def rates(
     units: int, truth: mixtures.CallModel, test: mixtures.CallModel
 ) -> np.ndarray:
-    """How often p ≤ 0.05, for each true class."""
+    """Returns how often p ≤ 0.05, for each true class."""
     rng = np.random.default_rng(units)
     calls = [mixtures.draw(rng, truth, row, units, 400) for row in ONE_OF_EACH]
     p = mixtures.p_values(np.concatenate(calls), test, 999)
@@ -147,7 +149,7 @@ def rates(
 def test_level(units: int, correlation: float) -> None:
     model = mixtures.from_fractions(ROWS, correlation)
     found = rates(units, model, model)
-    # Three standard errors of 1,600 groups, and of 400.
+    # The margins are three standard errors of 1,600 groups, and of 400 groups.
     assert found.mean() < 0.05 + 3 * 0.0055
     assert found.max() < 0.05 + 3 * 0.011
 
@@ -245,7 +247,8 @@ def test_units_of_few_groups_tell_less_of_the_confusion() -> None:
     independent = mixtures.from_counts(counts, 0.1, clusters=np.array([100, 100]))
     alike = mixtures.from_counts(counts, 0.1, clusters=np.array([10, 0]))
     np.testing.assert_allclose(independent.concentration, 101)
-    # 100 units of ten groups are worth 100 / (1 + 9 · 0.1), of one 100 / (1 + 99 · 0.1)
+    # 100 units in ten groups are worth 100 / (1 + 9 · 0.1) independent units. 100 units
+    # in one group are worth 100 / (1 + 99 · 0.1).
     np.testing.assert_allclose(alike.concentration, [100 / 1.9 + 1, 100 / 10.9 + 1])
     np.testing.assert_allclose(
         alike.confusion[0], np.array([90 / 1.9 + 0.5, 10 / 1.9 + 0.5]) / (100 / 1.9 + 1)
@@ -266,7 +269,7 @@ def test_least_units() -> None:
     assert mixtures.p_values(outcomes(least), model, 1_999).min() <= 0.05
     assert mixtures.p_values(outcomes(least - 1), model, 1_999).min() > 0.05
     assert mixtures.least_units(model, 0.001, 1_999) > least
-    assert mixtures.least_units(model, 0.0001, 99) is None  # 1/100 is the smallest
+    assert mixtures.least_units(model, 0.0001, 99) is None  # the smallest p is 1/100
 
 
 @pytest.mark.parametrize("true", [0.0, 0.05, 0.3])
@@ -282,7 +285,8 @@ def test_correlation_of_simulated_groups(true: float) -> None:
         labels = np.repeat(np.arange(K), 30)
         found.append(mixtures.correlation(np.concatenate(calls), labels))
     error = np.std(found) / len(found) ** 0.5
-    # At 0, estimates below are cut off; there are 120 groups.
+    # Estimates below 0 are set to 0. If the true value is 0, this raises the mean of
+    # the estimates, which are made from 120 groups each.
     assert abs(np.mean(found) - true) < 3 * error + (0.004 if true == 0 else 0)
 
 

@@ -103,7 +103,7 @@ def test_nothing_predicted_nothing_weighed_no_groups() -> None:
     )
     tally = vote_tallies.count([table], CLASSES, "neuron")
     assert np.isnan(tally.mean[0]).all() and tally.predicted.tolist() == [0, 1]
-    assert np.isnan(tally.weighted).all()  # no prediction; no weight
+    assert np.isnan(tally.weighted).all()  # 1: no prediction; 2: no weight
     assert vote_tallies.count([table], CLASSES, "hemilineage").groups.num_rows == 0
     empty = vote_tallies.count([table.slice(0, 0)], CLASSES, "neuron")
     assert empty.counts.shape == (0, 3)
@@ -138,7 +138,8 @@ def test_calls_of_neurons_within_hemilineages() -> None:
     neurons = vote_tallies.count([table], CLASSES, "neuron")
     names, counts = vote_tallies.calls_of_neurons(neurons, "hemilineage")
     assert names.to_pylist() == ["A", "B"]
-    assert counts.tolist() == [[1, 0, 0], [1, 1, 0]]  # 3 is a tie, 4 is not predicted
+    # Neuron 3 has a tie, which gaba wins. Neuron 4 has no prediction.
+    assert counts.tolist() == [[1, 0, 0], [1, 1, 0]]
     _, large = vote_tallies.calls_of_neurons(neurons, "hemilineage", least=3)
     assert large.tolist() == [[0, 0, 0], [1, 0, 0]]
     names, counts = vote_tallies.calls_of_neurons(neurons, "cell_type")

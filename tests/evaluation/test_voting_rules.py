@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rule on groups small enough to reckon by hand."""
+"""Checks each rule on groups that are small enough to compute by hand."""
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ from synister_jax.evaluation.confusions import Confusion
 from tests.helpers.prediction_tables import table_of
 from tests.helpers.small_data import CLASSES
 
-# gaba, acetylcholine, dopamine; rows true.
+# The classes are gaba, acetylcholine and dopamine. Each row is a true class.
 CONFUSION = Confusion("test", CLASSES, np.array([[8.0, 2, 0], [1, 9, 0], [0, 5, 5]]))
 
 
@@ -56,7 +56,7 @@ def test_cleft_scores_weigh() -> None:
     row = called(tally, "cleft_weighted")
     assert row["predicted_neurotransmitter"] == "dopamine"
     assert row["score"] == pytest.approx((0.1 + 0.1 + 6.4) / 10)
-    assert row["mean_gaba_prob"] == pytest.approx(0.4)  # the plain mean still
+    assert row["mean_gaba_prob"] == pytest.approx(0.4)  # still the plain mean
 
 
 def test_weights_that_sum_to_zero_give_no_call() -> None:
@@ -69,14 +69,15 @@ def test_weights_that_sum_to_zero_give_no_call() -> None:
 
 
 def test_flyem_confidence_and_thresholds() -> None:
-    """(30 · P(ach called ach) + 20 · P(ach called gaba)) / 50."""
+    """The confidence is (30 · P(ach called ach) + 20 · P(ach called gaba)) / 50."""
     row = called(tally_of([ACH] * 30 + [GABA] * 20), "flyem")
     assert row["predicted_neurotransmitter"] == "acetylcholine"
     assert row["score"] == pytest.approx((30 * 0.9 + 20 * 0.1) / 50)
     assert row["margin"] == pytest.approx(0.2)
     few = called(tally_of([ACH] * 30 + [GABA] * 19), "flyem")
     assert few["predicted_neurotransmitter"] == "unclear" and few["score"] > 0.5
-    # Dopamine is called dopamine half the time: (27·0.5 + 25·0) / 52 is no confidence.
+    # Dopamine is called dopamine only half the time, so the confidence of
+    # (27·0.5 + 25·0) / 52 is too low.
     unsure = called(tally_of([DA] * 27 + [GABA] * 25), "flyem")
     assert unsure["predicted_neurotransmitter"] == "unclear"
     assert unsure["score"] == pytest.approx(27 * 0.5 / 52)
@@ -84,7 +85,7 @@ def test_flyem_confidence_and_thresholds() -> None:
 
 def test_flyem_ties_go_by_the_name() -> None:
     row = called(tally_of([GABA] * 30 + [ACH] * 30), "flyem")
-    assert row["score"] == pytest.approx((0.9 + 0.1) / 2)  # acetylcholine's
+    assert row["score"] == pytest.approx((0.9 + 0.1) / 2)  # of acetylcholine
     assert called(tally_of([GABA, ACH]), "majority")["score"] == 0.5
 
 
@@ -105,7 +106,11 @@ def test_flyem_types_of_several_cells_need_more(
 
 
 def test_conf_nt_asks_what_a_call_is_worth() -> None:
-    """Of 16 called acetylcholine 9 are, 5 are dopamine; all called dopamine are."""
+    """The score weighs each call with P(true | called).
+
+    Of 16 synapses that are called acetylcholine, 9 are acetylcholine and 5 are
+    dopamine. All synapses that are called dopamine are dopamine.
+    """
     row = called(tally_of([ACH, ACH, DA]), "conf_nt")
     worth = {
         "gaba": 2 * 2 / 16 / 3,
@@ -202,7 +207,7 @@ def test_majority_vote() -> None:
     assert (nine["synapses"], nine["predicted"]) == (2, 1)
     assert nine["predicted_neurotransmitter"] == nine["neurotransmitter"] == "dopamine"
     assert nine["score"] == 1
-    assert big["predicted_neurotransmitter"] == "gaba"  # 1 : 1, the first class
+    assert big["predicted_neurotransmitter"] == "gaba"  # 1 : 1; the first class wins
     assert (big["count_gaba"], big["count_acetylcholine"]) == (1, 1)
     assert big["score"] == 0.5 and big["rule"] == "majority"
 

@@ -59,7 +59,7 @@ def placed(p: np.ndarray, z_nm: np.ndarray) -> pa.Table:
 
 @pytest.mark.parametrize("piece", [7, 1000])
 def test_distances_do_not_cancel(piece: int) -> None:
-    """Of those apart alone: half a voxel of the others says nothing."""
+    """The distances under `apart` ignore pairs that differ by only half a voxel."""
     p = np.tile([1.0, 0, 0], (100, 1))
     z_nm = np.arange(100.0)
     moved = z_nm + np.where(np.arange(100) % 2, 50, -50)

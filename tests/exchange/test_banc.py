@@ -33,7 +33,7 @@ def test_banc(tmp_path: pathlib.Path) -> None:
         "predicted_nt": "string",
         "probability": "halffloat",
     }
-    # Multiples of 1/64 are the same in 16 bits.
+    # Multiples of 1/64 are exact in float16.
     for name in SIX:
         given = probabilities(table, name).astype(np.float16)
         np.testing.assert_array_equal(made[name].to_numpy(), given)

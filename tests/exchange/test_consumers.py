@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our files, read as their consumers read them.
+"""Reads our exported files as their consumers read them.
 
-The rules are those of the consumers' public sources, in our words; fafbseg-py itself
-reads its file where `make consumers` has installed it.
+The tests repeat the rules of the consumers' public sources in their own code. If
+`make consumers` has installed fafbseg-py, one test reads its file with fafbseg-py.
 """
 
 import collections
@@ -26,15 +26,16 @@ from tests.helpers import prediction_tables
 from tests.helpers.prediction_tables import NEURON, SIX
 from tests.helpers.small_data import ROOT
 
-# fafbseg-py's order, which is not the network's.
+# fafbseg-py's order of the classes differs from the network's order.
 TRANSMITTERS = ["gaba", "acetylcholine", "glutamate"]
 TRANSMITTERS += ["octopamine", "serotonin", "dopamine"]
 
 
 def published(tmp_path: pathlib.Path) -> tuple[str, pa.Table]:
-    """Eight neurons of four types, two of them known, half of it tested.
+    """Writes predictions of eight neurons, and returns the path and the table.
 
-    The last is called anything.
+    The transmitters of two of the four cell types are known. About half of the synapses
+    are in the test part. The synapses of the last neuron are called at random.
     """
     rng = np.random.default_rng(7)
     sizes = [70, 80, 20, 49, 50, 120, 6, 130]
@@ -61,7 +62,7 @@ def published(tmp_path: pathlib.Path) -> tuple[str, pa.Table]:
 
 
 def flyem_names(columns: list[str]) -> dict[str, str]:
-    """flyem-snapshot's probability columns, by the name it finds in them."""
+    """Returns {column: class} as flyem-snapshot finds its probability columns."""
     names = {}
     for column in columns:
         if re.match("nts|nt_", column):
@@ -84,13 +85,14 @@ def test_flyem_snapshot(tmp_path: pathlib.Path) -> None:
     names = flyem_names(made.column_names)
     assert list(names.values()) == list(SIX)
 
-    # The id that is there is the one that the reader would make.
+    # The ids of the file equal the ids that the reader makes from the positions.
     z, y, x = (made[axis].to_numpy().astype(np.uint64) for axis in "zyx")
     mask = np.uint64(2**21 - 1)
     ids = (z & mask) << np.uint64(42) | (y & mask) << np.uint64(21) | (x & mask)
     np.testing.assert_array_equal(made["point_id"].to_numpy(), ids)
 
-    # The reader's confusion: of T-bars outside train and validation with a known type.
+    # The reader counts its confusion matrix from the T-bars that have a known
+    # transmitter and are outside train and validation.
     values = np.stack([made[column].to_numpy() for column in names], axis=1)
     called = np.array(
         [None if np.isnan(row).any() else SIX[row.argmax()] for row in values]
@@ -133,7 +135,8 @@ def test_flyem_snapshot(tmp_path: pathlib.Path) -> None:
         member = types == row["cell_type"]
         total, winner, confidence = group(member)
         least = 50 if len(set(body[member])) == 1 else 100
-        # FlyEM asks confidence of neurons alone (flyem-snapshot at 003d91e).
+        # FlyEM requires a confidence only for neurons, not for cell types
+        # (flyem-snapshot at 003d91e).
         called_ = winner if total >= least else "unclear"
         assert row["celltype_predicted_nt"] == called_
         unsure += [row["cell_type"]] if confidence < 0.5 and total >= least else []
@@ -151,12 +154,13 @@ def test_flyem_snapshot(tmp_path: pathlib.Path) -> None:
 
 
 def fafbseg_file(tmp_path: pathlib.Path) -> tuple[pa.Table, pathlib.Path]:
-    """What cleft_weighted says of each neuron, and the file."""
+    """Returns the means of cleft_weighted for each neuron, and the path of the file."""
     path, _ = published(tmp_path)
     export.export(path, "fafbseg", tmp_path / "out", ExportOptions())
     tally = vote_tallies.of(predictions.open(path), "neuron")
     mean = np.where(np.isnan(tally.weighted), tally.mean, tally.weighted)
-    assert np.isnan(tally.weighted).any()  # a neuron that fafbseg-py alone fails on
+    # fafbseg-py would fail on a neuron whose weights sum to 0; the export avoids this.
+    assert np.isnan(tally.weighted).any()
     columns = {name: mean[:, SIX.index(name)] for name in TRANSMITTERS}
     expected = pa.table({"pre": tally.groups["neuron_id"], **columns})
     return expected, tmp_path / "out" / "synapses.feather"
@@ -166,17 +170,18 @@ def test_fafbseg_weighting(tmp_path: pathlib.Path) -> None:
     expected, path = fafbseg_file(tmp_path)
     made = feather.read_table(path)
     values = np.stack([made[name].to_numpy() for name in TRANSMITTERS], axis=1)
-    kept = (np.nan_to_num(values) != 0).any(axis=1)  # pandas: any of NaN is not
+    # In `any` of pandas, NaN counts as False.
+    kept = (np.nan_to_num(values) != 0).any(axis=1)
     assert 0 < kept.sum() < len(kept)
     for row in expected.to_pylist():
         member = kept & (made["pre"].to_numpy() == row["pre"])
         weights = made["cleft_scores"].to_numpy()[member].astype(np.float64)
-        # np.average divides by the sum, and raises where it is 0.
+        # np.average raises an error if the weights sum to 0.
         mean = np.average(values[member], axis=0, weights=weights)
         np.testing.assert_allclose(mean, [row[n] for n in TRANSMITTERS], rtol=1e-6)
 
 
-# fafbseg's requirements are not ours: it runs in an environment of its own.
+# fafbseg-py needs other packages than this project, so it has its own environment.
 CONSUMERS = ROOT / ".venv-consumers"
 COLLAPSE = """
 import json, sys
@@ -268,7 +273,7 @@ def test_hemibrainr(tmp_path: pathlib.Path) -> None:
     names = [re.sub(r"nts_8\.", "", name) for name in made.column_names]
     names = ["connector_id" if name == "id" else name for name in names]
     assert names == ["connector_id", "body", "x", "y", "z", *SIX]
-    # It joins on voxels: they are whole numbers, each there once.
+    # hemibrainr joins on voxels, so the voxels must be unique whole numbers.
     voxels = set(zip(*(made[axis].to_pylist() for axis in "xyz"), strict=True))
     assert len(voxels) == len(table)
     assert all(isinstance(v, int) for voxel in voxels for v in voxel)

@@ -35,7 +35,7 @@ def test_a_class_without_a_column(tmp_path: pathlib.Path) -> None:
     output, _ = export_to(tmp_path, "codex", table, drop_classes=("neither",))
     [row] = read_csv(output / "neurons.csv.gz")
     means = {n: probabilities(table, n)[:3].mean(dtype=np.float64) for n in SIX}
-    assert float(row["gaba_avg"]) == means["gaba"]  # not rescaled
+    assert float(row["gaba_avg"]) == means["gaba"]  # not rescaled to a sum of 1
     assert float(row["nt_type_score"]) == max(means.values())
     content = json.loads((output / "export.json").read_text())
     assert content["options"]["drop_classes"] == ["neither"]

@@ -77,7 +77,7 @@ def test_flyem_calls_neither_unknown(tmp_path: pathlib.Path) -> None:
         made["nt_unknown_prob"].to_numpy(), probabilities(table, "neither")
     )
     assert "nt_neither_prob" not in made.column_names
-    assert made["split"].null_count == 60  # of a table without splits
+    assert made["split"].null_count == 60  # the table has no splits
     bodies = feather.read_table(output / "body-neurotransmitters.feather")
     assert bodies["predicted_nt"].to_pylist() == ["unknown"]
 
@@ -92,10 +92,10 @@ def test_rows_without_a_point_are_kept_apart(tmp_path: pathlib.Path) -> None:
     made = feather.read_table(output / "tbar-neurotransmitters.feather")
     assert made["z"].to_pylist() == [0, 1, 3, 4, 5, 6, 7, 9]
     left_out = predictions.load(output / "left-out.feather")
-    # As text, in which NaN is like NaN.
+    # The tables are compared as text, because NaN equals NaN in text.
     assert str(left_out.to_pydict()) == str(table.take([2, 8]).to_pydict())
     assert len(notes) == 1 and "beyond 21 bits): 2; these rows are in" in notes[0]
-    # Bodies count all rows, wherever they are.
+    # The table of bodies also counts the rows that were left out.
     bodies = feather.read_table(output / "body-neurotransmitters.feather")
     assert sum(bodies["total_nt_predictions"].to_pylist()) == 8
 
@@ -107,9 +107,11 @@ def test_rows_without_a_point_are_kept_apart(tmp_path: pathlib.Path) -> None:
 
 
 def test_voxels_are_rounded_half_to_even(tmp_path: pathlib.Path) -> None:
-    """Of odd sizes too; whatever the volume's offset is."""
-    z_nm = [19.0, 20.0, 60.0, 61.0, 100.0, 139.0]  # of 40: .475, .5, 1.5, 1.525, 2.5
-    y_nm = [3.0, 3.5, 4.0, 10.5, 24.5, 25.0]  # of 7: below, at and above .5
+    """Odd voxel sizes are rounded too. The offset of the volume plays no role."""
+    # In voxels of 40 nm: 0.475, 0.5, 1.5, 1.525, 2.5, 3.475.
+    z_nm = [19.0, 20.0, 60.0, 61.0, 100.0, 139.0]
+    # In voxels of 7 nm, the fractions are below, at and above 0.5.
+    y_nm = [3.0, 3.5, 4.0, 10.5, 24.5, 25.0]
     table = prediction_tables.make(
         [NEURON] * 6, ["gaba"] * 6, z_nm=z_nm, y_nm=y_nm, x_nm=[0.0, 1, 2, 3, 4, 5]
     )
@@ -149,9 +151,9 @@ def test_flyem_bodies(tmp_path: pathlib.Path) -> None:
     types = {NEURON: "T", NEURON + 1: "T", NEURON + 3: "U"}
     neurons = [neuron for neuron, n in sizes.items() for _ in range(n)]
     calls: list[str | None] = ["gaba"] * 40 + ["glutamate"] * 20  # NEURON
-    calls += ["gaba"] * 25 + ["glutamate"] * 35  # of the same type
-    calls += ["gaba"] * 49  # too few
-    calls += ["dopamine"] * 55  # one neuron of its type
+    calls += ["gaba"] * 25 + ["glutamate"] * 35  # NEURON + 1, of the same type
+    calls += ["gaba"] * 49  # too few synapses
+    calls += ["dopamine"] * 55  # the only neuron of its type
     calls += [None] * 3
     table = prediction_tables.make(
         neurons,
@@ -178,7 +180,8 @@ def test_flyem_bodies(tmp_path: pathlib.Path) -> None:
     }
     assert made["body"].to_pylist() == list(sizes)
     assert made["total_nt_predictions"].to_pylist() == [60, 60, 49, 55, 0]
-    # P(called | gaba) is 1 for gaba; of others .9 when right and .1 for gaba.
+    # All gaba synapses are called gaba. Of every other class, 0.9 are called right and
+    # 0.1 are called gaba.
     expected = [40 / 60, (35 * 0.9 + 25 * 0.1) / 60, 1, 0.9, 0]
     confidence = made["predicted_nt_confidence"].to_numpy()
     np.testing.assert_allclose(confidence, expected, rtol=1e-12)
@@ -198,18 +201,19 @@ def test_flyem_bodies(tmp_path: pathlib.Path) -> None:
 
 
 def test_flyem_truth(tmp_path: pathlib.Path) -> None:
-    """By neuron: its type, its call, its known transmitter, truth and consensus."""
+    """Each line is one neuron: type, call, known transmitter, truth, consensus."""
     neurons: list[tuple[str | None, str, str | None, str | None, str | None]] = [
-        # Of one type, whose only known transmitter is the other neuron's as well.
+        # Two neurons of one type. The known transmitter of the second neuron counts for
+        # both neurons.
         ("T", "gaba", None, "dopamine", "dopamine"),
         ("T", "gaba", "dopamine", "dopamine", "dopamine"),
-        # Two known ones in a type: each neuron has its own.
+        # The type has two known transmitters, so each neuron keeps its own.
         ("U", "gaba", "gaba", "gaba", "gaba"),
         ("U", "gaba", "glutamate", "glutamate", "glutamate"),
-        # Several of one neuron are none.
+        # Several known transmitters of one neuron count as none.
         ("V", "glutamate", "gaba+octopamine", None, "glutamate"),
         (None, "glutamate", "gaba+octopamine", None, None),
-        # These three need an experiment.
+        # The consensus accepts these three transmitters only from an experiment.
         ("W", "serotonin", None, None, "unclear"),
         ("X", "octopamine", None, None, "unclear"),
         ("Y", "dopamine", None, None, "unclear"),
@@ -233,7 +237,10 @@ def test_flyem_truth(tmp_path: pathlib.Path) -> None:
 def test_the_truth_of_the_type_comes_first(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They differ only where a neuron's synapses name several types, or none."""
+    """The test replaces both truths, because they rarely differ.
+
+    They differ only if not all synapses of a neuron name the same cell type.
+    """
     neuron = prediction_tables.make([NEURON] * 60, ["gaba"] * 60)
     by = group_calls.of
 

@@ -44,7 +44,7 @@ def test_fafbseg(tmp_path: pathlib.Path) -> None:
     assert made["pre"].to_pylist() == [*NEURONS[:-1], 0]
     assert made["post"].to_pylist() == [NEURON + 5] * 9 + [0]
     assert made["pre_z"].equals(table["z_nm"])
-    # The second neuron's weights would sum to zero.
+    # The weights of the second neuron would sum to zero, so each becomes 1.
     weights = [8, 0, 4, 99, 0] + [1, 1, 1, 1] + [1]
     assert made["cleft_score"].to_pylist() == weights
     assert made["cleft_scores"].equals(made["cleft_score"])
@@ -134,7 +134,8 @@ def test_codex(tmp_path: pathlib.Path) -> None:
     assert float(second["da_avg"]) == np.mean(dopamine[5:9])
     assert first["nt_type_score"] == first["gaba_avg"]
     assert set(third.values()) == {str(NEURON + 2), ""}
-    assert content[:2] == b"\x1f\x8b" and content[4:8] == bytes(4)  # no time
+    # The gzip header has no time, so equal tables give equal files.
+    assert content[:2] == b"\x1f\x8b" and content[4:8] == bytes(4)
 
 
 def test_codex_without_a_class(tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from synister_jax.exchange.joining import Side
 
 
 def side(folder: pathlib.Path, name: str, ids: Sequence[int | None]) -> Side:
-    """A table whose positions are (id, 2, 3) and whose gaba counts the rows up."""
+    """Writes a table with positions (id, 2, 3). Its gaba is the row number / 128."""
     count = len(ids)
     at = [np.nan if i is None else float(i) for i in ids]
     columns = {
@@ -30,11 +30,11 @@ def side(folder: pathlib.Path, name: str, ids: Sequence[int | None]) -> Side:
 
 
 def joined(a: Side, b: Side, by: str, folder: pathlib.Path) -> list[tuple]:
-    """(id, row of A, row of B) in the order in which they come."""
+    """Returns (id, row of A, row of B) of all pairs, in the order of the join."""
     rows = []
     for left, right in joining.pairs(a, b, by, (1, 1, 1), ["gaba", "da"], folder):
         assert left["id"].equals(right["id"])
-        assert np.isnan(left["da"].to_numpy()).all()  # a class of neither
+        assert np.isnan(left["da"].to_numpy()).all()  # no table has this class
         numbers = [
             (x["gaba"].to_numpy() * 128).astype(int).tolist() for x in (left, right)
         ]
@@ -62,7 +62,7 @@ def test_the_first_row_of_a_key_is_joined(tmp_path: pathlib.Path, by: str) -> No
 def test_keys_go_on_from_batch_to_batch(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    """Whatever the size of the batches that come sorted."""
+    """The size of the sorted batches does not change the pairs."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, 60, 100).tolist() for _ in range(2)]
     whole = joining.sql.run

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real neurons through everything after prediction.
+"""Sends real neurons through all steps that follow the prediction.
 
-The 87,403 presynaptic sites of the male nerve cord's ground truth, and calls drawn from
-the published confusion of the hemibrain network: what must come out is known within the
-scatter of the draw.
+The neurons have the 87,403 presynaptic sites of the male nerve cord's ground truth. The
+calls of the sites are drawn from the published confusion matrix of the hemibrain
+network. The expected results are therefore known within the scatter of the draw.
 """
 
 import csv
@@ -34,7 +34,8 @@ CLASSES = (
     "dopamine",
     "neither",
 )
-# natverse/hemibrainr, hb.nt.cmat: P(true | called) in percent, rows true.
+# hb.nt.cmat of natverse/hemibrainr: P(true | called) in percent. Each row is a true
+# class.
 HEMIBRAIN = """
     80  0  8  2  1  2  9
      9 94 17 16  3 15 73
@@ -44,21 +45,22 @@ HEMIBRAIN = """
      2  0  3  5  4 78  7
      0  0  0  0  0  0  0"""
 KNOWN = ("acetylcholine", "gaba", "glutamate")
-# How alike the calls of a neuron's synapses are drawn (intraclass correlation).
+# The intraclass correlation of the drawn calls of one neuron's synapses.
 CORRELATION = 0.05
 
 
 def published_confusion() -> np.ndarray:
-    """P(called | true): the columns above, of a network that calls classes so often."""
+    """Returns P(called | true), from the columns above and an assumed P(called)."""
     columns = np.array([line.split() for line in HEMIBRAIN.split("\n")[1:]], float)
-    often = np.array([0.28, 0.4, 0.28, 0.01, 0.01, 0.01, 0.01])  # ours, as the classes
+    # P(called) is our assumption, in the order of CLASSES.
+    often = np.array([0.28, 0.4, 0.28, 0.01, 0.01, 0.01, 0.01])
     joint = columns / columns.sum(axis=0) * often
     return joint / np.maximum(joint.sum(axis=1, keepdims=True), 1e-9)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Predictions of the real sites; calls of neurons of unknown transmitter: NaN."""
+    """Predictions for the real sites, NaN if the neuron's transmitter is unknown."""
     rows: list[list[str]] = []
     folder = shared_data("malevnc_tbars")
     for name in (*KNOWN, "others"):
@@ -120,7 +122,8 @@ def test_what_is_measured_is_what_was_drawn(measured: dict) -> None:
     expected = published_confusion()
     found = np.array(measured["synapses"]["confusion_by_row"], float)
     for label in map(CLASSES.index, KNOWN):
-        # 55 neurons of a correlation of 0.05: √(0.25 · 0.05 / 55) is 0.015.
+        # For 55 neurons and a correlation of 0.05, the standard error is at most
+        # √(0.25 · 0.05 / 55) = 0.015.
         np.testing.assert_allclose(found[label], expected[label], atol=0.06)
     assert measured["correlation"]["synapses_within_neurons"] == pytest.approx(
         CORRELATION, abs=0.02
@@ -142,7 +145,7 @@ def test_neurons_under_every_rule(path: pathlib.Path, measured: dict) -> None:
         table = group_calls.call(tally, rule, confusion)
         called = np.array(table["predicted_neurotransmitter"].to_pylist())
         assert (called[known == None] == None).all()  # noqa: E711 - element by element
-        # The sums of probabilities of small neurons follow the draw less closely.
+        # The summed probabilities of small neurons follow the draw less closely.
         right = (called == known)[(known != None) & (sizes >= 50)]  # noqa: E711
         assert right.mean() > 0.95, rule
     flyem = group_calls.call(tally, "flyem", confusion).to_pylist()
@@ -161,7 +164,8 @@ def test_single_transmitter_neurons_pass_and_mixed_ones_do_not(
     verdicts = single["verdict"].to_pylist()
     assert verdicts.count("not_predicted") == 4
     assert verdicts.count("several") <= 5  # of 187, at a false discovery rate of 0.05
-    # Two neurons of different transmitters as one: what a mixed neuron looks like.
+    # The counts of two neurons with different transmitters are added to imitate a mixed
+    # neuron.
     truth = np.array(single["single_neurotransmitter"].to_pylist())
     large = counts.sum(axis=1) >= 300
     pairs = zip(
@@ -214,11 +218,12 @@ def test_exports_are_read_back_whole(
     if not dropped:
         assert found["synapses"]["agreement"] == 1
     for of in found["probabilities"].values():
-        assert of["mean_absolute_difference"] < 2e-4  # BANC's are float16
+        assert of["mean_absolute_difference"] < 2e-4  # BANC's file has float16
 
 
 def test_report_of_real_neurons(path: pathlib.Path) -> None:
     page = report.render(None, path)
     assert "87,403" in page and "missing_data" in page
     ids = predictions.load(path)["neuron_id"].unique().to_pylist()
-    assert all(f'"{neuron}"' in page for neuron in ids)  # text: no digit is lost
+    # The page holds ids as text, so no digit is lost.
+    assert all(f'"{neuron}"' in page for neuron in ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of file that others write, made here with the columns it has there."""
+"""Reads every kind of file that other projects write, made here with its columns."""
 
 import gzip
 import pathlib
@@ -16,12 +16,12 @@ from synister_jax.exchange import published
 from synister_jax.tables import file_formats, predictions, synapses
 
 FULL = ("gaba", "acetylcholine", "glutamate", "octopamine", "serotonin", "dopamine")
-BODY = 720_575_940_612_345_679  # not a float64
+BODY = 720_575_940_612_345_679  # float64 cannot hold this number
 ID = 5_813_105_172_000_000_123
 
 
 def values(classes: int) -> np.ndarray:
-    """[3, classes] float32, the second row of NaN."""
+    """Returns [3, classes] float32 probabilities. The second row is NaN."""
     result = np.random.default_rng(0).dirichlet(np.ones(classes), 3)
     result[1] = np.nan
     return result.astype(np.float32)
@@ -159,7 +159,7 @@ def test_our_own_table_also_as_a_folder(
     tmp_path: pathlib.Path, synapse_table: pa.Table
 ) -> None:
     rng = np.random.default_rng(1)
-    classes = ("unknown", "gaba", "neither")  # of which the first two are learnt
+    classes = ("unknown", "gaba", "neither")
     table = synapses.conform(synapse_table, "here")
     p = rng.dirichlet(np.ones(3), len(table)).astype(np.float32)
     made = predictions.build(table, p, ["ok"] * len(table), classes, {})

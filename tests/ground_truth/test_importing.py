@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dialects against rows written out by hand, and a thousand damaged files."""
+"""Checks the dialects with rows written by hand, and with 300 damaged files."""
 
 import csv
 import gzip
@@ -43,7 +43,7 @@ def write_csv(path: pathlib.Path, columns: tuple[str, ...], *rows: tuple) -> Non
 
 
 def fafb(path: pathlib.Path, *rows: tuple, **options: object) -> dict:
-    """{synapse id: row} of a FAFB file with these rows."""
+    """Writes a FAFB file with these rows, and returns the import as {id: row}."""
     write_csv(path, FAFB_COLUMNS, *rows)
     found = importing.read([path], FAFB, **(ALL | options))
     return {row["synapse_id"]: row for row in found.table.to_pylist()}
@@ -61,7 +61,7 @@ def test_fafb_rules(tmp_path: pathlib.Path) -> None:
     assert len(found) == 4
     assert found[5] == {
         "synapse_id": 5,
-        "z_nm": 200.25,  # the section between CATMAID and the container
+        "z_nm": 200.25,  # one section (40 nm) less than in CATMAID
         "y_nm": 2.0,
         "x_nm": 1.5,
         "neuron_id": 16,
@@ -74,7 +74,8 @@ def test_fafb_rules(tmp_path: pathlib.Path) -> None:
     assert other["neurotransmitter"] == "octopamine"
     assert (other["hemilineage"], other["brain_region"]) == (None, None)
     assert found[7]["neurotransmitter"] == "acetylcholine"
-    # No connector: the Cantor number of voxel (560/40, 15//4, 40//4) = (14, 3, 10).
+    # A row without a connector id gets the Cantor number of its voxel, which is
+    # (560/40, 15//4, 40//4) = (14, 3, 10).
     s, t = 27, 17
     assert s * (s + 1) * (s + 2) // 6 + t * (t + 1) // 2 + 14 + 1 in found
 
@@ -119,7 +120,7 @@ def test_consolidated_json_is_not_moved_again(tmp_path: pathlib.Path) -> None:
     row |= {"neurotransmitter": "gaba"}
     rows = [row | {"skid": 16, "flywire_id": None}]
     rows += [row | {"skid": None, "flywire_id": 720575940612345678, "connector_id": 10}]
-    path = tmp_path / "consolidated.csv"  # as the original names them
+    path = tmp_path / "consolidated.csv"  # the original's name for this JSON
     path.write_text(json.dumps(rows))
     dialect = dialects.DIALECTS["consolidated"]
     table = importing.read([path], dialect, **ALL).table
@@ -224,7 +225,7 @@ def test_small_classes_are_left_out_with_their_numbers(tmp_path: pathlib.Path) -
     write_csv(tmp_path / "a.csv", FAFB_COLUMNS, *rows)
     options = {"minimum_synapses": 2, "minimum_neurons": 1}
     found = importing.read([tmp_path / "a.csv"], FAFB, **options)
-    # Counted after the identical row is gone.
+    # The class is counted after the identical row is removed.
     assert found.report["dropped"] == {
         "repeats an identical row": 1,
         "glutamate: only 1 synapses of 1 neurons (needed: 2 of 1)": 1,
@@ -428,7 +429,12 @@ def damage(lines: list[list[str]], rng: np.random.Generator) -> bytes:
 
 
 def by_the_rules(content: bytes) -> tuple[list[dict], int, bool] | str:
-    """(rows of the table, rows read, some of them bad), row by row in plain Python."""
+    """Applies the rules of the import row by row, in plain Python.
+
+    Returns:
+      The rows of the table, the number of rows read, and whether any row is bad. BROKEN
+      if the file cannot be read at all.
+    """
     try:
         lines = list(csv.reader(io.StringIO(content.decode(), newline="")))
     except UnicodeDecodeError:

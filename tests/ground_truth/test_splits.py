@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits against every possible assignment, and the rules that each must keep."""
+"""Compares splits with all possible assignments, and checks the rules of a split."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ FRACTIONS = (0.64, 0.16, 0.20)
 
 
 def table_of(counts: Sequence[Sequence[int]], column: str = "hemilineage") -> pa.Table:
-    """A synapse table with `counts[group][class]` synapses, one neuron a cell."""
+    """Returns `counts[group][class]` synapses; every entry of `counts` is a neuron."""
     rows = []
     for group, of_group in enumerate(counts):
         for index, count in enumerate(of_group):
@@ -37,7 +37,7 @@ def table_of(counts: Sequence[Sequence[int]], column: str = "hemilineage") -> pa
 
 
 def parts_of_groups(table: pa.Table, split: splits.Split, column: str) -> dict:
-    """{group: part}; fails where a group has two."""
+    """Returns {group: part}, and fails if a group is in two parts."""
     found: dict = {}
     for value, part in zip(table[column].to_pylist(), split.parts, strict=True):
         assert found.setdefault(value, part) == part
@@ -50,7 +50,7 @@ def targets(count: int, fractions: Sequence[float]) -> list[int]:
 
 
 def best_by_trying_all(counts: np.ndarray, fractions: Sequence[float]) -> float | None:
-    """The least objective of all assignments that keep the rules; None if none does."""
+    """Returns the least objective of all allowed assignments; None if none exists."""
     groups, classes = counts.shape
     made = [p for p in (0, 2, 1) if fractions[p] > 0]
     totals = counts.sum(axis=0)
@@ -78,7 +78,7 @@ def best_by_trying_all(counts: np.ndarray, fractions: Sequence[float]) -> float 
 
 
 def check_against_all(counts: np.ndarray, fractions: Sequence[float]) -> bool:
-    """Whether there was a split."""
+    """Compares the split with the best assignment; returns whether one is allowed."""
     table = table_of(counts.tolist())
     expected = best_by_trying_all(counts, fractions)
     classes = CLASSES[: counts.shape[1]]
@@ -182,7 +182,7 @@ def test_rows_that_take_no_part() -> None:
 
 
 def test_impossible_classes_are_named_with_what_can_be_reached() -> None:
-    # 9 of the 10 octopamine synapses belong to one neuron.
+    # 90 of the 100 octopamine synapses belong to one neuron.
     table = neurons({"gaba": sizes(0, 40), "octopamine": [90, 5, 5]})
     with pytest.raises(splits.ImpossibleSplit) as error:
         splits.make(table, splits.Scheme("neuron"))
@@ -192,7 +192,7 @@ def test_impossible_classes_are_named_with_what_can_be_reached() -> None:
 
 
 def test_fall_back_keeps_three_disjoint_parts() -> None:
-    """The original's validation set overwrote its test set (ingest.py)."""
+    """In the original (ingest.py), the validation set overwrote the test set."""
     table = neurons({"gaba": sizes(0, 40), "octopamine": [90, 5, 5]})
     split = splits.make(table, splits.Scheme("neuron", per_synapse_fallback=True))
     assert split.per_synapse == ("octopamine",)
@@ -278,7 +278,7 @@ def test_neurons_without_a_type_stay_whole_in_a_split_by_type() -> None:
 
 @pytest.mark.long
 def test_published_hemilineages() -> None:
-    """The published neurons with synapses made up for them; all six classes at once."""
+    """The published neurons, with invented synapses, are split with all six classes."""
     folder = shared_data("fafb_v3")
     skeletons = json.loads((folder / "skeletons_v3.json").read_text())
     rng = np.random.default_rng(0)
@@ -323,7 +323,8 @@ def test_male_vnc() -> None:
     assert split.objective == 0 and split.optimal
     share = split.counts / split.counts.sum(axis=1, keepdims=True)
     assert np.abs(share - FRACTIONS).max() < 0.001
-    # Among equal splits, one in which the neurons are spread like the synapses.
+    # Many splits are equally good. The chosen split also divides the neurons by the
+    # wanted fractions.
     parts = parts_of_groups(table, split, "neuron_id")
     for part, fraction in zip(synapses.PARTS, FRACTIONS, strict=True):
         share = list(parts.values()).count(part) / len(parts)

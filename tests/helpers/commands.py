@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command as a user types it, run inside the process of the tests.
+"""Runs a command as a user types it, inside the process of the tests.
 
-A process of its own would import JAX again, which takes seconds. Tests that kill a
-command, run two of them at once, or count imports start a process instead.
+A new process would import JAX again, which takes seconds. Tests that kill a command,
+run two commands at once, or count imports start a new process instead.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from absl.testing import flagsaver
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-app.define_help_flags()  # absl does it at its first run only
+app.define_help_flags()  # absl does this only in its first run
 
 
 def run(
@@ -30,13 +30,16 @@ def run(
     """Runs `python ARGUMENTS`: `-m MODULE` or a script of the repository, and flags.
 
     Args:
-      arguments: may begin with the interpreter, as in a list for `subprocess`.
+      arguments: the words after `python`. The path of the interpreter may come first,
+        as in a list for `subprocess`.
       check: fail unless the exit code is 0.
       environment: variables that the command gets besides those of this process.
     """
     given = [text for text in arguments if text != sys.executable]
     if given[0] == "-m":
         spec = importlib.util.find_spec(given[1])
+        if spec is not None and spec.submodule_search_locations:  # a package
+            spec = importlib.util.find_spec(f"{given[1]}.__main__")
         assert spec is not None and spec.origin is not None
         path, given = spec.origin, given[2:]
     else:
@@ -52,7 +55,7 @@ def run(
         patch.setattr(sys, "argv", [path, *given])
         for name, value in (environment or {}).items():
             patch.setenv(name, value)
-        patch.syspath_prepend(str(pathlib.Path(path).parent))  # tools import tools
+        patch.syspath_prepend(str(pathlib.Path(path).parent))  # tools import each other
         code = _exit_code(path)
     if check:
         assert code == 0, err.getvalue()

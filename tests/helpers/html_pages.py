@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages: what a browser would see in one, and one opened in a browser."""
+"""Reads HTML pages, and opens them in a browser."""
 
 import base64
 import contextlib
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Page(html.parser.HTMLParser):
-    """Headings, pictures, table rows, and what a page would load from elsewhere."""
+    """The content of a page, and the tags that would load a file from elsewhere."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,7 +82,10 @@ CONTRAST = """() => {
 def opened(
     browser: "sync_api.Browser", path: pathlib.Path
 ) -> Iterator["sync_api.Page"]:
-    """The page, opened from its file; it must not complain or ask for anything."""
+    """Opens a page from its file in a browser.
+
+    Fails if the page prints to the console, raises an error or requests another URL.
+    """
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         page = context.new_page()
         said: list[str] = []

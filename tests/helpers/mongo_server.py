@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server that speaks MongoDB's wire protocol, for the tests to talk to over TCP.
 
-It is nx-27017 of PyPI, with SQLite behind it.
+The server is the PyPI package nx-27017, which keeps its data in SQLite.
 """
 
 import pathlib
@@ -18,7 +18,10 @@ from synister_jax.tables.mongo import databases, documents
 
 
 def start(folder: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A server of empty databases that keeps its files in `folder`, and its URI."""
+    """Starts a server without databases, and returns its process and its URI.
+
+    The server writes its log into `folder`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,7 +47,7 @@ def start(folder: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def with_database(server_uri: str, name: str) -> str:
-    """The URI of a database on a server, whose own URI may end in options."""
+    """Returns the URI of a database. The URI of its server may end in options."""
     address, _, options = server_uri.partition("?")
     address = re.sub(r"(?<=[^/])/[^/]*$", "", address)
     return f"{address}/{name}" + (f"?{options}" if options else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and documents for the tests of MongoDB, and writes that are interrupted."""
+"""Tables and documents for the tests of MongoDB, and ways to interrupt writes."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from synister_jax.tables.mongo import (
 CLASSES = ("dopamine", "gaba", "acetylcholine")
 
 
-BIG = 2**60 + 1  # no double holds it
+BIG = 2**60 + 1  # a double cannot hold this number
 
 
 def write_export(folder: pathlib.Path) -> None:
@@ -47,7 +47,7 @@ def write_export(folder: pathlib.Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-# As the original's import writes them, and `_id`.
+# The documents as the original's import writes them; our import adds `_id`.
 IMPORTED = {
     "hemi_lineages": [
         {"hemi_lineage_id": 1, "hemi_lineage_name": "ALad1", "nt_guess": ["gaba"]},
@@ -89,25 +89,25 @@ IMPORTED = {
 
 
 def typed(value: Any) -> Any:
-    """Equal only where the types are equal as well: 1 is not 1.0."""
+    """Returns a value that is equal only if the types are equal too: 1 is not 1.0."""
     if isinstance(value, dict):
         return {key: typed(each) for key, each in value.items()}
     if isinstance(value, list):
         return [typed(each) for each in value]
     if isinstance(value, int) and not isinstance(value, bool):
-        return (int, int(value))  # bson tells wide integers by a type of their own
+        return (int, int(value))  # bson has another type for wide integers
     return (type(value), value)
 
 
 def contents(uri: str) -> dict[str, list]:
-    """All documents of all collections, in natural order."""
+    """Returns all documents of each collection, in natural order."""
     with databases.connect(uri) as database:
         names = sorted(database.list_collection_names())
         return {name: typed(list(database[name].find())) for name in names}
 
 
 def is_real(database: Database) -> bool:
-    """Whether it is MongoDB's own server, which keeps the names of indexes."""
+    """Returns whether this is MongoDB's own server, which keeps names of indexes."""
     return "version" in database.client.server_info()
 
 
@@ -142,7 +142,7 @@ def random_table(seed: int) -> pa.Table:
 
 
 class Interrupted(BaseException):
-    """What kill -9 is to a process, between two of its calls of the server."""
+    """Stands for a kill -9 between two calls to the database server."""
 
 
 WRITES = [
@@ -153,7 +153,11 @@ WRITES = [
 
 
 def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
-    """Stops at point `at`: before and after each write, and half-way of lists."""
+    """Makes the code raise `Interrupted` at the point with the number `at`.
+
+    Each write has a point before it and a point after it. A write of a list also has a
+    point after its first half.
+    """
     points = itertools.count()
 
     def reached() -> bool:
@@ -181,7 +185,10 @@ def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
 def interrupted_anywhere(
     monkeypatch: pytest.MonkeyPatch, start: Callable[[], Any], run: Callable[[], Any]
 ) -> Iterable[int]:
-    """Runs `start`, then `run` stopped at its first, second, … point; yields each."""
+    """Interrupts `run` at its first, second, … point, and yields the point each time.
+
+    `start` runs before every `run`. The last `run` ends without an interruption.
+    """
     monkeypatch.setattr(databases, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr(testset_predictions, "BATCH_ROWS", 4)
     for at in itertools.count():
@@ -204,10 +211,10 @@ def drop(uri: str) -> None:
 
 
 def write_predictions(path: pathlib.Path, table: pa.Table, seed: int = 0) -> pa.Table:
-    """Predictions of the rows: every fifth without one, for one reason or another."""
+    """Writes and returns predictions; every fifth row has the status missing_data."""
     rng = np.random.default_rng(seed)
     values = rng.random((len(table), len(CLASSES)), dtype=np.float32)
-    values[::7, 0] = 1e-42  # not normal, and yet exact
+    values[::7, 0] = 1e-42  # subnormal, and must stay exact
     status = np.array(["ok", "partly_outside"] * len(table))[: len(table)].astype(
         object
     )

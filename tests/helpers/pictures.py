@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures, read back to be looked at by a test."""
+"""Reads the pixels of a picture, so that a test can check them."""
 
 import io
 

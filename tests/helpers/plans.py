@@ -41,7 +41,7 @@ def make_volume(
     voxel_nm_zyx: Sequence[float] = VOXEL_NM_ZYX,
     offset_nm_zyx: Sequence[float] = OFFSET_NM_ZYX,
 ) -> Volume:
-    """A volume of any size without a stored voxel: a plan reads none."""
+    """Makes a volume without stored voxels, because a plan reads no voxel."""
     path.mkdir(exist_ok=True)
     array = {"zarr_format": 2, "shape": list(shape_zyx), "chunks": list(chunk_zyx)}
     array |= {"dtype": "|u1", "order": "C", "fill_value": 0}
@@ -53,7 +53,7 @@ def make_volume(
 
 
 def table_of(positions_nm_zyx: np.ndarray) -> pa.Table:
-    """A row for each position [n, 3], ids in no order; NaN is missing."""
+    """Returns a row for each position [n, 3], with falling ids. NaN becomes null."""
     columns: dict[str, Any] = {"synapse_id": np.arange(len(positions_nm_zyx))[::-1]}
     for name, values in zip(synapses.POSITION, positions_nm_zyx.T, strict=True):
         columns[name] = pa.array(values, from_pandas=True)
@@ -81,7 +81,10 @@ def make_plan(
 
 
 def positions_in_and_out(count: int, seed: int = 0) -> np.ndarray:
-    """Two thirds in the volume, others around it, far from it, missing or infinite."""
+    """Returns positions [n, 3] in nm, of which more than half are in the volume.
+
+    The others are just outside the volume, far from it, missing or infinite.
+    """
     rng = np.random.default_rng(seed)
     size = np.multiply(SHAPE_ZYX, VOXEL_NM_ZYX)
     positions = (rng.random((count, 3)) * 1.2 - 0.1) * size + OFFSET_NM_ZYX
@@ -93,13 +96,16 @@ def positions_in_and_out(count: int, seed: int = 0) -> np.ndarray:
 
 
 def expected_rows(positions_nm_zyx: np.ndarray) -> dict[int, tuple[int, ...]]:
-    """Row → start of its crop, of those that touch the volume; in plain Python."""
+    """Returns the start of the crop for each row whose crop touches the volume.
+
+    The function is the reference for tests, in plain Python.
+    """
     found = {}
     for row, position in enumerate(positions_nm_zyx.tolist()):
         if not all(abs(v) < 1e9 for v in position):
             continue
         start = tuple(
-            round((p - o - n // 2 * v) / v)  # half to even
+            round((p - o - n // 2 * v) / v)  # rounds halves to even
             for p, o, n, v in zip(
                 position, OFFSET_NM_ZYX, CROP_ZYX, VOXEL_NM_ZYX, strict=True
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `predict`, and what it leaves in a folder."""
+"""The command `predict`, and the files that it writes into a folder."""
 
 import pathlib
 import sys

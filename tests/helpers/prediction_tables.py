@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction tables that are made up or drawn, for tests of what reads them."""
+"""Made-up and random prediction tables, and helpers to write and read files."""
 
 import csv
 import gzip
@@ -17,9 +17,9 @@ from synister_jax.tables import predictions, synapses
 from tests.helpers.small_data import CLASSES
 
 SIX = ("gaba", "acetylcholine", "glutamate", "serotonin", "octopamine", "dopamine")
-# As FlyWire's: floats would take them for each other.
+# As large as FlyWire's root ids: as floats, neighbouring ids would be equal.
 NEURON = 720_575_940_600_000_001
-# Of two neurons and one synapse without.
+# Nine synapses of two neurons, and a synapse without a neuron.
 NEURONS = [NEURON] * 5 + [NEURON + 1] * 4 + [None]
 CALLS = ["gaba", "gaba", "dopamine", None, "gaba", "serotonin", "glutamate"]
 CALLS += ["serotonin", "acetylcholine", "gaba"]
@@ -32,7 +32,10 @@ def table_of(
     classes: Sequence[str] = CLASSES,
     about: Mapping[str, Any] | None = None,
 ) -> pa.Table:
-    """Rows with these probabilities; columns not given are 0, or null."""
+    """Returns predictions with these probabilities.
+
+    If they are not given, ids are row numbers, positions are 0, and other columns null.
+    """
     values = np.asarray(probabilities, np.float32).reshape(-1, len(classes))
     n = len(values)
     made: dict[str, Any] = {"synapse_id": pa.array(np.arange(n))}
@@ -50,7 +53,7 @@ def table_of(
 
 
 def drawn(rows: int, neurons: int = 20, seed: int = 0, nan: float = 0.05) -> pa.Table:
-    """Random rows: some without neuron, transmitter, prediction or cleft score."""
+    """Returns random rows; some lack a neuron, transmitter, prediction or score."""
     rng = np.random.default_rng(seed)
     k = len(CLASSES)
     values = rng.dirichlet(np.full(k, 0.5), rows).astype(np.float32)
@@ -81,13 +84,14 @@ def make(
     classes: Sequence[str] = SIX,
     **columns: Any,
 ) -> pa.Table:
-    """A row a synapse, called as `calls` says; None: without a prediction.
+    """Returns one row for each synapse.
 
-    Probabilities are multiples of 1/64 that sum to 1, the largest that of the call;
-    synapse i is at voxel (i, 2i, 3i) of 40×4×4 nm.
+    The probabilities of a row are multiples of 1/64 that sum to 1. Synapse i is at the
+    voxel zyx (i, 2i, 3i), and voxels have 40×4×4 nm.
 
     Args:
-      columns: others than the defaults, or of other values.
+      calls: the class with the largest probability. None: the row has no prediction.
+      columns: additional columns, or other values for the default columns.
     """
     n, k = len(neurons), len(classes)
     rng = np.random.default_rng(0)
@@ -112,7 +116,7 @@ def make(
 
 
 def write(folder: pathlib.Path, table: pa.Table, rows: int = 7) -> str:
-    """Feather of batches of a few rows, so that whoever streams has several."""
+    """Writes a Feather file with small batches, so that a reader streams several."""
     path = folder / "predictions.feather"
     with pa.ipc.new_file(str(path), table.schema) as sink:
         for start in range(0, len(table), rows):
@@ -127,7 +131,7 @@ def export_to(
     options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
     drop_classes: tuple[str, ...] = (),
 ) -> tuple[pathlib.Path, list[str]]:
-    """Exports the table into tmp_path/`to`; that folder, and the notes."""
+    """Exports the table into tmp_path/`to`. Returns this folder and the notes."""
     path = write(tmp_path, table)
     output = tmp_path / to
     content = export.export(path, to, output, options, drop_classes)
@@ -135,14 +139,18 @@ def export_to(
 
 
 def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, gzipped or not."""
+    """Returns the rows of a CSV file, which may be gzipped."""
     text = path.read_bytes()
     text = gzip.decompress(text) if path.suffix == ".gz" else text
     return list(csv.DictReader(text.decode().splitlines()))
 
 
 def confusion(tmp_path: pathlib.Path, classes: tuple[str, ...] = SIX) -> str:
-    """Nine of ten right, the tenth called the first class."""
+    """Writes a confusion matrix and returns its path.
+
+    Of ten synapses of each class, nine are called right. The tenth is called the first
+    class.
+    """
     counts = np.eye(len(classes)) * 9
     counts[:, 0] += 1
     content = {"classes": classes, "synapses": {"confusion": counts.tolist()}}
@@ -152,7 +160,7 @@ def confusion(tmp_path: pathlib.Path, classes: tuple[str, ...] = SIX) -> str:
 
 
 def columns_of(table: pa.Table) -> dict[str, str]:
-    """Names and types."""
+    """Returns the type of each column by its name."""
     return {field.name: str(field.type) for field in table.schema}
 
 

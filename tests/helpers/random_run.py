@@ -11,7 +11,7 @@ from tests.helpers.small_data import tiny_config
 
 
 def make_workdir(folder: pathlib.Path) -> pathlib.Path:
-    """A run of random numbers that is not sure of one class."""
+    """Makes a run with random parameters, whose network prefers no class strongly."""
     config = tiny_config()
     rng = np.random.default_rng(1)
     variables = jax.tree.map(

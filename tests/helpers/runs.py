@@ -18,7 +18,7 @@ from tests.helpers.small_data import ROOT, tiny_config
 
 
 def everything_on() -> ml_collections.ConfigDict:
-    """The tiny configuration with the whole augmentation and every option."""
+    """Returns the tiny configuration with the whole augmentation and every option."""
     config = tiny_config()
     config.augment.update(
         elastic_spacing_zyx=(2, 8, 8),
@@ -43,7 +43,7 @@ def everything_on() -> ml_collections.ConfigDict:
 def saved_state(
     workdir: pathlib.Path, step: int, config: ml_collections.ConfigDict
 ) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint, by name."""
+    """Returns all arrays of a checkpoint by name."""
     mesh = sharding.make_mesh(jax.devices()[:1])
     tx = loss_and_optimizer.make_optimizer(config)
     abstract = jax.eval_shape(
@@ -65,7 +65,7 @@ def assert_same_state(a: dict, b: dict) -> None:
 def command(
     folder: pathlib.Path, config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> list[str]:
-    """The train command with this very configuration."""
+    """Returns the train command with exactly this configuration."""
     path = folder / "config.py"
     content = config.to_json_best_effort()
     path.write_text(
@@ -86,7 +86,7 @@ def command(
 
 
 def start(command: list[str], devices: int = 4) -> subprocess.Popen:
-    """Starts a command with fake CPU devices; its output is to be read."""
+    """Starts a command with fake CPU devices. The caller must read its output."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.Popen(
         command,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that answer as CATMAID, neuPrint, CAVE and the transform service do.
+"""Servers that imitate CATMAID, neuPrint, CAVE and the transform service.
 
-They have small data, and the tests talk to them over TCP. Each says which documentation
-or source its paths, payloads and errors follow. `faults` are what befalls the next
-requests instead of, or on top of, the proper answer.
+The servers have small data, and the tests talk to them over TCP. The docstring of each
+server names the documentation or source that its paths, payloads and errors follow.
+
+The list `faults` says what goes wrong with the next requests. An `Answer` replaces the
+proper answer. A word like "slow" says how the proper answer is sent wrongly.
 """
 
 import base64
@@ -50,16 +52,16 @@ def of_json(content: Any, status: int = 200) -> Answer:
 
 
 PAGE = Answer(200, b"<!DOCTYPE html>\n<html><body>Log in</body></html>", "text/html")
-Fault = Answer | str  # or "slow", "cut off", "drop", "drip"
+Fault = Answer | str  # the words are "slow", "cut off", "drop", "drip"
 
 
 class _Quiet(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who asked has gone, or does not trust the certificate."""
+        """Prints nothing: the client has gone, or does not trust the certificate."""
 
 
 class Server:
-    """A thread of its own for each connection, until `close`."""
+    """A server that answers each connection in a new thread, until `close`."""
 
     def __init__(self, certificate: pathlib.Path | None = None) -> None:
         self.asked: list[Request] = []
@@ -69,7 +71,7 @@ class Server:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # 40 ms an answer
+            disable_nagle_algorithm = True  # saves 40 ms for each answer
 
             def _any(self) -> None:
                 length = int(self.headers.get("Content-Length", 0))
@@ -123,7 +125,7 @@ class Server:
 def _send(
     handler: http.server.BaseHTTPRequestHandler, answer: Answer, fault: str
 ) -> None:
-    if fault == "drop":  # the connection, without a word
+    if fault == "drop":  # close the connection without an answer
         handler.close_connection = True
         return
     if fault == "slow":
@@ -145,19 +147,25 @@ def _send(
             handler.close_connection = True
         else:
             handler.wfile.write(answer.body)
-    except OSError:  # who asked has gone
+    except OSError:  # the client has gone
         handler.close_connection = True
 
 
 class Catmaid(Server):
-    """CATMAID's API: catmaid/CATMAID, django/applications/catmaid.
+    """A server with CATMAID's API.
 
-    control/connector.py `list_connector_links`: POST {project}/connectors/links/ →
-    {"links": [[skeleton, connector, x, y, z, confidence, user, treenode, created,
-    edited]], "tags": {}}, in no order. control/skeleton.py `validity`: POST
-    {project}/skeletons/validity → those ids that are skeletons. Lists are named
-    `skeleton_ids[0]`, … middleware.py `AjaxExceptionMiddleware`: an error is
-    {"error", "detail"} with status 200. Basic authentication is the web server's.
+    It follows django/applications/catmaid in the repository catmaid/CATMAID:
+
+    - control/connector.py, `list_connector_links`: POST {project}/connectors/links/ →
+      {"links": [[skeleton, connector, x, y, z, confidence, user, treenode, created,
+      edited]], "tags": {}}, in no order.
+    - control/skeleton.py, `validity`: POST {project}/skeletons/validity → the given ids
+      that are skeletons.
+    - middleware.py, `AjaxExceptionMiddleware`: an error is {"error", "detail"} with
+      status 200.
+
+    A form sends a list as the fields `skeleton_ids[0]`, `skeleton_ids[1]`, … The web
+    server in front of CATMAID checks Basic authentication.
     """
 
     def __init__(
@@ -197,12 +205,14 @@ class Catmaid(Server):
 
 
 class NeuPrint(Server):
-    """neuPrintHTTP: connectome-neuprint/neuPrintHTTP, swaggerdocs and the Go source.
+    """A server with neuPrint's API, for the few Cypher queries that our code sends.
 
-    api/dbmeta/dbmeta.go: GET /api/dbmeta/datasets → {name: {"last-mod", "uuid", …}}.
-    api/custom/custom.go: POST /api/custom/custom {"cypher", "dataset"} → {"columns",
-    "data": rows}, or 400 {"error"}. secure/dsg.go: 401 {"message"} without a token
-    that it knows. Of Cypher it knows what we ask.
+    It follows the swaggerdocs and the Go source of connectome-neuprint/neuPrintHTTP:
+
+    - api/dbmeta/dbmeta.go: GET /api/dbmeta/datasets → {name: {"last-mod", "uuid", …}}.
+    - api/custom/custom.go: POST /api/custom/custom {"cypher", "dataset"} → {"columns",
+      "data": rows}, or 400 {"error"}.
+    - secure/dsg.go: 401 {"message"} if the request has no token that the server knows.
     """
 
     DATASET = "hemibrain:v1.2.1"
@@ -262,14 +272,19 @@ class NeuPrint(Server):
 
 
 class Cave(Server):
-    """CAVE, as caveclient 8.2.1 asks it (endpoints.py) and its servers answer.
+    """A server with CAVE's API.
 
-    CAVEconnectome/MaterializationEngine, blueprints/client/common.py and utils.py:
-    the query's answer is an Arrow stream of the type `data.arrow`; at most
-    QUERY_LIMIT_SIZE rows, in no order, and a `Warning` that says "Limited query to …";
-    errors {"code", "message", "traceback"}. Info service: {"local_server",
-    "segmentation_source", "aligned_volume", …}. PyChunkedGraph: is_latest_roots →
-    {"is_latest": […]}. Who has no token is led to a login page.
+    The paths are those that caveclient 8.2.1 requests (endpoints.py). The answers
+    follow the servers of CAVE:
+
+    - CAVEconnectome/MaterializationEngine, blueprints/client/common.py and utils.py:
+      a query is answered by an Arrow stream of the type `data.arrow`. The stream has at
+      most QUERY_LIMIT_SIZE rows, in no order. At this limit, the header `Warning` says
+      "Limited query to …". Errors are {"code", "message", "traceback"}.
+    - Info service: {"local_server", "segmentation_source", "aligned_volume", …}.
+    - PyChunkedGraph: is_latest_roots → {"is_latest": […]}.
+
+    A request without a token is redirected to a login page.
     """
 
     DATASTACK = "flywire_fafb_public"
@@ -343,11 +358,12 @@ class Cave(Server):
 
 
 class Transform(Server):
-    """flyconnectome/transform_service, app/main.py `transform_values`.
+    """A server with the API of the transform service.
 
+    It follows `transform_values` in app/main.py of flyconnectome/transform_service:
     POST /transform/dataset/flywire_v1/s/4/values {"locations": [[x, y, z], …]}, in
-    voxels of 4 x 4 x 40 nm → [{"x", "y", "z", "dx", "dy"}, …]; null where it knows
-    none (app/query.py).
+    voxels of 4 x 4 x 40 nm → [{"x", "y", "z", "dx", "dy"}, …]. Numbers that the service
+    does not know are null (app/query.py).
     """
 
     PATH = "/transform/dataset/flywire_v1/s/4/values"
@@ -370,10 +386,12 @@ class Transform(Server):
 
 
 def make_certificate(folder: pathlib.Path) -> pathlib.Path:
-    """A key and its certificate for 127.0.0.1 in one file; neuPrint's client wants TLS.
+    """Writes a key and its certificate for 127.0.0.1 into one file.
+
+    neuPrint's client needs TLS.
 
     Raises:
-      FileNotFoundError: there is no `openssl` here.
+      FileNotFoundError: this machine has no `openssl`.
     """
     path = folder / "certificate.pem"
     command = (

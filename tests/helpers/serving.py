@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The web service for tests: over TCP, with a worker that does not compute."""
+"""Runs the web service for tests, over TCP and with a worker that never computes."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ POSITIONS = "id,skid,x,y,z\n11,7,100,200,400\n12,7,140,240,440\n13,8,,240,440\n"
 
 
 def write_models(folder: pathlib.Path, **settings: Any) -> pathlib.Path:
-    """A models.toml with the model `small`, of a run that is no more than its name."""
+    """Writes a models.toml with the model `small`. Its run has only a config.json."""
     run = folder / "run"
     run.mkdir(parents=True, exist_ok=True)
     config = {
@@ -50,7 +50,10 @@ def write_models(folder: pathlib.Path, **settings: Any) -> pathlib.Path:
 
 
 def answer(folder: pathlib.Path) -> int:
-    """Writes what answering.py would, with probabilities made of the ids; its rows."""
+    """Writes the files that answering.py would write, and returns the number of rows.
+
+    The probabilities are made from the ids, without a network.
+    """
     asked = feather.read_table(folder / "asked.feather", memory_map=False)
     if "position_id" in asked.column_names:
         ids, neurons = asked["position_id"], asked["neuron_id"]
@@ -87,7 +90,7 @@ def answer(folder: pathlib.Path) -> int:
 
 
 class Worker:
-    """A thread that answers at once, or when `hold` is cleared."""
+    """A thread that answers jobs at once, or waits while `holds` is set."""
 
     def __init__(self, store: Store, folder: pathlib.Path, name: str = "w") -> None:
         self._store, self._folder, self._name = store, folder, name
@@ -135,13 +138,13 @@ class Worker:
 
 
 def client(url: str, **headers: str) -> httpx.Client:
-    # There is no https here, and reading certificates takes its time.
+    # The service has no https here, and reading certificates takes time.
     return httpx.Client(base_url=url, headers=headers, timeout=30, verify=False)
 
 
 @dataclasses.dataclass
 class Running:
-    """A service that runs."""
+    """A running service, with its store, its worker and two tokens."""
 
     url: str
     folder: pathlib.Path
@@ -151,11 +154,11 @@ class Running:
     other_token: str
 
     def client(self, token: str | None = None) -> httpx.Client:
-        """Of the first token."""
+        """Returns a client with this token, or with the first token."""
         return client(self.url, Authorization=f"Bearer {token or self.token}")
 
     def browser(self, token: str | None = None) -> httpx.Client:
-        """Signed in with a cookie, that sends the session's csrf."""
+        """Returns a client that is signed in by a cookie and sends the CSRF token."""
         shown = {"token": token or self.token}
         with client(self.url) as anyone:
             answered = anyone.post("/api/session", json=shown)
@@ -167,7 +170,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(folder: pathlib.Path, **options: Any) -> Iterator[Running]:
-    """The service in threads of this process, with two tokens."""
+    """Runs the service in threads of this process, with two tokens."""
     write_models(folder, sources=["none", "hemibrain"], synapses="synapses.feather")
     for name in ("jobs", "uploads"):
         (folder / name).mkdir(exist_ok=True)
@@ -204,7 +207,7 @@ def running(folder: pathlib.Path, **options: Any) -> Iterator[Running]:
 
 
 def wait_for(true: Callable[[], Any], seconds: float = 30) -> Any:
-    """What `true` returns as soon as it is something."""
+    """Calls `true` until its result is true, and returns this result."""
     until = time.monotonic() + seconds
     while not (result := true()):
         assert time.monotonic() < until, "it did not come to that"
@@ -213,7 +216,7 @@ def wait_for(true: Callable[[], Any], seconds: float = 30) -> Any:
 
 
 def finished(client: httpx.Client, job_id: str, seconds: float = 60) -> dict[str, Any]:
-    """The job when it is over."""
+    """Waits until the job is over, and returns the job."""
     over = ("done", "failed", "cancelled")
 
     def ask() -> dict[str, Any] | None:
@@ -224,12 +227,12 @@ def finished(client: httpx.Client, job_id: str, seconds: float = 60) -> dict[str
 
 
 class Command:
-    """`python -m synister_jax.serve` as people run it.
+    """A process of `python -m synister_jax.serve`, as users start it.
 
     Attributes:
-      url: where it listens.
-      token: that it printed, if it did.
-      output: lines so far.
+      url: the address at which the service listens.
+      token: the token that the service printed, or None.
+      output: the lines that the service has printed so far.
     """
 
     def __init__(self, models_folder: pathlib.Path, *arguments: str) -> None:
@@ -268,10 +271,10 @@ class Command:
             self.stop()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Its exit code."""
+        """Sends the signal, and returns the exit code of the process."""
         self.process.send_signal(number)
         code = self.process.wait(30)
-        # Workers have its output too, and are not waited for.
+        # Workers write to the same output, and may end after the process.
         self._reader.join(30)
         return code
 

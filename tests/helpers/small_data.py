@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small data set, its configuration, and where real data lies."""
+"""A small data set, its configuration, and the folders of real data."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 4.0)
 
 
 def shared_data(name: str) -> pathlib.Path:
-    """A folder of real data beside the checkout; skips the test where it is absent."""
+    """Returns a folder of real data. Skips the test if there is no such folder."""
     default = ROOT.parent / "shared" / "data"
     folder = pathlib.Path(os.environ.get("SYNISTER_SHARED_DATA", default)) / name
     if not folder.exists():
@@ -28,7 +28,7 @@ def shared_data(name: str) -> pathlib.Path:
 
 
 def tiny_config() -> ml_collections.ConfigDict:
-    """The published configuration shrunk to what a test can train."""
+    """Returns the published configuration, made small enough for a test to train."""
     config = skeleton.get_config()
     config.classes = CLASSES
     config.crop_shape_zyx = (4, 16, 16)
@@ -56,7 +56,7 @@ def tiny_config() -> ml_collections.ConfigDict:
 
 
 def synapse_rows() -> pa.Table:
-    """90 synapses of 18 neurons; every tenth has no known neurotransmitter."""
+    """Returns 90 synapses of 18 neurons; every tenth has no known neurotransmitter."""
     rng = np.random.default_rng(1)
     count = 90
     cells = rng.permutation(5 * 9 * 9)[:count]

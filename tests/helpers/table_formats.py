@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synapse tables in every format that is read."""
+"""Synapse tables in every file format that can be read."""
 
 import pathlib
 from collections.abc import Callable
@@ -14,7 +14,10 @@ ROWS = 300
 
 
 def contract_table(rows: int = ROWS) -> pa.Table:
-    """Synapses with every column of the contract, some entries of each null."""
+    """Returns random synapses with every column that a synapse table can have.
+
+    All columns except `synapse_id` and the position have some nulls.
+    """
     rng = np.random.default_rng(rows)
     known = rng.random(rows) < 0.7
 
@@ -39,7 +42,7 @@ def contract_table(rows: int = ROWS) -> pa.Table:
 
 
 def widened(table: pa.Table) -> pa.Table:
-    """With columns that no synapse table has, before, between and behind."""
+    """Returns the table with foreign columns before, between and after its own."""
     wide = table.replace_schema_metadata(None)
     others = {
         "score": pa.array(np.arange(len(table)) / 7),
@@ -62,7 +65,7 @@ def write_feather(
 Write = Callable[[pathlib.Path, pa.Table], None]
 
 
-# Each file format as others write it.
+# Every file format, as other programs write it.
 WRITERS: dict[str, tuple[str, Write]] = {
     "feather, many batches, zstd": (
         "feather",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks of PyTorch and ours with the same weights, and how far they differ."""
+"""Compares networks of PyTorch with our networks of the same weights."""
 
 from collections.abc import Callable
 
@@ -42,12 +42,15 @@ def torch_vgg(
 
 
 def arrays(network: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The state as `load` gives it."""
+    """Returns the state of the network, as `torch_weights.load` returns it."""
     return {key: value.numpy() for key, value in network.state_dict().items()}
 
 
 def crops_of(config: ml_collections.ConfigDict, count: int, seed: int) -> np.ndarray:
-    """Noise on a slope, of another direction in each crop: no axis is like another."""
+    """Returns crops with noise on a slope of random direction.
+
+    No two axes are alike, so that a comparison notices exchanged axes.
+    """
     rng = np.random.default_rng(seed)
     shape = config.crop_shape_zyx
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
@@ -62,10 +65,10 @@ def deviation(
     convert: Callable,
     axes: tuple[int, int, int] = (0, 1, 2),
 ) -> float:
-    """Largest difference of logits between theirs and ours, relative to the largest.
+    """Returns the largest difference of their and our logits, relative to the largest.
 
     Args:
-      axes: of our crop [z, y, x], in the order in which theirs takes them.
+      axes: the axes of our crop [z, y, x], in the order that their network takes.
     """
     torch_networks.randomise(network)
     network.eval()
@@ -77,5 +80,5 @@ def deviation(
     apply = jax.jit(model.from_config(config).apply, static_argnames="train")
     ours = np.asarray(apply(variables, crops, train=False))
     largest = np.abs(theirs).max()
-    assert np.ptp(theirs, axis=0).max() > 0.1 * largest  # the crop matters
+    assert np.ptp(theirs, axis=0).max() > 0.1 * largest  # the logits depend on the crop
     return float(np.abs(ours - theirs).max() / largest)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published networks in PyTorch, from their documented layout: the reference.
+"""The published networks in PyTorch, built from their documented layout.
 
-Names of parameters are those of the originals' checkpoints.
+Tests use them as the reference. The parameters have the names that they have in the
+checkpoints of the originals.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import nn
 
 
 class Vgg3D(nn.Module):
-    """[batch, 1, z, y, x] → logits, as funlib.learn.torch's."""
+    """The network of funlib.learn.torch: [batch, 1, z, y, x] → logits."""
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class _Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """[batch, 1, z, x, y] → logits, as BANC's r3d_18 with one input channel."""
+    """BANC's r3d_18 with one input channel: [batch, 1, z, x, y] → logits."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -118,9 +119,10 @@ class ResNet18(nn.Module):
 
 
 def randomise(network: nn.Module, seed: int = 0) -> None:
-    """Weights that keep the signal's size, and statistics as if it had been trained.
+    """Sets weights that keep the signal's size, and statistics as if after training.
 
-    With PyTorch's initial weights a deep network's logits are its last biases.
+    With PyTorch's initial weights, the logits of a deep network would be its last
+    biases, whatever the crop.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

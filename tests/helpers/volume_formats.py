@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small volume in every container."""
+"""One small volume in every container format."""
 
 import functools
 import json
@@ -13,10 +13,10 @@ from synister_jax.em import volumes
 SHAPE_ZYX = (20, 30, 40)
 CHUNK_ZYX = (8, 16, 16)
 VOXEL_SIZE_NM_ZYX = (40.0, 4.0, 5.0)
-# Every voxel's value tells where it is: no two axes can be exchanged unnoticed.
+# The value of a voxel depends on its position, so that tests notice exchanged axes.
 Z, Y, X = np.indices(SHAPE_ZYX)
 ARRAY_ZYX = ((Z * 31 + Y * 7 + X * 3) % 251).astype(np.uint8)
-# The same for JPEG, which keeps this one to within 2 grey values.
+# A smooth array, because JPEG changes its voxels by at most 2 grey values.
 SMOOTH_ZYX = (Z * 6 + Y * 2 + X).astype(np.uint8)
 
 
@@ -93,7 +93,8 @@ def make_precomputed(
     store.write(array_zyx.transpose()[..., None]).result()
 
 
-# Each takes the path and, if need be, another array. A chunk of zeros is not stored.
+# Each function takes the path and optionally another array. Chunks of zeros are not
+# stored.
 MAKERS = {
     "n5": make_n5,
     "zarr": make_zarr,
@@ -103,7 +104,7 @@ MAKERS = {
     "precomputed_sharded": functools.partial(make_precomputed, sharded=True),
 }
 
-# Lossy: see `SMOOTH_ZYX`.
+# JPEG is lossy: see `SMOOTH_ZYX`.
 JPEG_MAKERS = {
     "precomputed_jpeg": functools.partial(make_precomputed, encoding="jpeg"),
     "precomputed_sharded_jpeg": functools.partial(

@@ -197,7 +197,7 @@ def test_one_training_step_is_the_originals() -> None:
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("freed")
 def test_gradients_of_the_resnet_are_those_of_pytorch() -> None:
     """In float64: in float32 rounding alone changes them by 1e-3, here as there."""

@@ -96,7 +96,7 @@ def test_neurons_again_are_said_once() -> None:
     checked = _check("skid\n5\n3\n5\n5\n4\n3\n")
     assert checked.asked.table["neuron_id"].to_pylist() == [5, 3, 4]
     assert (checked.rows, checked.warning_count) == (6, 1)
-    assert str(checked.warnings[0]).startswith("3 ids are there already")
+    assert str(checked.warnings[0]).startswith("3 ids are repeated; each")
 
 
 def test_positions_again_are_kept() -> None:
@@ -111,10 +111,10 @@ def test_empty_coordinates_are_answered_too() -> None:
     )
     assert checked.asked.table["position_id"].to_pylist() == [1, 2, 3]
     assert list(map(str, checked.warnings)) == [
-        "line 2: x is empty; answered with status bad_position",
-        "line 3: x, y, z are empty; answered with status bad_position",
-        "line 4: is empty; left out",
-        "line 5: x is empty; answered with status bad_position",
+        "line 2: x is empty; the answer has the status bad_position",
+        "line 3: x, y, z are empty; the answer has the status bad_position",
+        "line 4: the row is empty; it is left out",
+        "line 5: x is empty; the answer has the status bad_position",
     ]
 
 
@@ -139,12 +139,13 @@ def test_empty_cells_beyond_the_header_do_not_count() -> None:
         (2, "", _errors("skid,a\n16\n")[0][2]),
         (3, "", _errors("skid,a\n\n17,b,,c\n")[0][2]),
     ]
-    assert "has 4 cells where the first line has 2" in _errors("skid,a\n1,b,,c")[0][2]
+    said = _errors("skid,a\n1,b,,c")[0][2]
+    assert "the row has 4 cells, but the first line has 2" in said
 
 
 BAD_IDS = {
-    "1e5": "digits of long ones are lost",
-    "16.0": "digits of long ones are lost",
+    "1e5": "long ids lose digits",
+    "16.0": "long ids lose digits",
     '"1,234"': "separators between its digits",
     '"1 234"': "separators between its digits",
     "1_000": "separators between its digits",
@@ -158,9 +159,9 @@ BAD_IDS = {
     "=1+1": "not an id",
     "inf": "not an id",
     "nan": "not an id",
-    str(LARGEST + 1): "larger than any id",
-    "9" * 5000: "larger than any id",
-    "": "no id",
+    str(LARGEST + 1): "larger than the largest id",
+    "9" * 5000: "larger than the largest id",
+    "": "the id is missing",
 }
 
 
@@ -175,7 +176,7 @@ def test_what_is_no_id(text: str) -> None:
 
 
 BAD_COORDINATES = {
-    "abc": "not a number; write one, or leave the cell empty",
+    "abc": "not a number; write a number, or leave the cell empty",
     "0x1f": "not a number",
     "NA": "not a number",
     "１２": "not a number",
@@ -213,7 +214,7 @@ def test_each_wrong_cell_of_a_row_is_said() -> None:
     ]
     problem = _check("x,y,z\na,1,2").errors[0]
     assert str(problem) == (
-        "line 2, column x: 'a' is not a number; write one, or leave the cell empty"
+        "line 2, column x: 'a' is not a number; write a number, or leave the cell empty"
     )
 
 
@@ -224,13 +225,13 @@ def test_each_wrong_cell_of_a_row_is_said() -> None:
         ("\ufeff\n \r\n\t\n", 0, "nothing in it"),
         ("\nskid\n\n", 0, "no row after the header"),
         ("id,x,y,z\n,,,\n", 0, "no row after the header"),
-        ("\nname,class\na,b\n", 2, "names no column that is known"),
+        ("\nname,class\na,b\n", 2, "the line names no known column"),
         ("id,name\n1,b\n", 1, "names neither neurons (skid, "),
         ("id,x,z\n1,2,3\n", 1, "no column y"),
-        ("x,y,z,X\n1,2,3,4\n", 1, "columns 'x' and 'X' would say the same"),
-        ("skid,root_id\n1,2\n", 1, "columns 'skid' and 'root_id' would say"),
-        ("id,synapse_id,x,y,z\n1,1,1,1,1\n", 1, "'id' and 'synapse_id' would"),
-        ("1,2,3,\n", 1, "ends in an empty cell"),
+        ("x,y,z,X\n1,2,3,4\n", 1, "columns 'x' and 'X' have the same meaning"),
+        ("skid,root_id\n1,2\n", 1, "columns 'skid' and 'root_id' have"),
+        ("id,synapse_id,x,y,z\n1,1,1,1,1\n", 1, "'id' and 'synapse_id' have"),
+        ("1,2,3,\n", 1, "ends with an empty cell"),
         ("\n\nab\0c\n", 3, "NUL"),
         ("skid\n1\n\0\n", 3, "NUL"),
         ("skid\n1\n".encode("utf-16"), 1, "UTF-16"),
@@ -270,13 +271,13 @@ def test_no_more_rows_than_allowed(kind: str) -> None:
     assert checked.rows == 5
     assert checked.asked is None
     line = 6 + bool(kind)
-    why = "there are more than 5 rows; ask for some at a time"
+    why = "there are more than 5 rows; split the request"
     assert checked.errors == [LineProblem(line, "", why)]
 
 
 def test_blank_lines_are_bounded_too() -> None:
     [(line, _, said)] = _errors("skid\n" + "\n" * 20_000, most_rows=5)
-    assert (line, said[:22]) == (10_001, "is beyond 10,000 lines")
+    assert (line, said[:35]) == (10_001, "the text has more than 10,000 lines")
 
 
 def test_the_first_problems_are_kept_and_all_counted() -> None:

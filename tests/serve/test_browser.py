@@ -2,9 +2,12 @@
 """The page of the service in a real browser, with a server and worker as people run."""
 
 import contextlib
+import os
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +57,15 @@ class Site:
         """What it prints."""
         if module == "synister_jax.serve":
             flags = (f"--models={self.models}", *flags)
-        return commands.run("-m", module, *flags, check=True).stdout
+            return commands.run("-m", module, *flags, check=True).stdout
+        # With one device, as the workers of the server.
+        return subprocess.run(
+            [sys.executable, "-m", module, *flags],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
 
     def again(self) -> None:
         """After the server has ended: at the same address."""
@@ -489,6 +500,7 @@ _SMALL = """() => [...document.querySelectorAll("a, button, input, select, summa
     .map((x) => x.outerHTML)"""
 
 
+@pytest.mark.slow
 def test_killed_in_mid_job_the_page_and_the_job_go_on(
     page: "sync_api.Page", site: Site
 ) -> None:

@@ -12,7 +12,7 @@ from tests.serve.fuzzing import load, page_server
 ROWS = 5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_job_of_many_clients_is_answered(
     tmp_path: pathlib.Path,
     short_run: pathlib.Path,

@@ -13,7 +13,7 @@ CALLS = 300
 NO_SNIFFING = {"content-type": "application/json", "x-content-type-options": "nosniff"}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_nothing_that_is_sent_is_a_mistake_of_ours(
     tmp_path: pathlib.Path,
     short_run: pathlib.Path,

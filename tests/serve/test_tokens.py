@@ -122,7 +122,7 @@ def test_the_command_line(tmp_path: pathlib.Path) -> None:
     serving.write_models(tmp_path)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        module = "synister_jax.serve.__main__"
+        module = "synister_jax.serve"
         return commands.run("-m", module, f"--models={tmp_path}", *arguments)
 
     made = run("--add_token=ann")

@@ -130,6 +130,7 @@ def test_job_is_answered_as_the_command_answers(
     assert "log of the server says why" in reports["broken"].problem
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_another_goes_on(service: Service) -> None:
     service.submit("b" * 16, 4_000)
     first = service.start("w1")

@@ -69,7 +69,7 @@ def test_formats(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.csv").write_text(lines)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(lines.encode()))
     rows = [{"id": 720575940612345678, "x": 1.5}, {"id": 2}]
-    # As the original's consolidated files: JSON, whatever the name.
+    # The original's consolidated files contain JSON although their names end in .csv.
     (tmp_path / "b.csv").write_text(json.dumps(rows))
     (tmp_path / "b.json").write_text(json.dumps(rows))
     table = pa.table({"id": [720575940612345678, 2], "x": [1.5, None]})

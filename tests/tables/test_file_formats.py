@@ -42,12 +42,12 @@ def test_all_rows_in_order_in_small_batches_without_unknown_columns(
     assert schema.names == table.column_names
     assert len(batches) >= 5 and max(map(len, batches)) <= BATCH_ROWS
     found = pa.Table.from_batches(batches, schema)
-    # Coordinates in text stay text: `conform` judges them.
+    # The file reader leaves coordinates in text as text. `conform` converts them.
     found = synapses.conform(found.replace_schema_metadata(None), "made up")
     assert found.equals(table)
 
 
-# Text has no dictionaries.
+# A CSV file cannot hold dictionary-encoded columns.
 @pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "csv"])
 def test_labels_may_be_dictionary_encoded(
     tmp_path: pathlib.Path, small_batches: None, kind: str
@@ -105,7 +105,7 @@ def test_a_packed_csv_is_read_as_a_csv(tmp_path: pathlib.Path) -> None:
 def test_a_csv_label_longer_than_a_block_is_read_or_named_as_the_reason(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks are of 8 MiB: no label is as long. But it must not be read as others."""
+    """No real label is as long as a block (8 MiB), but none may be read wrongly."""
     monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 1024)
     table = labelled(40, lambda i: "line\n" * (900 if i == 20 else 3))
     path = tmp_path / "t.csv"
@@ -158,7 +158,7 @@ def test_a_table_is_read_in_the_memory_of_a_few_batches(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(file_formats, "BATCH_ROWS", 1000)
-    # Arrow reads up to 32 blocks ahead of who is slower than it.
+    # Arrow reads up to 32 blocks ahead of a slow consumer, so the blocks must be small.
     monkeypatch.setattr(file_formats, "_CSV_BLOCK_BYTES", 16_000)
     label = np.random.default_rng(0).bytes(100).hex()
     table = labelled(60_000, lambda i: f"{label}{i}")
@@ -234,4 +234,4 @@ def test_damage_far_inside_is_an_error_of_the_file_while_reading(
     _, batches = file_formats.open(path, synapses.columns_to_read(str(path)))
     with pytest.raises(UserError, match=f"cannot read synapse table {path}: "):
         until_error(batches, rows)
-    assert rows  # what came before is good
+    assert rows  # the rows before the damage are read

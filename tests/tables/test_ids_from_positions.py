@@ -8,7 +8,7 @@ from synister_jax.tables import ids_from_positions
 
 
 def cantor_by_definition(*index: int) -> int:
-    """Voxels are counted by growing sum, then those of one sum by their first axes."""
+    """Counts the voxels by the sum of the index, then by the sums of its first axes."""
     if len(index) == 1:
         return index[0] + 1
     total = sum(index)
@@ -42,5 +42,5 @@ def test_cantor_refuses_what_would_not_be_exact() -> None:
 
 def test_neuprint_ids_of_real_tbars() -> None:
     index = np.array([[17630, 11537, 25957], [0, 0, 2**21], [0, -1, 0]])
-    # The first line of the male-VNC acetylcholine table.
+    # The first id is in the first line of the male-VNC acetylcholine table.
     assert ids_from_positions.neuprint(index).tolist() == [77537584185632101, -1, -1]

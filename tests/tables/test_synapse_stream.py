@@ -33,7 +33,7 @@ def all_of(source: SynapseStream) -> pa.Table:
 
 
 def same_rows(found: pa.Table, expected: pa.Table) -> bool:
-    """Names, types, values and what is told of them; positions may be nullable."""
+    """Compares names, types, values and metadata. Columns may differ in nullability."""
     return (
         found.schema.names == expected.schema.names
         and found.schema.types == expected.schema.types
@@ -51,7 +51,7 @@ def test_files_give_the_rows_of_a_load_in_their_order(
     tables = list(source.tables())
     assert len(tables) >= 5
     assert same_rows(pa.concat_tables(tables), reading.load(path))
-    assert same_rows(all_of(source), reading.load(path))  # any number of times
+    assert same_rows(all_of(source), reading.load(path))  # it can be read again
     assert source.name == str(path)
 
 
@@ -67,7 +67,7 @@ def test_a_database_gives_the_rows_of_a_load_in_their_order(
     mongo_database: str, small_batches: None
 ) -> None:
     table = contract_table()
-    # A neuron has one neurotransmitter and one hemilineage there.
+    # In a database, a neuron has one neurotransmitter and one hemilineage.
     place = table.column_names.index("neuron_id")
     neurons = pa.array(np.arange(len(table)))
     load_table(mongo_database, table.set_column(place, "neuron_id", neurons))
@@ -80,7 +80,7 @@ def test_a_database_gives_the_rows_of_a_load_in_their_order(
 
 
 def changed(name: str, row: int, value: object, kind: pa.DataType) -> pa.Table:
-    """A synapse table whose entry in `row` is another."""
+    """Returns a synapse table with `value` in this row of the column `name`."""
     table = contract_table().replace_schema_metadata(None)
     values = table[name].to_pylist()
     values[row] = value
@@ -149,7 +149,7 @@ def test_ids_that_are_floats_or_text_are_refused(
         }
         writers[suffix](pa.table(columns), path)
         message = f"{path}: column {column} is {told}; ids must be integers"
-        if suffix == "csv":  # where nothing has a type
+        if suffix == "csv":  # CSV columns have no type
             message = f"cannot read .*{path}: .*int64: invalid value '5(.5|a)'"
         with pytest.raises(UserError, match=message):
             all_of(reading.open(path))
@@ -306,7 +306,7 @@ def test_checksum_does_not_depend_on_batches(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(table)]
     pieces = [table.slice(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     assert checksum_of(*pieces) == checksum_of(table)
-    # Nor on how a table lies in memory.
+    # Nor does the checksum depend on the chunks of a table in memory.
     assert checksum_of(pa.concat_tables(pieces)) == checksum_of(table)
 
 
@@ -344,13 +344,13 @@ def test_checksum_tells_order_ids_positions_and_nan_apart() -> None:
         if name != "synapse_id":
             values[7] = np.nan
             see(table.set_column(place, name, pa.array(values)))
-    # An exchange of whole columns, and of a value between them.
+    # Two whole columns are exchanged.
     z, y = (table.column_names.index(name) for name in ("z_nm", "y_nm"))
     see(table.set_column(z, "z_nm", table["y_nm"]).set_column(y, "y_nm", table["z_nm"]))
 
 
 def test_checksum_does_not_tell_labels_apart() -> None:
-    """They are no part of what is predicted, and may be mended later."""
+    """Labels do not change the predictions, and may be corrected later."""
     table = contract_table(50)
     place = table.column_names.index("cell_type")
     other = table.set_column(place, "cell_type", pa.nulls(50, pa.string()))

@@ -113,7 +113,7 @@ def test_file_formats_agree(tmp_path: pathlib.Path, suffix: str) -> None:
     write[suffix](table)
     loaded = reading.load(path)
     assert loaded["synapse_id"].to_pylist() == [5, 6, 7]
-    # More digits than a float holds: it must never have been one.
+    # A float cannot hold all digits of this id, so the reader must not use floats.
     assert loaded["neuron_id"].to_pylist() == [720575940612345678, 2, None]
     assert loaded["split_skeleton"].to_pylist() == ["train", None, "test"]
     assert loaded["hemilineage"].null_count == 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/import_mongo.py as a user meets it: every subcommand, mistakes, kill -9."""
+"""Tests tools/import_mongo.py as a user sees it: subcommands, mistakes, kill -9."""
 
 import pathlib
 import subprocess
@@ -26,7 +26,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> str:
-    """What the command prints, once it has succeeded."""
+    """Runs the command, which must succeed, and returns what the command prints."""
     done = commands.run(*command(*arguments), check=True)
     assert not done.stderr
     return done.stdout
@@ -93,7 +93,7 @@ def test_a_mistake_is_one_line(arguments: list[str], code: int, message: str) ->
 def test_there_and_back(
     tmp_path: pathlib.Path, mongo_database: str, synapse_table: pa.Table
 ) -> None:
-    # The label of a neuron is that of all its synapses, or the layout cannot hold it.
+    # The layout has one label for each neuron, so that all its synapses must have it.
     known = pa.compute.is_valid(synapse_table["neurotransmitter"])
     table = synapse_table.filter(known)
     place = table.column_names.index("x_nm")
@@ -156,7 +156,10 @@ def contents(uri: str) -> dict[str, list]:
 
 
 def kill_when(uri: str, arguments: list[str], wanted: str | int) -> bool:
-    """Kills -9 an import at so many synapses or in a state; False if it came to end."""
+    """Kills an import (-9) when it has stored this many synapses or is in this state.
+
+    Returns False if the import ended before the kill.
+    """
     with databases.connect(uri) as database:
         process = subprocess.Popen(
             command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL
@@ -187,7 +190,7 @@ def test_killed_and_run_again(
     killed = []
     with databases.connect(mongo_database) as database:
         database.client.drop_database(database.name)
-    # Each goes on where the one before was killed.
+    # Each import continues where the import before it was killed.
     for wanted in (databases.FILLING, 1, 4_000, 5_001, 9_000):
         killed.append(kill_when(mongo_database, arguments, wanted))
     run(*arguments)

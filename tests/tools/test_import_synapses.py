@@ -20,7 +20,10 @@ def run(*options: str, tool: str = "tools/import_synapses.py") -> tuple[int, str
 
 @pytest.fixture
 def mine(tmp_path: pathlib.Path) -> pathlib.Path:
-    """200 synapses in voxels of 40 x 4 x 4 nm, in columns of their own."""
+    """A CSV file of 200 synapses, with its own column names and positions in voxels.
+
+    The voxels have 40×4×4 nm.
+    """
     rng = np.random.default_rng(0)
     lines = ["id,body,nt,x,y,z"]
     for i in range(200):
@@ -65,7 +68,7 @@ def test_rows_of_another_unit_are_named(
     volume = tmp_path / "raw.n5"
     volumes.write_n5(volume, np.zeros((60, 200, 300), np.uint8), (40, 4, 4))
     lines = mine.read_text().split("\n")
-    for at in (7, 31, 90):  # nm among voxels
+    for at in (7, 31, 90):  # three rows in nm, the others in voxels
         cells = lines[at].split(",")
         cells[3:] = [
             str(int(c) * f + f) for c, f in zip(cells[3:], (4, 4, 40), strict=True)

@@ -44,7 +44,7 @@ def run(*options: str) -> tuple[int, str, str]:
 
 
 def probabilities(network: torch.nn.Module, records: np.ndarray) -> np.ndarray:
-    """Softmax of a PyTorch network for uint8 crops in its own order of axes."""
+    """Returns the softmax of a PyTorch network for uint8 crops in its order of axes."""
     network.eval()
     crops = torch.from_numpy(records.copy())[:, None].float() / 255 * 2 - 1
     with torch.no_grad():
@@ -99,11 +99,12 @@ def test_imported_setup_classifies_as_the_original(
     assert np.ptp(expected, axis=0).max() > 0.01
     np.testing.assert_allclose(classify(records), expected, rtol=1e-4, atol=1e-6)
 
-    # Another step of the same training joins the run.
+    # A checkpoint of another step of the same training is added to the run.
     assert run(*options, "--step=2000")[0] == 0
     assert checkpoint.steps(workdir) == [1000, 2000]
 
 
+@pytest.mark.slow
 def test_imported_banc_checkpoint_classifies_as_the_original(
     tmp_path: pathlib.Path,
 ) -> None:
@@ -127,7 +128,7 @@ def test_imported_banc_checkpoint_classifies_as_the_original(
     records = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     records[1, :, :, :24] //= 3
     records[2, :, :16] //= 3
-    expected = probabilities(network, records.transpose(0, 1, 3, 2))  # z, x, y there
+    expected = probabilities(network, records.transpose(0, 1, 3, 2))  # BANC has z, x, y
     assert np.ptp(expected, axis=0).max() > 0.01
     np.testing.assert_allclose(classify(records), expected, rtol=1e-4, atol=1e-6)
 
@@ -144,7 +145,7 @@ def test_mistakes_are_named(tmp_path: pathlib.Path, setup: pathlib.Path) -> None
         return wrong
 
     assert "does not end in a step; give --step" in refused(f"--setup={setup}")
-    wrong = refused(f"--setup={setup}", "--step=1")  # 4,096 dense features
+    wrong = refused(f"--setup={setup}", "--step=1")  # expects 4,096 dense features
     assert "classifier.0.bias is (16,) in the checkpoint" in wrong
     config = tmp_path / "banc.py"
     config.write_text(BANC_CONFIG)

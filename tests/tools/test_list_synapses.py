@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole volume listed by the command, killed and started again."""
+"""Tests the listing of a whole volume by a command that is killed and started again."""
 
 import hashlib
 import json
@@ -105,7 +105,7 @@ def test_killed_and_started_again_it_has_the_same_bytes(
     deadline = time.monotonic() + 60
     while not list(pages.glob("page-*.feather")):
         assert time.monotonic() < deadline and process.poll() is None
-        server.faults = ["slow"]  # so that it does not come to its end
+        server.faults = ["slow"]  # so that the command cannot finish
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -123,7 +123,7 @@ def test_killed_and_started_again_it_has_the_same_bytes(
     table = reading.load(whole)
     assert len(table) == 6_000
     assert table["neuron_id"].to_pylist() == sorted(table["neuron_id"].to_pylist())
-    # by hand: z nm = (60 - 1 - x) · 8, y nm = z · 8, x nm = y · 8
+    # Computed by hand: z nm = (60 - 1 - x) · 8, y nm = z · 8, x nm = y · 8
     x, y, z = server.bodies[1_000][0]
     row = table.filter(np.equal(table["synapse_id"], (z << 42) + (y << 21) + x))
     assert row.select(["z_nm", "y_nm", "x_nm", "neuron_id"]).to_pylist() == [
@@ -157,5 +157,7 @@ def test_a_service_that_refuses_is_told(
     flags = ["--source=hemibrain", f"--volume={volume}"]
     code, _, errors = run(server, tmp_path, *flags, f"--output={tmp_path}/o.feather")
     assert (code, errors.count("\n")) == (1, 1)
-    assert "refuses (401: expired): set NEUPRINT_APPLICATION_CREDENTIALS" in errors
+    assert (
+        "refuses access (401: expired): set NEUPRINT_APPLICATION_CREDENTIALS" in errors
+    )
     assert "neuprint-token" not in errors

@@ -43,7 +43,7 @@ def test_the_importers_read_it(demo: pathlib.Path) -> None:
     assert volume.voxel_size_nm_zyx == (40, 4, 4)
     inside = synapses.positions_nm_zyx(table) / volume.voxel_size_nm_zyx
     assert (inside >= 0).all() and (inside < volume.shape_zyx).all()
-    # At the synapse is the T-bar: darker than the section it lies in.
+    # At each synapse is a T-bar, which is darker than the mean of its section.
     image = volume.read((0, 0, 0), volume.shape_zyx).astype(float)
     z, y, x = inside.astype(int).T
     brightness = image.mean(axis=(1, 2))[z]
@@ -58,7 +58,7 @@ def test_every_class_has_neurons_for_three_parts(demo: pathlib.Path) -> None:
         neurons.setdefault(row["neurotransmitter"], set()).add(row["neuron_id"])
     alone = [n for name, n in neurons.items() if name and "+" not in name]
     assert len(alone) == 6 and min(map(len, alone)) >= 3
-    assert len(neurons) == 8  # and unknown, and gaba+octopamine
+    assert len(neurons) == 8  # also unknown and gaba+octopamine
 
 
 def test_same_seed_same_bytes(demo: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -91,4 +91,4 @@ def test_real_background(tmp_path: pathlib.Path) -> None:
     made = volumes.open(str(tmp_path / "demo" / "volume.n5" / "volumes" / "raw" / "s0"))
     tissue = volumes.open(str(real)).read((0, 0, 0), (20, 600, 650))
     same = made.read((0, 0, 0), (20, 600, 650)) == tissue
-    assert 0.5 < same.mean() < 0.99  # real tissue but for the synapses
+    assert 0.5 < same.mean() < 0.99  # real tissue except at the synapses

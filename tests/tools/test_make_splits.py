@@ -20,7 +20,7 @@ def run(*options: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """600 synapses of 60 neurons of three classes, some unknown, in no order."""
+    """600 synapses of 60 neurons in random order; some neurons have no known class."""
     rng = np.random.default_rng(0)
     neuron = rng.integers(0, 60, 600)
     known = np.array(["gaba", "acetylcholine", "dopamine"])[neuron % 3]
@@ -62,7 +62,7 @@ def test_split_report_and_second_split(
             assert cell["neurons"] == row["neuron_id_count_distinct"]
     assert (report / "balance.png").read_bytes().startswith(b"\x89PNG")
 
-    # The same again is the same bytes; another split beside it, in the same file.
+    # The same command writes the same bytes. A second split goes into the same file.
     content = output.read_bytes()
     assert run(*options, "--by=neuron")[0] == 0 and output.read_bytes() == content
     options = [f"--synapses={output}", "--name=hemi", f"--output={output}"]

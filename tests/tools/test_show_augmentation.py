@@ -13,7 +13,7 @@ from tests.helpers.small_data import CLASSES, ROOT
 def show(
     folder: pathlib.Path, shards: pathlib.Path, *options: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command, with `tiny_config` as its config."""
+    """Runs the command with `tiny_config` as its configuration."""
     config = folder / "config.py"
     config.write_text(
         "import sys\n"
@@ -67,4 +67,4 @@ def test_the_figure_shows_each_crop_where_it_says() -> None:
     [frame] = figure.axes[0].patches
     assert frame.get_bbox().bounds == (1.5, 1.5, 20, 16)
     assert [axes.get_title(loc="left") for axes in figure.axes[::6]] == [*CLASSES[:2]]
-    figures.png(figure)  # closes it
+    figures.png(figure)  # closes the figure

@@ -148,6 +148,7 @@ def test_sigterm_before_a_validation_leaves_it_to_the_next_start(
     runs.assert_same_state(*states)
 
 
+@pytest.mark.slow
 def test_two_starts_in_one_folder(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
@@ -196,6 +197,7 @@ def test_milestones_and_latest_are_kept(
         checkpoint.best_step(tmp_path)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
@@ -222,6 +224,7 @@ def test_full_disk_leaves_the_last_checkpoint(
     assert checkpoint.steps(tmp_path / "run") == [3, 6]
 
 
+@pytest.mark.slow
 def test_vanished_shards_stop_the_run(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:

@@ -95,9 +95,12 @@ def test_it_asks_again(server: Catmaid, faults: list[Fault]) -> None:
             {"CATMAID_TOKEN": "wr0ng"},
             "reports an error: .*permission: set CATMAID_TOKE",
         ),
-        ({"CATMAID_HTTP_PASSWORD": "wr0ng"}, r"refuses \(401\): set CATMAID_TOKEN"),
-        ({"CATMAID_HTTP_USER": ""}, r"refuses \(401\): set CATMAID_TOKEN"),
-        ({"CATMAID_PROJECT": "2"}, r"has nothing there \(404\)"),
+        (
+            {"CATMAID_HTTP_PASSWORD": "wr0ng"},
+            r"refuses access \(401\): set CATMAID_TOKEN",
+        ),
+        ({"CATMAID_HTTP_USER": ""}, r"refuses access \(401\): set CATMAID_TOKEN"),
+        ({"CATMAID_PROJECT": "2"}, r"has nothing at this path \(404\)"),
     ],
 )
 def test_credentials_that_do_not_fit(

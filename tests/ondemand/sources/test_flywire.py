@@ -84,10 +84,16 @@ def test_an_answer_that_was_cut_is_asked_for_in_parts(
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"CAVE_TOKEN": "wr0ng"}, "sends elsewhere, perhaps to log in: .*CAVE_TOKEN"),
-        ({"CAVE_TABLE": "nothing"}, r"has nothing there \(404: no /materialize"),
-        ({"CAVE_MATERIALIZATION": "new"}, "'new' is no number.*CAVE_MATERIALIZATION"),
-        ({"CAVE_DATASTACK": "mouse"}, r"nothing there \(404"),
+        (
+            {"CAVE_TOKEN": "wr0ng"},
+            "redirects the request, perhaps to a login: .*CAVE_TOKEN",
+        ),
+        ({"CAVE_TABLE": "nothing"}, r"has nothing at this path \(404: no /materialize"),
+        (
+            {"CAVE_MATERIALIZATION": "new"},
+            "'new' is not the number.*CAVE_MATERIALIZATION",
+        ),
+        ({"CAVE_DATASTACK": "mouse"}, r"nothing at this path \(404"),
     ],
 )
 def test_settings_that_do_not_fit(
@@ -123,7 +129,7 @@ def test_no_browser_opens_where_terms_are_to_be_accepted(
     data = {"tos_form_url": "http://127.0.0.1:1/tos"}
     terms = {"error": "missing_tos", "message": "accept the terms", "data": data}
     server.faults = [of_json("4.5.0"), of_json(terms, 403)]
-    with pytest.raises(UserError, match=r"refuses \(403: accept the terms\)"):
+    with pytest.raises(UserError, match=r"refuses access \(403: accept the terms\)"):
         ask(server, [ROOT])
 
 
@@ -134,9 +140,9 @@ STACK = {"aligned_volume": {"name": "a", "id": 1}, "segmentation_source": "x/t"}
     ("answers", "words"),
     [
         ([PAGE], "web page"),
-        ([of_json("4.5.0"), Answer(200, b"{")], "what caveclient cannot use"),
-        ([of_json("4.5.0"), of_json({})], "what caveclient cannot use"),
-        ([of_json("new")], "what caveclient cannot use"),
+        ([of_json("4.5.0"), Answer(200, b"{")], "data that caveclient cannot use"),
+        ([of_json("4.5.0"), of_json({})], "data that caveclient cannot use"),
+        ([of_json("new")], "data that caveclient cannot use"),
     ],
 )
 def test_answers_of_another_shape(
@@ -150,11 +156,11 @@ def test_answers_of_another_shape(
 @pytest.mark.parametrize(
     ("version", "answer", "words"),
     [
-        ("5.15.0", of_json({}), "what caveclient cannot use"),
+        ("5.15.0", of_json({}), "data that caveclient cannot use"),
         (
             "5.15.0",
             Answer(200, b"\xff\xff", "data.arrow"),
-            "what caveclient cannot use",
+            "data that caveclient cannot use",
         ),
         (
             "5.15.0",
@@ -241,7 +247,10 @@ def test_a_thousand_places_a_request(moved: Transform) -> None:
         (of_json([{"x": 1, "y": 2}]), "no point for each"),
         (of_json([{"x": "a", "y": 2, "z": 3}]), "no point for each"),
         (of_json([{"x": 1, "y": 2, "z": 3}] * 2), "no point for each"),
-        (of_json({"detail": "Not Found"}, 404), r"nothing there \(404: Not Found\)"),
+        (
+            of_json({"detail": "Not Found"}, 404),
+            r"nothing at this path \(404: Not Found\)",
+        ),
         (PAGE, "web page.*FLYWIRE_TRANSFORM_URL"),
     ],
 )

@@ -121,11 +121,11 @@ def test_the_listing_goes_on_behind_any_page(
     [
         (
             {"NEUPRINT_APPLICATION_CREDENTIALS": ""},
-            "needs a token: set NEUPRINT_APPLIC",
+            "needs a token; set NEUPRINT_APPLIC",
         ),
         (
             {"NEUPRINT_APPLICATION_CREDENTIALS": "wr0ng"},
-            r"refuses \(401: invalid or exp",
+            r"refuses access \(401: invalid or exp",
         ),
         ({"NEUPRINT_DATASET": "mouse"}, "'mouse' does not exist.*set NEUPRINT_DATASET"),
         ({"NEUPRINT_SERVER": "http://x"}, "must be https"),

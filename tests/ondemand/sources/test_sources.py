@@ -28,7 +28,7 @@ def test_every_source_has_a_space_and_a_module() -> None:
         assert source.name == name
         assert source.space in spaces.SPACES
         sources._module(name)
-    with pytest.raises(UserError, match="no source 'banc'; it is one of fafb-catmaid"):
+    with pytest.raises(UserError, match="no source 'banc'; give one of fafb-catmaid"):
         sources.settings("banc")
 
 
@@ -51,7 +51,7 @@ for source in "hemibrain", "fafb-catmaid":
     none, *errors = run.stdout.splitlines()
     assert none == "[]"
     for error, source in zip(errors, ("hemibrain", "fafb-catmaid"), strict=True):
-        assert error.startswith(f"UserError source {source} needs the package ")
+        assert error.startswith(f"UserError source {source}: the package ")
         assert error.endswith("pip install 'synister_jax[sources]'")
 
 
@@ -204,9 +204,9 @@ SECRET = "h1dd3n"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (f"token = {SECRET}\n", r"is no ini file: write \[hemibrain\]"),
-        (f"[hemibrain]\n{SECRET}\n", "is no ini file"),
-        (f"[hemibrain]\ntoken={SECRET}\ntoken={SECRET}\n", "is no ini file"),
+        (f"token = {SECRET}\n", r"is not an ini file; write \[hemibrain\]"),
+        (f"[hemibrain]\n{SECRET}\n", "is not an ini file"),
+        (f"[hemibrain]\ntoken={SECRET}\ntoken={SECRET}\n", "is not an ini file"),
         ("[hemibrain]\nurl=x\n", "has no setting 'url'; it has server, dataset, token"),
         (f"[hemibrain]\ntoken={SECRET} x\n", "blanks or unusual.*NEUPRINT_APPLICATION"),
         (f"[hemibrain]\ntoken=ä{SECRET}\n", "blanks or unusual"),
@@ -221,7 +221,7 @@ def test_an_ini_that_is_wrong(tmp_path: pathlib.Path, text: str, words: str) -> 
         sources.settings("hemibrain", ini, {})
     assert SECRET not in str(caught.value)
     ini.write_bytes(b"[hemibrain]\ntoken=\xff\n")
-    with pytest.raises(UserError, match="is no ini file"):
+    with pytest.raises(UserError, match="is not an ini file"):
         sources.settings("hemibrain", ini, {})
     with pytest.raises(UserError, match="cannot read .*absent"):
         sources.settings("hemibrain", tmp_path / "absent", {})

@@ -49,7 +49,7 @@ def read_brain(uri: str, number: int, output: pathlib.Path) -> pa.Table:
 
 
 def brain_table(count: int = 30) -> pa.Table:
-    """Ids and positions, some of them bad: what a whole brain knows of a synapse."""
+    """Returns ids and positions, which are all columns of a brain; one z is NaN."""
     rng = np.random.default_rng(count)
     z = rng.integers(0, 10**6, count) * 40.0
     z[3:4] = np.nan
@@ -65,7 +65,7 @@ def test_predictions_of_a_brain(tmp_path: pathlib.Path, mongo_database: str) -> 
     assert not write_brain(mongo_database, tmp_path / "8.feather", 8)
     with databases.connect(mongo_database) as database:
         keys = [i["key"] for i in database.partners.index_information().values()]
-        # nx-27017 does not tell of an index on this field.
+        # The test server nx-27017 does not list the index on this field.
         assert [("id", 1)] in keys or not is_real(database)
         stored = typed(list(database.partners.find()))
     expected = []
@@ -82,7 +82,7 @@ def test_predictions_of_a_brain(tmp_path: pathlib.Path, mongo_database: str) -> 
     assert stored == typed(expected)
     assert_same(read_brain(mongo_database, 8, tmp_path / "back.feather"), given)
 
-    # Another network's, of fewer synapses in another order.
+    # Another network predicts fewer synapses, in another order.
     other = write_predictions(
         tmp_path / "9.feather", table.take(pa.array([5, 4, 20, 1])), 1
     )
@@ -172,7 +172,8 @@ def test_a_half_made_brain_is_replaced_by_another_file(
     table = brain_table(11)
     half, path = tmp_path / "a.feather", tmp_path / "b.feather"
     write_predictions(half, table)
-    write_predictions(path, table.slice(0, 3), 1)  # lies in the half that is there
+    # These synapses are in the half that is written before the interruption.
+    write_predictions(path, table.slice(0, 3), 1)
     monkeypatch.setattr(databases, "BATCH_DOCUMENTS", 4)
     with monkeypatch.context() as patch:
         interrupt(patch, 11)
@@ -208,7 +209,7 @@ def test_a_brain_that_the_original_wrote(
         assert found["z_nm"].to_pylist() == [3.5] * 3
         expected = [[0.25, 0.75], [np.nan] * 2, [0.5, 0.5]]
         np.testing.assert_array_equal(predictions.probabilities(found), expected)
-        # Predictions are added by id to documents that are not ours.
+        # Predictions are added by id to documents that the original wrote.
         table = brain_table(3).set_column(0, "synapse_id", pa.array([8, BIG, 7]))
         write_predictions(tmp_path / "4.feather", table)
         assert write_brain(mongo_database, tmp_path / "4.feather", 4)

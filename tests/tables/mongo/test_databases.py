@@ -139,7 +139,7 @@ def test_an_import_interrupted_anywhere(
     points = 0
     for points in interrupted_anywhere(monkeypatch, start, run):
         if overwrite and points % 3 == 0:
-            # The other one can be had back whatever state this is in.
+            # The other table can be imported again, wherever the import stopped.
             load_table(mongo_database, other, overwrite=True)
             assert reading.load(mongo_database).equals(other)
         run()
@@ -267,7 +267,8 @@ def test_unusable_documents_are_named(
     mongo_database: str, collection: str, change: dict, message: str
 ) -> None:
     with databases.connect(mongo_database) as database:
-        # An old database: no splits, no brain_region, no type, ids of its own.
+        # An old database has no splits, no brain_region and no type. Its documents have
+        # their own `_id`.
         database.hemi_lineages.insert_one(
             {"hemi_lineage_id": 1, "hemi_lineage_name": "A"}
         )
@@ -286,7 +287,7 @@ def test_two_documents_of_one_neuron(mongo_database: str) -> None:
     load_table(mongo_database, random_table(1))
     with databases.connect(mongo_database) as database:
         neuron = database.skeletons.find_one({}, {"_id": False})
-        database.skeletons.insert_one(dict(neuron))  # says the same: no harm
+        database.skeletons.insert_one(dict(neuron))  # an identical document is allowed
         reading.load(mongo_database)
         database.skeletons.insert_one(neuron | {"nt_known": ["serotonin"]})
     with pytest.raises(UserError, match="two documents have skeleton_id"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a synapse table as the original's documents, and back."""
+"""Converts rows of a synapse table to the original's documents, and back."""
 
 import math
 
@@ -12,7 +12,7 @@ from synister_jax.tables.mongo import documents
 
 
 def table(**columns: list) -> pa.Table:
-    """Three synapses of two neurons, checked."""
+    """Returns a checked table of three synapses of two neurons."""
     known = {"synapse_id": [5, 6, 7], "z_nm": [40.0, 0.5, 80.0]}
     known |= {"y_nm": [1.0, 2.0, 3.0], "x_nm": [4.0, 5.0, 6.0]}
     known |= {"neuron_id": [2**62, 3, 2**62], "hemilineage": ["B", None, "B"]}
