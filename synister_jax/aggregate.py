@@ -76,7 +76,8 @@ def main() -> None:
         "confusion",
         None,
         "Give this confusion matrix to the rules that need one: metrics.json of the "
-        "test part, or a CSV whose rows are the true classes.",
+        "test part, its folder RUN/evaluation/test, or a CSV whose rows are the true "
+        "classes.",
     )
     min_probability = flags.DEFINE_string(
         "min_probability",

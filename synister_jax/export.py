@@ -135,8 +135,8 @@ def main() -> None:
         "confusion",
         None,
         "Use this confusion matrix of the same network: metrics.json of the test part, "
-        "or a CSV whose rows are the true classes. --to=flyem needs it, and "
-        "--to=neuprint takes it.",
+        "its folder RUN/evaluation/test, or a CSV whose rows are the true classes. "
+        "--to=flyem needs it, and --to=neuprint takes it.",
     )
     split = flags.DEFINE_string(
         "split", None, "Tell FlyEM which part of this split each synapse belongs to."

@@ -259,8 +259,8 @@ def main() -> None:
         "confusion",
         None,
         "Take from this file how often the network calls one class for another: "
-        "metrics.json of the test part, or a CSV of counts or of P(called | true), "
-        "whose rows are the true classes.",
+        "metrics.json of the test part, its folder RUN/evaluation/test, or a CSV of "
+        "counts or of P(called | true) whose rows are the true classes.",
         required=True,
     )
     correlation = flags.DEFINE_float(

@@ -35,7 +35,8 @@ def main() -> None:
         "confusion",
         None,
         "Give this confusion matrix to the rules that need one: metrics.json of the "
-        "test part, or a CSV whose rows are the true classes.",
+        "test part, its folder RUN/evaluation/test, or a CSV whose rows are the true "
+        "classes.",
     )
     shards = flags.DEFINE_string(
         "shards",

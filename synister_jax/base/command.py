@@ -72,9 +72,14 @@ def subcommand(names: Sequence[str]) -> str:
     """Takes the first word off the command line and returns it.
 
     Call this before the flags are defined, because each subcommand has its own flags.
-    Exits with code 2 if the word is not one of `names`.
+    Exits with code 2 if the word is not one of `names`. For `--help` it prints the
+    docstring of the program and exits with code 0.
     """
     given = sys.argv[1] if len(sys.argv) > 1 else ""
+    if given in ("--help", "-help", "-h"):
+        print((sys.modules["__main__"].__doc__ or "").strip())
+        print(f"\n{{{', '.join(names)}}} --help lists the flags of one of them.")
+        raise SystemExit(0)
     if given not in names:
         _exit(f"first say what to do: {', '.join(names)} (not {given!r})", 2)
     del sys.argv[1]

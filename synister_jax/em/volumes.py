@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens, reads and writes EM volumes with TensorStore, with the axes (z, y, x).
 
-Containers have different orders of axes. Only `open` and `write_n5` deal with these
-orders. The rest of the project always uses (z, y, x).
+Only `open` and `write_n5` know that containers have other orders of axes.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synister_jax.base.errors import UserError
-from synister_jax.ground_truth import split_solver
+from synister_jax.ground_truth import split_solver, split_targets
 from synister_jax.tables import synapses
 from synister_jax.tables.synapses import GROUP_COLUMNS
 
@@ -217,10 +217,10 @@ def make(table: pa.Table, scheme: Scheme) -> Split:
 
     part = part_of_group[group_of_row]
     achieved = np.stack([counts[part_of_group == p].sum(axis=0) for p in range(3)], 1)
-    targets = np.stack([split_solver.targets(n, fractions) for n in counts.sum(0)])
+    targets = np.stack([split_targets.targets(n, fractions) for n in counts.sum(0)])
     for k in per_synapse:
         of_class = labels == k
-        targets[k] = split_solver.targets(of_class.sum(), fractions)
+        targets[k] = split_targets.targets(of_class.sum(), fractions)
         achieved[k] = targets[k]
         ids = table["synapse_id"].to_numpy()[rows[of_class]]
         part[of_class] = _per_synapse(ids, targets[k])
@@ -351,7 +351,7 @@ def _explain(
     described = []
     for k in [k for failure in failures for k in failure.classes]:
         counts = groups.counts[:, k]
-        target = split_solver.targets(counts.sum(), groups.fractions)
+        target = split_targets.targets(counts.sum(), groups.fractions)
         best = split_solver.nearest(groups, k)
         can = "none" if best is None else "/".join(f"{f:.2f}" for f in best)
         described.append(

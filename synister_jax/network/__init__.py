@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is computed: the networks, their weights, checkpoints and inference."""
+"""The networks, their weights and checkpoints, and inference with them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: config.json, and Orbax checkpoints of its training state."""
+"""Reads and writes the folder of a run: config.json and the Orbax checkpoints."""
 
 import contextlib
 import json
@@ -16,10 +16,11 @@ import synister_jax
 from synister_jax.base import files
 from synister_jax.base.errors import UserError
 
-# What the best checkpoint is best in, of those that were validated.
+# The best checkpoint has the highest value of this number on the validation part.
 BEST_BY = "validation/synapse_mean_class_accuracy"
 
-# What may differ between two starts of one run: how long it goes on, what it reports.
+# These settings may change when a run is continued: they say how long the run lasts,
+# what it reports and keeps, and where it runs.
 _MAY_CHANGE = (
     "shards",
     "num_train_steps",
@@ -37,22 +38,26 @@ _MAY_CHANGE = (
 def require_same_config(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, crops_sha256: str
 ) -> None:
-    """Raises `UserError` when the folder's run has another config.
+    """Checks that a run can be continued with this config.
 
-    Before its first checkpoint a run has nothing to lose: then any config will do.
+    Before the first checkpoint of the run, every config is accepted, because no result
+    can be lost.
+
+    Raises:
+      UserError: a setting that must not change has another value in config.json.
     """
     path = workdir / "config.json"
     if not path.exists() or not steps(workdir):
         return
     before, now = files.read_json(path), _as_json(config, crops_sha256)
     may_change = set(_MAY_CHANGE)
-    if config.schedule == "cosine":  # then the length decides every step's rate
+    if config.schedule == "cosine":  # the length decides every learning rate
         may_change.remove("num_train_steps")
     for key in sorted(before.keys() | now.keys()):
         if key not in may_change and before.get(key) != now.get(key):
             raise UserError(
-                f"{workdir} holds a run with {key} = {before.get(key)}, now "
-                f"{now.get(key)}; choose another --workdir"
+                f"{workdir} holds a run with {key} = {before.get(key)}, but "
+                f"this start has {now.get(key)}; choose another --workdir"
             )
 
 
@@ -62,8 +67,10 @@ def save_config(
     """Writes config.json.
 
     Args:
-      crops_sha256: of the training data, kept under that name; where the shards are
-        may change from one start to the next, what is in them may not.
+      workdir: the folder of the run.
+      config: the config of the run.
+      crops_sha256: checksum of the training data, which config.json keeps. The shards
+        may be moved between two starts of a run, but their content must not change.
     """
     files.write_json(workdir / "config.json", _as_json(config, crops_sha256))
 
@@ -73,14 +80,18 @@ def _as_json(config: ml_collections.ConfigDict, crops_sha256: str) -> dict[str, 
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The config that a run was started with, from its config.json."""
+    """Returns the config of a run, from its config.json.
+
+    Raises:
+      UserError: the folder has no config.json.
+    """
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
     return ml_collections.ConfigDict(files.read_json(workdir / "config.json"))
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    """Steps of the finished checkpoints, ascending."""
+    """Returns the steps of the finished checkpoints, ascending."""
     folder = (workdir / "checkpoints").resolve()
     if not folder.exists():
         return []
@@ -89,10 +100,14 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 
 def choose_step(workdir: pathlib.Path, step: int | None) -> int:
-    """`step`, or the latest; `UserError` lists the checkpoints there are."""
+    """Returns `step`, or the step of the latest checkpoint if `step` is None.
+
+    Raises:
+      UserError: the run has no checkpoint, or none of this step.
+    """
     there = steps(workdir)
     if not there:
-        raise UserError(f"{workdir} has no checkpoint; train first")
+        raise UserError(f"{workdir} has no checkpoint; train the network first")
     if step is not None and step not in there:
         raise UserError(
             f"{workdir} has no checkpoint of step {step}; there are "
@@ -102,7 +117,16 @@ def choose_step(workdir: pathlib.Path, step: int | None) -> int:
 
 
 def parse_steps(workdir: pathlib.Path, texts: Sequence[str] | None) -> list[int] | None:
-    """Steps from the flag `--steps`; None, the latest, when it was not given."""
+    """Returns the steps that the flag `--steps` names.
+
+    Args:
+      workdir: the folder of the run.
+      texts: the words of the flag: numbers, `all` or `best`. With None (no flag) the
+        result is None, which stands for the latest checkpoint.
+
+    Raises:
+      UserError: a word is not a number, or no checkpoint was validated for `best`.
+    """
     if texts is None:
         return None
     if texts == ["all"]:
@@ -118,9 +142,13 @@ def parse_steps(workdir: pathlib.Path, texts: Sequence[str] | None) -> list[int]
 
 
 def best_step(workdir: pathlib.Path) -> int:
-    """The checkpoint that did best on validation, of those that are there.
+    """Returns the step of the existing checkpoint that is best on validation.
 
-    As measured in training, or afterwards by `evaluate --part=validation`.
+    The accuracy was measured during training, or later by
+    `evaluate --part=validation`, which takes precedence.
+
+    Raises:
+      UserError: no existing checkpoint was validated.
     """
     with ocp.training.Checkpointer((workdir / "checkpoints").resolve()) as orbax:
         measured = {c.step: (c.metrics or {}).get(BEST_BY) for c in orbax.checkpoints}
@@ -132,15 +160,16 @@ def best_step(workdir: pathlib.Path) -> int:
     measured = {step: value for step, value in measured.items() if value is not None}
     if not measured:
         raise UserError(
-            f"no checkpoint of {workdir} was validated in training or since: run "
+            f"no checkpoint of {workdir} was validated, during training or later; run "
             "evaluate --part=validation --steps=all first"
         )
-    # Of equal ones the latest, as the trainer keeps it.
+    # Among equally good checkpoints the latest is chosen, because training keeps that
+    # checkpoint.
     return max(measured, key=lambda step: (measured[step], step))
 
 
 def best_or_latest_step(workdir: pathlib.Path) -> int:
-    """The best checkpoint where any was validated, else the latest."""
+    """Returns the best step if any checkpoint was validated, else the latest step."""
     latest = choose_step(workdir, None)
     try:
         return best_step(workdir)
@@ -151,15 +180,22 @@ def best_or_latest_step(workdir: pathlib.Path) -> int:
 def load_variables(
     workdir: pathlib.Path, step: int, abstract: Any, config: ml_collections.ConfigDict
 ) -> Any:
-    """`params` and `batch_stats` alone, for inference.
+    """Loads only what inference needs: `params` and `batch_stats`.
 
-    Where the run averages them, the averages.
+    If the run averages its parameters (config.ema_decay), the averages are loaded.
 
     Args:
-      abstract: {"params", "batch_stats"} of `jax.ShapeDtypeStruct` with shardings.
+      workdir: the folder of the run.
+      step: the step of the checkpoint.
+      abstract: {"params", "batch_stats"} with a `jax.ShapeDtypeStruct` for each array,
+        which has a sharding.
+      config: the config of the run.
+
+    Raises:
+      UserError: the checkpoint does not fit the config or `abstract`.
     """
-    path = (workdir / "checkpoints" / str(step)).resolve()  # Orbax wants it absolute
-    averages = bool(config.get("ema_decay", 0.0))  # a run of version 0.1.0 has no such
+    path = (workdir / "checkpoints" / str(step)).resolve()  # absolute for Orbax
+    averages = bool(config.get("ema_decay", 0.0))  # runs of 0.1.0 lack this setting
     wanted = {"ema": abstract} if averages else abstract
     _require_same(path, wanted, config)
     loaded = load_partly(path, wanted)
@@ -167,7 +203,7 @@ def load_variables(
 
 
 def load_partly(path: pathlib.Path, abstract: Any) -> Any:
-    """The arrays of `abstract`, of all that a checkpoint holds."""
+    """Loads only the arrays of a checkpoint that are in `abstract`."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
@@ -177,20 +213,27 @@ def load_partly(path: pathlib.Path, abstract: Any) -> Any:
 def load_fitting(
     workdir: pathlib.Path, step: int, fresh: Any, config: ml_collections.ConfigDict
 ) -> tuple[Any, list[str]]:
-    """Variables of another run, to go on from: (variables, names left as they were).
+    """Loads the variables of another run, so that a new run can start from them.
 
     Args:
-      fresh: {"params", "batch_stats"}, arrays; those of the last layer `logits` stay
-        where the other run has other classes.
+      workdir: the folder of the other run.
+      step: the step of its checkpoint.
+      fresh: the new run's {"params", "batch_stats"}, as arrays. If the classes of the
+        two runs differ, the arrays of the last layer `logits` are taken from here.
+      config: the config of the new run.
+
+    Returns:
+      The variables, and the names of the arrays that were taken from `fresh`.
 
     Raises:
-      UserError: any other array differs, or the voxels do.
+      UserError: the shape of another array differs, or the voxel size differs.
     """
     other = load_config(workdir)
     if list(other.voxel_size_nm_zyx) != list(config.voxel_size_nm_zyx):
         raise UserError(
             f"config.init_from {workdir} was trained with voxel_size_nm_zyx "
-            f"{list(other.voxel_size_nm_zyx)}, not {list(config.voxel_size_nm_zyx)}"
+            f"{list(other.voxel_size_nm_zyx)}, but this run has "
+            f"{list(config.voxel_size_nm_zyx)}; choose a run with the same voxel size"
         )
     same_classes = list(other.classes) == list(config.classes)
     kept = [] if same_classes else ["params.logits.bias", "params.logits.kernel"]
@@ -210,7 +253,14 @@ def load_fitting(
 
 
 class Checkpointer:
-    """Saves and restores the training state."""
+    """Saves and restores the training state of a run.
+
+    Args:
+      workdir: the folder of the run.
+      config: the config of the run; it says which checkpoints are kept.
+      crops_sha256: checksum of the training data, stored with every checkpoint.
+      keep_all: keep every checkpoint, whatever the config says.
+    """
 
     def __init__(
         self,
@@ -247,13 +297,16 @@ class Checkpointer:
     def save(
         self, step: int, state: Any, measured: Mapping[str, float] | None = None
     ) -> None:
-        """Saves; writing goes on behind.
+        """Saves the state; the files are written while the program continues.
 
         Args:
-          measured: numbers of the validation part, which decide the best checkpoint.
+          step: number of updates so far.
+          state: the training state.
+          measured: the numbers of the validation part, which decide the best
+            checkpoint; None if the step was not validated.
 
         Raises:
-          UserError: this or the save before it could not be written.
+          UserError: this checkpoint or the one before could not be written.
         """
         with self._writing():
             self._orbax.save_checkpointables_async(
@@ -265,7 +318,14 @@ class Checkpointer:
             )
 
     def restore(self, abstract_state: Any) -> Any | None:
-        """The latest state; None if there is none."""
+        """Returns the state of the latest checkpoint, or None without a checkpoint.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings of the state's arrays.
+
+        Raises:
+          UserError: the checkpoint has another architecture.
+        """
         latest = self._orbax.latest
         if latest is None:
             return None
@@ -275,7 +335,7 @@ class Checkpointer:
         return self._orbax.load_checkpointables(latest.step, abstract)["state"]
 
     def close(self) -> None:
-        """Waits for the save in flight; `UserError` when it fails."""
+        """Waits until the last checkpoint is written; `UserError` if this fails."""
         with self._writing():
             self._orbax.close()
 
@@ -286,9 +346,9 @@ class Checkpointer:
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"cannot write a checkpoint to {self._folder} ({reason}); those "
-                "already there are whole: make room or mend the disk, and run the "
-                "same command again"
+                f"cannot write a checkpoint to {self._folder} ({reason}); the "
+                "earlier checkpoints are complete: free some space or repair the disk, "
+                "and run the same command again"
             ) from None
 
 
@@ -298,17 +358,28 @@ def save_imported(
     variables: Mapping[str, Any],
     config: ml_collections.ConfigDict,
 ) -> None:
-    """Makes a workdir of weights from elsewhere, for evaluate and predict.
+    """Writes weights that were trained elsewhere into a workdir.
+
+    The commands evaluate and predict can then use this workdir.
+
+    Args:
+      workdir: the folder; it is created if needed.
+      step: the step under which the checkpoint is saved.
+      variables: {"params", "batch_stats"}.
+      config: the config that describes the network and its data.
 
     Raises:
-      UserError: the folder holds another run, or this step.
+      UserError: the folder holds another run, or already has this step.
     """
     workdir = files.make_folder(workdir)
     config = config.copy_and_resolve_references()
-    config.ema_decay = 0.0  # nothing of it is in the folder
+    config.ema_decay = 0.0  # the folder has no averages
     require_same_config(workdir, config, "")
     if step in steps(workdir):
-        raise UserError(f"{workdir} has a checkpoint of step {step} already")
+        raise UserError(
+            f"{workdir} has a checkpoint of step {step} already; choose another folder "
+            "or step"
+        )
     save_config(workdir, config, "")
     checkpointer = Checkpointer(workdir, config, "", keep_all=True)
     checkpointer.save(step, dict(variables))
@@ -316,7 +387,7 @@ def save_imported(
 
 
 def code_version() -> str:
-    """The package's version, with the commit where it runs from a repository."""
+    """Returns the package's version, and the commit if it runs from a repository."""
     root = pathlib.Path(synister_jax.__file__).parents[1]
     version = synister_jax.__version__
     if not (root / ".git").exists():
@@ -330,7 +401,7 @@ def code_version() -> str:
 
 
 def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Carried by every checkpoint: what its inputs and outputs mean."""
+    """Returns what every checkpoint says about the network's inputs and outputs."""
     names = ("classes", "crop_shape_zyx", "voxel_size_nm_zyx")
     return {name: list(config[name]) for name in names}
 
@@ -338,13 +409,17 @@ def _about(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def _require_same(
     path: pathlib.Path, abstract: Any, config: ml_collections.ConfigDict
 ) -> None:
-    """Orbax's own message for another architecture does not name the array."""
+    """Raises `UserError` if the checkpoint does not fit the config or the arrays.
+
+    This check exists because Orbax's own error does not name the array.
+    """
     checkpoint = ocp.metadata(path, checkpointable_name="state")
     for name, value in _about(config).items():
         if checkpoint.custom_metadata.get(name) != value:
             raise UserError(
                 f"checkpoint {path} was trained with {name} "
-                f"{checkpoint.custom_metadata.get(name)}, config.json says {value}"
+                f"{checkpoint.custom_metadata.get(name)}, but config.json says "
+                f"{value}; restore the config.json of this run"
             )
     saved = checkpoint.metadata
     saved_shapes = {
@@ -355,13 +430,14 @@ def _require_same(
         if found != leaf.shape:
             raise UserError(
                 f"checkpoint {path} is of another architecture: {_name(key)} is "
-                f"{found or 'not in it'}, the network of config.json needs "
+                f"{found or 'not in it'}, but the network of config.json needs "
                 f"{leaf.shape}"
             )
 
 
 def _name(key: tuple[Any, ...]) -> str:
-    # Attribute, dictionary and sequence keys name the same array in different trees.
+    # An array has an attribute, dictionary or sequence key, depending on the tree. All
+    # three must give the same name.
     parts = [
         getattr(part, "name", getattr(part, "key", getattr(part, "idx", None)))
         for part in key

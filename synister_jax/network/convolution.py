@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks' 3D convolutions, and how each backend computes them.
+"""Computes the 3D convolutions of the networks in the fastest way for the backend.
 
-native    what XLA makes of a 3D convolution: cuDNN on a GPU, the matrix unit of a TPU.
-library   oneDNN's convolution, which lies in jaxlib's builds for x86 and which XLA
-          calls for a custom call of this name. On a CPU, float32: 5 to 45 times faster
-          than native, where XLA has a loop for three dimensions.
-sections  for 3×3×3 and stride 1, one 2D convolution whose input channels are those of
-          three neighbouring sections: the same sums, 2 to 7 times faster than native on
-          a CPU. Where the library is not to be had, for bfloat16, and on several CPU
-          devices, over which XLA splits no custom call.
+native    XLA's own 3D convolution. It uses cuDNN on a GPU and the matrix unit on a TPU.
+library   The convolution of oneDNN, which is part of jaxlib's builds for x86. XLA runs
+          it for a custom call with oneDNN's name. It is used on a CPU with float32,
+          where it is 5 to 45 times faster than native: XLA has only a plain loop for
+          three dimensions there.
+sections  One 2D convolution, whose input channels are the channels of three
+          neighbouring sections. It computes the same sums as a 3×3×3 convolution of
+          stride 1, and is 2 to 7 times faster than native on a CPU. It is used on a CPU
+          without the library, for bfloat16, and on several CPU devices, because XLA
+          cannot split a custom call over devices.
 
 docs/speed.md has the measurements.
 """
@@ -23,9 +25,9 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-# The name of the custom call and its configuration are XLA's own affair: they are in
-# no documentation, and a configuration that oneDNN cannot read ends the process.
-# These versions have been tried; another one gets `sections`.
+# XLA does not document the name of the custom call and its configuration, and the
+# process ends if oneDNN cannot read the configuration. So the library is only used with
+# these versions, which have been tried. Other versions use `sections`.
 _TRIED_JAXLIB = ("0.10", "0.12")
 _TARGET = "__onednn$convolution"
 _BIAS_RELU = ("BIAS", "RELU")
@@ -34,9 +36,17 @@ _BIAS_RELU = ("BIAS", "RELU")
 def conv3d(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int] = (1, 1, 1)
 ) -> jax.Array:
-    """[b, z, y, x, in], [kz, ky, kx, in, out] → [b, z', y', x', out].
+    """Returns the convolution of x with a kernel of odd size.
 
-    Zero padding of half the kernel, whose sizes are odd, on both sides.
+    Zeros are added on both sides of every axis, as many as half the kernel's size.
+
+    Args:
+      x: [batch, z, y, x, channels].
+      kernel: [kz, ky, kx, channels, features].
+      strides: the strides along z, y and x.
+
+    Returns:
+      [batch, z', y', x', features], where z' is z divided by its stride, rounded up.
     """
     lowering = _lowering(x.dtype)
     if lowering == "library":
@@ -47,27 +57,31 @@ def conv3d(
 
 
 def conv3d_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """max(0, convolution + bias), stride 1; the library's has no gradient."""
+    """Returns max(0, convolution + bias), with stride 1.
+
+    The function is for inference, because the library's version has no gradient.
+    """
     if calls_library(x.dtype):
         return _library_call(x, kernel, (1, 1, 1), bias, fused=_BIAS_RELU)
     return jax.nn.relu(conv3d(x, kernel) + bias)
 
 
 def calls_library(dtype: jnp.dtype) -> bool:
-    """Whether networks that compute in `dtype` call the library here.
+    """Returns whether networks that compute in `dtype` call the library here.
 
-    Then XLA cannot keep their programs, and inference is faster one crop at a time,
-    whose activations stay in the CPU's cache.
+    If they do, XLA cannot store their compiled programs. Inference is then faster with
+    one crop at a time, because the activations of one crop stay in the CPU's cache.
     """
     return _lowering(dtype) == "library"
 
 
 def compiler_options() -> dict[str, str]:
-    """For `jax.jit` of a network: what XLA leaves to YNNPACK on a CPU.
+    """Returns the options for `jax.jit` of a network.
 
-    Not matrix products, as it does by default: the dense head takes 2.2 times longer
-    by YNNPACK than by Eigen (batches of 8 and 32). Sums over batches, for batch norm,
-    take 12 times longer without it.
+    On a CPU they say what XLA computes with YNNPACK. By default these are also matrix
+    products, but the dense head takes 2.2 times longer with YNNPACK than with Eigen
+    (batches of 8 and 32). The sums over batches, for batch norm, stay with YNNPACK,
+    because they take 12 times longer without it.
     """
     if jax.default_backend() != "cpu" or not _is_tried():
         return {}
@@ -94,7 +108,7 @@ def _is_tried() -> bool:
 
 @functools.cache
 def has_library() -> bool:
-    """Whether XLA can call oneDNN here, and gets a convolution of it."""
+    """Returns whether XLA can call oneDNN here and oneDNN computes the right result."""
     if not _is_tried():
         return False
     plain = (1, 1, 1)
@@ -111,10 +125,11 @@ def has_library() -> bool:
                 )
             )(x, kernel, bias)
             is_right = bool(jnp.allclose(found, expected, rtol=1e-4, atol=1e-4))
-        except jax.errors.JaxRuntimeError:  # another kind of CPU, or no such target
+        except jax.errors.JaxRuntimeError:  # another CPU, or no such call
             return False
-    # XLA cannot store a program that calls the library. JAX, asked to keep compiled
-    # programs, would say so of each; compiling one again takes a few seconds.
+    # XLA cannot store a program that calls the library. If JAX is asked to keep
+    # compiled programs, it warns about each of them. The warning is hidden, because
+    # compiling a program again only takes a few seconds.
     warnings.filterwarnings("ignore", "Error writing persistent .*std::bad_alloc")
     return is_right
 
@@ -126,7 +141,7 @@ def _native(
         x,
         kernel,
         window_strides=strides,
-        # Not "SAME": with a stride that pads even sizes on the far side alone.
+        # With a stride, "SAME" would pad axes of even size only at their end.
         padding=[(size // 2, size // 2) for size in kernel.shape[:3]],
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
     )
@@ -157,7 +172,11 @@ def _library_call(
     *bias: jax.Array,
     fused: Sequence[str] = (),
 ) -> jax.Array:
-    """oneDNN's convolution, with what it is to do with each sum afterwards."""
+    """Calls oneDNN's convolution.
+
+    Args:
+      fused: the operations that oneDNN applies to each sum, in this order.
+    """
     half = [size // 2 for size in kernel.shape[:3]]
     tensor = {"dims": 5, "data": {"feature_dim": 4, "spatial_dims": [1, 2, 3]}}
     filters = {
@@ -213,7 +232,7 @@ def _backward(
     if not _is_plain(kernel, strides):
         _, transpose = jax.vjp(functools.partial(_native, strides=strides), x, kernel)
         return transpose(cotangent)
-    # The gradient of a sum over neighbours is the sum over the same ones, mirrored.
+    # The gradient of a sum over neighbours is the sum over the mirrored neighbours.
     mirrored = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
     by_x = _library_call(cotangent, mirrored, strides)
     return by_x, _kernel_gradient(x, cotangent)
@@ -223,12 +242,14 @@ _by_library.defvjp(_forward, _backward)
 
 
 def _kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """[3, 3, 3, in, out]: each of the 27 is a product of x, displaced, and cotangent.
+    """Returns the gradient by the kernel, [3, 3, 3, channels, features].
 
-    As matrix products over the voxels of one section, which fit the cache. A row of
-    the left matrix is a window of r + 2 voxels along x, one of the right r voxels of
-    three sections: so few channels make matrices wide enough. Of the (r + 2) · r pairs
-    of voxels 3 · r are displaced by -1, 0 or 1.
+    Each of the 27 matrices is the product of the displaced x and the cotangent. These
+    products are computed section by section, because one section fits into the cache.
+    A row of the left matrix is a window of r + 2 voxels along x. A row of the right
+    matrix has r voxels of each of three sections. So the matrices are wide enough even
+    with few channels. Among the (r + 2) · r pairs of voxels, 3 · r pairs are displaced
+    by -1, 0 or 1 along x, and only these pairs are used.
     """
     batch, depth, height, width, channels = x.shape
     features = cotangent.shape[-1]
@@ -246,13 +267,14 @@ def _kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
         sums: list[jax.Array], index: jax.Array
     ) -> tuple[list[jax.Array], None]:
         section = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-        # Padded here, in the cache: a padded copy of all x would double the time.
+        # The section is padded here, while it is in the cache. A padded copy of all
+        # sections would double the time.
         section = jnp.pad(section, ((1, 1), (1, 1), (0, 0)))
         starts = [section[:, i : i + width] for i in range(0, r + 2, r)]
         left = jnp.concatenate(
             [start.reshape(height + 2, rows, r * channels) for start in starts], -1
         )
-        # x of section z meets the cotangent of z + 1, z and z - 1.
+        # Section z of x is multiplied by the cotangent of sections z + 1, z and z - 1.
         right = jnp.concatenate([cotangent_at(index, dz) for dz in (1, 0, -1)], -1)
         return [
             total

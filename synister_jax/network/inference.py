@@ -20,7 +20,8 @@ from synister_jax.network import checkpoint, convolution, input_scaling, model, 
 
 Variables = dict[str, Any]  # {"params", "batch_stats"}
 
-# What the runs of one mean must agree in; how crops are scaled is the same for all.
+# Networks can only be averaged if their runs agree in these settings. The scaling of
+# the crops is the same for all networks.
 _COMMON = ("classes", "crop_shape_zyx", "voxel_size_nm_zyx")
 
 
@@ -30,21 +31,25 @@ def make_classify(
     views: int = 1,
     temperature: float | None = None,
 ) -> Callable[[Variables, jax.Array], jax.Array]:
-    """Jitted (variables, uint8 records [batch, *record]) → probabilities [batch, k].
+    """Returns a compiled function that classifies a batch of records.
 
-    The batch is split over the mesh; crops are taken from the records' middle. Every
-    process gets all probabilities.
+    The function takes the variables and the records, uint8 [batch, *record]. It returns
+    the probabilities, float32 [batch, classes]. The batch is split over the mesh. The
+    crops are cut from the middle of the records. Every process gets all probabilities.
 
     Args:
-      views: 1, or 8 for the mean of the probabilities over the symmetries of the
-        section plane: mirrored in y, in x, transposed. The published training mirrors
-        every axis and transposes y with x (train_pipeline.py); these 8 keep the label
-        whatever the thickness of the sections.
-      temperature: that the logits are divided by (calibration.py); None: they are
-        taken as they are.
+      config: the config of the run.
+      mesh: the device mesh.
+      views: 1, or 8 for the mean of the probabilities over the 8 symmetries of the
+        section plane (mirrored in y, mirrored in x, y and x swapped). The published
+        training mirrors every axis and swaps y with x (train_pipeline.py). The 8 views
+        keep the label for any thickness of the sections.
+      temperature: the number that the logits are divided by (calibration.py). With
+        None the logits are not changed.
 
     Raises:
-      UserError: other views, or 8 of crops that are not square in y and x.
+      UserError: views is neither 1 nor 8, or views is 8 and the crops are not square
+        in y and x.
     """
     network = model.from_config(config, sharding.head_input(mesh))
     crop_shape_zyx = tuple(config.crop_shape_zyx)
@@ -64,8 +69,8 @@ def make_classify(
         crops = input_scaling.centre(records, crop_shape_zyx)
         if views == 1:
             return probabilities(variables, crops)
-        # One after the other: the network is compiled once, and holds one view's
-        # activations.
+        # The views are computed one after another. So the network is compiled once, and
+        # only the activations of one view are in memory.
         each = jax.lax.map(
             lambda index: probabilities(variables, _view(crops, index)),
             jnp.arange(views),
@@ -81,7 +86,7 @@ def make_classify(
 
 
 def _view(crops: jax.Array, index: jax.Array) -> jax.Array:
-    """One of the 8 symmetries of the section plane, of crops [batch, z, y, x]."""
+    """Returns one of the 8 views of crops [batch, z, y, x] (see `make_classify`)."""
     crops = jnp.where(index & 1, jnp.flip(crops, 2), crops)
     crops = jnp.where(index & 2, jnp.flip(crops, 3), crops)
     return jnp.where(index & 4, crops.swapaxes(2, 3), crops)
@@ -89,7 +94,7 @@ def _view(crops: jax.Array, index: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """One checkpoint of a mean, its variables on every device."""
+    """One of the averaged checkpoints, with its variables on every device."""
 
     workdir: pathlib.Path
     step: int
@@ -112,7 +117,8 @@ class _Member:
             abstract_variables(config), sharding.replicated(mesh)
         )
         variables = checkpoint.load_variables(workdir, chosen, abstract, config)
-        # Not left to the probabilities: oneDNN's ReLU makes 0 of NaN.
+        # The parameters are checked here, because the probabilities can hide a NaN:
+        # oneDNN's ReLU turns it into 0.
         if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
             raise UserError(
                 f"{workdir}, step {chosen}: parameters are NaN or infinite; choose "
@@ -122,20 +128,23 @@ class _Member:
 
 
 class Classifier:
-    """Checkpoints, ready to classify crops: the mean of their probabilities.
+    """One or several checkpoints that classify crops, with averaged probabilities.
 
     Args:
-      members: (folder of the run, step) of each checkpoint, the latest step when None;
-        the run's config.json says what the network is. All count alike.
-      batch_size: crops that are computed at once.
-      views: of every crop, 1 or 8; see `make_classify`.
-      temperature: of one checkpoint and one view, see `make_classify`.
+      members: (folder of the run, step) of each checkpoint. With the step None, the
+        latest checkpoint of the run is used. The network is built from the run's
+        config.json. All checkpoints have the same weight in the mean.
+      batch_size: number of crops that are classified at once.
+      mesh: the device mesh.
+      views: number of views of every crop, 1 or 8; see `make_classify`.
+      temperature: see `make_classify`; only for one checkpoint and one view.
 
     Raises:
-      UserError: no run, no such checkpoint, one of another architecture, or one whose
-        parameters are not finite; runs that
-        differ in classes, crop or voxel size; views that the crops do not have; a
-        temperature for several checkpoints or views.
+      UserError: a folder is not a run, or has no such checkpoint; a checkpoint has
+        another architecture, or parameters that are not finite; the runs differ in
+        classes, crop shape or voxel size; the crops do not have these views; the
+        devices do not divide the batch size; or there is a temperature for several
+        checkpoints or views.
     """
 
     def __init__(
@@ -152,7 +161,7 @@ class Classifier:
         configs = [checkpoint.load_config(workdir) for workdir, _ in members]
         for (workdir, _), config in zip(members, configs, strict=True):
             _require_alike(members[0][0], configs[0], workdir, config)
-        self.config = configs[0]  # of the first; the networks of others may differ
+        self.config = configs[0]  # the first run's; other networks may differ
         self.batch_size, self.views = batch_size, views
         self.temperature = temperature
         self._batch_sharding = sharding.batch(mesh)
@@ -168,7 +177,7 @@ class Classifier:
 
     @functools.cached_property
     def members(self) -> list[dict[str, Any]]:
-        """{workdir, step, parameters_sha256} of each checkpoint, for provenance."""
+        """Workdir, step and parameters_sha256 of each checkpoint, for provenance."""
         return [
             {
                 "workdir": str(member.workdir),
@@ -179,7 +188,7 @@ class Classifier:
         ]
 
     def __call__(self, records: np.ndarray) -> np.ndarray:
-        """uint8 [n, *record] → float32 probabilities [n, classes]."""
+        """Classifies records, uint8 [n, *record]; returns float32 [n, classes]."""
         parts = [np.zeros((0, len(self.classes)), np.float32)]
         for first in range(0, len(records), self.batch_size):
             batch = self.put(records[first : first + self.batch_size])
@@ -187,9 +196,10 @@ class Classifier:
         return np.concatenate(parts)[: len(records)]
 
     def put(self, records: Sequence[np.ndarray] | np.ndarray) -> jax.Array:
-        """n ≤ batch_size uint8 records → [batch_size, *record] on the devices.
+        """Copies at most `batch_size` uint8 records to the devices.
 
-        Filled up with zeros. Returns when the transfer is complete.
+        Returns uint8 [batch_size, *record] when the transfer is complete. Zeros fill
+        the places without a record.
         """
         filled = np.zeros((self.batch_size, *records[0].shape), np.uint8)
         for place, record in enumerate(records):
@@ -197,26 +207,28 @@ class Classifier:
         return jax.block_until_ready(jax.device_put(filled, self._batch_sharding))
 
     def start(self, batch: jax.Array) -> jax.Array:
-        """Batch on the devices → float32 probabilities [batch_size, classes].
+        """Starts to classify a batch that `put` returned.
 
-        Does not wait for them. Every process gets all.
+        Returns the probabilities, float32 [batch_size, classes], without waiting until
+        they are computed. Every process gets the probabilities of the whole batch.
         """
         each = [member.classify(member.variables, batch) for member in self._members]
         return each[0] if len(each) == 1 else self._mean(each)
 
 
 def require_one(members: int, views: int) -> None:
-    """Raises `UserError` where a temperature would be of several networks or views."""
+    """Raises `UserError` if there are several networks or views for one temperature."""
     if members > 1 or views > 1:
         raise UserError(
             "--calibrated: the temperature was fitted for one network and one view, "
-            f"here are {members} and {views}; leave it out, or ask for one of each"
+            f"but {members} network(s) and {views} view(s) are asked for; leave out "
+            "--calibrated, or ask for one network and one view"
         )
 
 
 @contextlib.contextmanager
 def told_if_too_large(batch_size: int) -> Iterator[None]:
-    """Raises `UserError` where a batch, or what is computed of it, has no room."""
+    """Turns an error about too little memory for a batch into a `UserError`."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -229,7 +241,7 @@ def told_if_too_large(batch_size: int) -> Iterator[None]:
 
 
 def abstract_variables(config: ml_collections.ConfigDict) -> Variables:
-    """Shapes and types of the network's variables."""
+    """Returns the shapes and dtypes of the network's variables."""
     network = model.from_config(config)
     crops = jnp.zeros((1, *config.crop_shape_zyx), jnp.float32)
     return jax.eval_shape(
@@ -247,13 +259,13 @@ def _require_alike(
         a, b = list(first_config[name]), list(other_config[name])
         if a != b:
             raise UserError(
-                f"{first} has {name} {a}, {other} has {b}; only runs with the same can "
-                "be averaged"
+                f"{first} has {name} {a}, {other} has {b}; only runs that agree in "
+                "this can be averaged"
             )
 
 
 def _mean(each: Sequence[jax.Array]) -> jax.Array:
-    """Float32 sum in this order, divided by the number."""
+    """Returns the mean. The float32 values are always added in the given order."""
     return sum(each[1:], start=each[0]) / len(each)
 
 

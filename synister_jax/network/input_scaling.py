@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every network gets: the middle of a record, from bytes to [-1, 1]."""
+"""Makes the input of a network: cuts the middle of a record and scales its values."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 
 def centre(records: jax.Array, crop_shape_zyx: Sequence[int]) -> jax.Array:
-    """The middle of each record, scaled as in the original; no randomness.
+    """Returns the middle of each record, scaled to [-1, 1] as in the original.
 
     Args:
-      records: uint8 [batch, z, y, x], with or without context around the crop.
-      crop_shape_zyx: what the network takes.
+      records: uint8 [batch, z, y, x], with or without a context margin around the crop.
+      crop_shape_zyx: size of the network's input in voxels.
 
     Returns:
-      float32 [batch, *crop_shape_zyx], a voxel v being v / 255 · 2 - 1.
+      float32 [batch, *crop_shape_zyx]; a voxel of value v becomes v / 255 · 2 - 1.
     """
     middle = tuple(
         slice((r - c) // 2, (r - c) // 2 + c)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm, and the maximum over blocks, with gradients written out.
+"""Batch norm and the maximum over blocks, with gradients written by hand.
 
-What XLA derives reads the activations many times over on a CPU: docs/speed.md.
+On a CPU the gradients that XLA derives read the activations many times; docs/speed.md
+has the measurements.
 """
 
 import functools
@@ -14,17 +15,18 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-_EPSILON = 1e-5  # of batch norm, PyTorch's default
+_EPSILON = 1e-5  # PyTorch's default for batch norm
 
 
 @jax.custom_vjp
 def _normalised_by_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(batch norm of x over all axes but the last, mean and variance of the batch).
+    """Returns (batch norm of x, mean and variance of the batch).
 
-    The gradient is of the first alone. It is written out, in two passes over the
-    activations: what XLA derives takes twice as long on a CPU.
+    All axes but the last are averaged over. Only the first result has a gradient. It is
+    written by hand with two passes over the activations. The gradient that XLA derives
+    takes twice as long on a CPU.
     """
     return _normalised_forward(x, scale, bias)[0]
 
@@ -42,9 +44,9 @@ def _normalised_forward(
 
 
 def _normalised_backward(saved: tuple, cotangents: tuple) -> tuple:
-    """Ioffe and Szegedy 2015, section 3."""
+    """Computes the gradient as in Ioffe and Szegedy 2015, section 3."""
     x, scale, mean, var = saved
-    # Computed once, not again for each of its uses.
+    # The barrier stops XLA from computing the cotangent again for each of its uses.
     cotangent = jax.lax.optimization_barrier(cotangents[0])
     axes = tuple(range(x.ndim - 1))
     full = cotangent.astype(mean.dtype)
@@ -62,7 +64,10 @@ _normalised_by_batch.defvjp(_normalised_forward, _normalised_backward)
 
 
 class BatchNorm(nn.Module):
-    """PyTorch's, over all axes but the last: its momentum 0.1 is 0.9 here."""
+    """PyTorch's batch norm over all axes but the last.
+
+    PyTorch's momentum of 0.1 means that an average keeps 0.9 of its old value.
+    """
 
     features: int
 
@@ -74,12 +79,13 @@ class BatchNorm(nn.Module):
         self.var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
     def of_batch(self, x: jax.Array, added: jax.Array | float = 0.0) -> jax.Array:
-        """x with the batch's own mean and variance; moves the averages towards them.
+        """Normalises x by the batch's mean and variance, and updates the averages.
 
         Args:
-          added: a constant of each feature that belongs to x, as a convolution's bias
-            does. The batch's mean takes it away again, so only the average has it, and
-            its gradient is 0.
+          x: [batch, …, features].
+          added: a constant per feature that belongs to x, for example the bias of a
+            convolution. Subtracting the batch's mean removes this constant, so it only
+            enters the average of the mean, and its gradient is 0.
         """
         y, mean, var = _normalised_by_batch(x, self.scale, self.bias)
         if not self.is_initializing():
@@ -88,13 +94,19 @@ class BatchNorm(nn.Module):
         return y
 
     def of_average(self) -> tuple[jax.Array, jax.Array]:
-        """(factor, shift): with the averages the layer is x · factor + shift."""
+        """Returns factor and shift: with the averages, the layer is x · factor + shift.
+
+        Both are float32 [features].
+        """
         factor = self.scale * jax.lax.rsqrt(self.var.value + _EPSILON)
         return factor, self.bias - self.mean.value * factor
 
 
 def _blocks(x: jax.Array, factors: Sequence[int]) -> jax.Array:
-    """[b, z, y, x, f] → [b, z', fz, y', fy, x', fx, f] for `factors` (fz, fy, fx)."""
+    """Splits the axes z, y and x into blocks of `factors` (fz, fy, fx).
+
+    The shape [b, z, y, x, f] becomes [b, z/fz, fz, y/fy, fy, x/fx, fx, f].
+    """
     batch, *sizes, features = x.shape
     split = [
         n
@@ -106,10 +118,14 @@ def _blocks(x: jax.Array, factors: Sequence[int]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: jax.Array, factors: tuple[int, int, int]) -> jax.Array:
-    """Maximum over blocks of `factors` (z, y, x), which divide the sizes of x.
+    """Returns the maximum over blocks of x, [batch, z, y, x, features].
 
-    As a reduction over split axes: XLA's windowed maximum has a gradient that takes
-    six times longer on a CPU. Equal maxima share the gradient.
+    The maximum is a reduction over split axes, because the gradient of XLA's windowed
+    maximum takes six times longer on a CPU. If several voxels of a block have the
+    maximum, they share the gradient equally.
+
+    Args:
+      factors: size of a block (z, y, x); it must divide the shape of x.
     """
     return _blocks(x, factors).max(axis=(2, 4, 6))
 
@@ -117,7 +133,8 @@ def max_pool(x: jax.Array, factors: tuple[int, int, int]) -> jax.Array:
 def _max_pool_forward(
     x: jax.Array, factors: tuple[int, int, int]
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Without it XLA would compute batch norm anew for each voxel of a block.
+    # Without the barrier, XLA would compute the batch norm again for each voxel of a
+    # block.
     x = jax.lax.optimization_barrier(x)
     pooled = max_pool(x, factors)
     return pooled, (x, pooled)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published networks in Flax Linen: VGG3D, and the ResNet-18 of BANC.
 
-Both compute in `dtype`; parameters, batch statistics and the sums that these are made
-of stay float32, and so do the logits.
+Both networks compute in `dtype`. The parameters, the batch statistics, the sums from
+which the statistics are computed, and the logits are always float32.
 """
 
 import math
@@ -19,9 +19,11 @@ from synister_jax.base.errors import UserError
 from synister_jax.network import convolution
 from synister_jax.network.layers import BatchNorm, max_pool
 
-# PyTorch's default for convolutions and dense layers: U(±1/√fan_in), bias included.
+# PyTorch initialises the kernels and biases of convolutions and dense layers like this
+# by default: uniform between ±1/√fan_in.
 _KERNEL_INIT = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# Those of torchvision's video ResNets: He et al. 2015, and N(0, 0.01) for the logits.
+# torchvision initialises its video ResNets like this: the kernels as in He et al. 2015,
+# the weights of the logits from a normal distribution of standard deviation 0.01.
 _RESNET_KERNEL_INIT = initializers.variance_scaling(2, "fan_out", "normal")
 _RESNET_DENSE_INIT = initializers.normal(0.01)
 
@@ -38,7 +40,11 @@ def _bias_init(fan_in: int) -> Callable[..., jax.Array]:
 
 
 class Conv3D(nn.Module):
-    """Parameters of a 3×3×3 convolution with bias, stride 1, zero padding 1."""
+    """The parameters of a 3×3×3 convolution with bias, stride 1 and zero padding 1.
+
+    A call with the number of input channels returns the kernel
+    [3, 3, 3, channels, features] and the bias [features], both float32.
+    """
 
     features: int
 
@@ -52,27 +58,39 @@ class Conv3D(nn.Module):
         return kernel, bias
 
 
-# Kernel, bias and batch norm of each convolution of each level.
+# For each level, a list with the kernel, bias and batch norm of each convolution.
 _Levels = list[list[tuple[jax.Array, jax.Array, BatchNorm]]]
 
 
 def _folded(
     kernel: jax.Array, bias: jax.Array | float, norm: BatchNorm, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of a convolution and the batch norm after it as one."""
+    """Returns kernel and bias of a convolution that includes its batch norm."""
     factor, shift = norm.of_average()
     return (kernel * factor).astype(dtype), (bias * factor + shift).astype(dtype)
 
 
 class VGG3D(nn.Module):
-    """[batch, z, y, x] in [-1, 1] → logits [batch, classes].
+    """The VGG network of the original: crops in, logits out.
 
-    Each level: (convolution, batch norm, ReLU) × n, then max-pool; the head: flatten,
-    two hidden dense layers with ReLU and dropout, logits.
+    The input is [batch, z, y, x] with values in [-1, 1]. The output is float32
+    [batch, classes]. Each level repeats (convolution, batch norm, ReLU) and ends with a
+    max-pool. The head flattens the features, applies two hidden dense layers with ReLU
+    and dropout, and computes the logits.
 
     Attributes:
-      head_sharding: of what enters and leaves the hidden dense layers [batch, …],
-        where these are split over devices. None leaves it to the compiler.
+      classes: number of network outputs.
+      features: number of channels in the first level.
+      feature_multipliers: per level, the factor by which the next level has more
+        channels.
+      downsample_factors: per level, the factors (z, y, x) of the max-pool.
+      convolutions: per level, the number of convolutions.
+      dense_features: number of outputs of each hidden dense layer.
+      dropout: probability that an output of a hidden dense layer is set to 0 while
+        training.
+      dtype: the floating-point type that the network computes in.
+      head_sharding: how the inputs and outputs [batch, …] of the hidden dense layers
+        are split over the devices. With None the compiler decides.
     """
 
     classes: int
@@ -93,7 +111,8 @@ class VGG3D(nn.Module):
             x = self._features_of_batch(levels, x)
         else:
             x = self._features(levels, x)
-        # Channels first, so that the original's dense weights fit as they are.
+        # The channels come first, because the dense weights of the original expect the
+        # flattened features in this order.
         x = x.transpose(0, 4, 1, 2, 3).reshape(len(x), -1)
         x = self._gathered(x)
         for i in range(2):
@@ -124,7 +143,7 @@ class VGG3D(nn.Module):
         return x
 
     def _features(self, levels: _Levels, x: jax.Array) -> jax.Array:
-        """With batch norm folded into the convolutions."""
+        """Computes the features for inference: convolutions include the batch norm."""
         folded = [
             [_folded(kernel, bias, norm, self.dtype) for kernel, bias, norm in layers]
             for layers in levels
@@ -157,13 +176,17 @@ class VGG3D(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """[batch, z, y, x] in [-1, 1] → logits [batch, classes].
+    """The ResNet-18 of BANC: crops in, logits out.
 
-    The layout of torchvision's r3d_18 for one input channel: a stem, four layers of
-    two residual blocks, mean over positions, logits.
+    The input is [batch, z, y, x] with values in [-1, 1]. The output is float32
+    [batch, classes]. The layout is torchvision's r3d_18 for one input channel: a stem,
+    four layers of two residual blocks, the mean over all positions, and the logits.
 
     Attributes:
-      head_sharding: of the pooled features [batch, 512]; None as for VGG3D.
+      classes: number of network outputs.
+      dtype: the floating-point type that the network computes in.
+      head_sharding: how the pooled features [batch, 512] are split over the devices.
+        With None the compiler decides.
     """
 
     classes: int
@@ -194,9 +217,10 @@ class ResNet18(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut; the first and the shortcut have the stride.
+    """Two convolutions whose result is added to a shortcut of the input.
 
-    Without a stride the shortcut is the input itself: features do not change then.
+    The first convolution and the shortcut have the stride. With stride 1 the shortcut
+    is the input itself, because the number of features does not change then.
     """
 
     features: int
@@ -221,7 +245,7 @@ class _ResidualBlock(nn.Module):
 
 
 class _Kernel(nn.Module):
-    """Parameters of a convolution without bias, zero padding of half its odd size."""
+    """The kernel of a convolution without bias; its size is odd along every axis."""
 
     features: int
     shape_zyx: tuple[int, int, int]
@@ -239,7 +263,7 @@ def _normalised(
     strides_zyx: tuple[int, int, int],
     train: bool,
 ) -> jax.Array:
-    """Batch norm of a convolution without bias."""
+    """Returns the batch norm of a convolution that has no bias of its own."""
     if train:
         return norm.of_batch(convolution.conv3d(x, kernel.astype(x.dtype), strides_zyx))
     kernel, bias = _folded(kernel, 0.0, norm, x.dtype)
@@ -247,7 +271,11 @@ def _normalised(
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
-    """Raises `UserError` for one that the networks do not compute in."""
+    """Returns the floating-point type that the networks compute in.
+
+    Raises:
+      UserError: config.compute_dtype is neither float32 nor bfloat16.
+    """
     dtype = config.get("compute_dtype", "float32")
     if dtype not in _DTYPES:
         raise UserError(
@@ -260,14 +288,16 @@ def from_config(
     config: ml_collections.ConfigDict,
     head_sharding: jax.sharding.NamedSharding | None = None,
 ) -> VGG3D | ResNet18:
-    """The network of a config.
+    """Returns the network that a config describes.
 
     Args:
-      head_sharding: of the features [batch, …] that enter the dense head.
+      config: the config of a run.
+      head_sharding: how the features [batch, …] that enter the dense head are split
+        over the devices. With None the compiler decides.
 
     Raises:
-      UserError: no such network or compute_dtype, or a crop that does not fit the
-        levels of VGG3D.
+      UserError: the config names an unknown network or compute_dtype, has an impossible
+        setting of VGG3D, or has a crop shape that the levels of VGG3D do not divide.
     """
     settings = config.model
     network = settings.get("network", "vgg3d")
@@ -284,29 +314,34 @@ def from_config(
         )
     for name in ("features", "dense_features"):
         if settings[name] < 1:
-            raise UserError(f"config.model.{name} is {settings[name]}; at least 1")
+            raise UserError(
+                f"config.model.{name} is {settings[name]}; it must be at least 1"
+            )
     if not 0 <= settings.dropout < 1:
         raise UserError(
-            f"config.model.dropout is {settings.dropout}; it lies in [0, 1)"
+            f"config.model.dropout is {settings.dropout}; it must be at least 0 and "
+            "below 1"
         )
     if any(len(f) != 3 or min(f) < 1 for f in settings.downsample_factors):
         raise UserError(
             f"config.model.downsample_factors are {settings.downsample_factors}; each "
-            "level needs three (z, y, x) of at least 1"
+            "level needs three factors (z, y, x), and each must be at least 1"
         )
     levels = len(settings.downsample_factors)
     for name in ("feature_multipliers", "convolutions"):
         if len(settings[name]) != levels:
             raise UserError(
-                f"config.model.{name} has {len(settings[name])} entries for "
-                f"{levels} levels (config.model.downsample_factors)"
+                f"config.model.{name} has {len(settings[name])} entries, but "
+                f"config.model.downsample_factors has {levels} levels; give one entry "
+                "for each level"
             )
     for axis, size in enumerate(config.crop_shape_zyx):
         factor = math.prod(factors[axis] for factors in settings.downsample_factors)
         if size % factor:
             raise UserError(
                 f"config.crop_shape_zyx[{axis}] = {size} is not divisible by the "
-                f"product {factor} of its downsample_factors"
+                f"product {factor} of the downsample_factors along this axis; change "
+                "the crop shape or the factors"
             )
     return VGG3D(
         **common,

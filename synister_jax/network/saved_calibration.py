@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The temperature fitted to a checkpoint, in the file that calibrate.py writes."""
+"""Reads the temperature of a checkpoint from the file that `calibrate` writes."""
 
 import pathlib
 from collections.abc import Sequence
@@ -16,30 +16,35 @@ _NAMES = _IDENTITY | {"temperature", "precision_target", "abstain_below"}
 
 
 def load(members: Sequence[tuple[str, int]], views: int) -> dict[str, Any]:
-    """What was fitted, for predicting with these (workdir, step).
+    """Returns the content of the calibration file of the one checkpoint in `members`.
+
+    Args:
+      members: (workdir, step) of the checkpoints to predict with.
+      views: number of views per crop to predict with.
 
     Raises:
-      UserError: there is none, it is not of this run's crops or classes, or there are
-        several networks or views.
+      UserError: there are several checkpoints or views; the checkpoint has no
+        calibration file; or the file belongs to other crops, classes or another step.
     """
     inference.require_one(len(members), views)
     [(workdir, step)] = members
     folder = pathlib.Path(workdir)
     config, fitted = checkpoint.load_config(folder), read(folder, step)
     expected = {"step": step, "part": FITTED_ON, "classes": list(config.classes)}
-    if config.get("crops_sha256"):  # of imported weights nobody knows the crops
+    if config.get("crops_sha256"):  # unknown for imported weights
         expected["crops"] = config.crops_sha256
     for name, value in expected.items():
         if fitted[name] != value:
             raise UserError(
-                f"{path_of(folder, step)} is of {name} {fitted[name]}, the checkpoint "
-                f"of {value}; run evaluate --part=validation and calibrate again"
+                f"{path_of(folder, step)} was fitted with {name} {fitted[name]}, but "
+                f"the checkpoint has {value}; run evaluate --part=validation and "
+                "calibrate again"
             )
     return fitted
 
 
 def require_parameters(fitted: dict[str, Any], parameters_sha256: str) -> None:
-    """Raises `UserError` where the fit is known to be of other parameters."""
+    """Raises `UserError` if the calibration is known to belong to other parameters."""
     if fitted["parameters_sha256"] not in (None, parameters_sha256):
         raise UserError(
             f"the calibration of step {fitted['step']} was fitted to parameters that "
@@ -49,18 +54,25 @@ def require_parameters(fitted: dict[str, Any], parameters_sha256: str) -> None:
 
 
 def path_of(workdir: pathlib.Path, step: int) -> pathlib.Path:
-    """Of the file, whether it is there or not."""
+    """Returns the path of the calibration file, even if the file does not exist."""
     return workdir / "calibration" / f"step-{step}.json"
 
 
 def read(workdir: pathlib.Path, step: int) -> dict[str, Any]:
-    """What calibrate.py has written; `UserError` where there is nothing of it."""
+    """Returns the content of the calibration file of a step.
+
+    Raises:
+      UserError: the file does not exist, lacks an entry, or has an impossible
+        temperature.
+    """
     path = path_of(workdir, step)
     if not path.exists():
-        raise UserError(f"{path} is not there; {_how_to_fit(workdir, step)}")
+        raise UserError(f"{path} does not exist; {_how_to_fit(workdir, step)}")
     fitted = files.read_json(path)
     if not isinstance(fitted, dict) or not _NAMES <= fitted.keys():
-        raise UserError(f"{path} is not what was written; {_how_to_fit(workdir, step)}")
+        raise UserError(
+            f"{path} is not a file that calibrate wrote; {_how_to_fit(workdir, step)}"
+        )
     temperature, (low, high) = fitted["temperature"], calibration.BOUNDS
     if not (isinstance(temperature, float | int) and low <= temperature <= high):
         raise UserError(

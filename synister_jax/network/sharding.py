@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes, the device mesh, and the shardings in use.
+"""Defines how arrays are split over processes and devices.
 
-Mesh axes: `model` are devices that share the dense head, `data` the groups of them.
-Crops are split over all devices, so convolutions are data-parallel everywhere; the
-matrices of the head, 99.8 % of VGG3D's parameters, are split over `model`.
+The device mesh has two axes. The devices along the axis `model` share one dense head.
+The axis `data` counts these groups of devices. The crops of a batch are split over all
+devices, so every device computes the convolutions of its own crops. The matrices of the
+head hold 99.8 % of VGG3D's parameters; they are split over `model`.
 """
 
 import re
@@ -18,24 +19,30 @@ from synister_jax.base.errors import UserError
 
 
 def join_processes(coordinator: str, processes: int | None, index: int | None) -> None:
-    """Makes this process one of several that train together; call it before JAX runs.
+    """Joins this process to the others that train together; call it before JAX runs.
 
     Args:
-      coordinator: host:port of process 0, or `auto` where the cluster says all three
-        (Slurm, Open MPI, Cloud TPU).
+      coordinator: host:port of process 0, or `auto` on a cluster that tells JAX all
+        three values (Slurm, Open MPI, Cloud TPU).
+      processes: number of all processes; ignored with `auto`.
+      index: number of this process, from 0; ignored with `auto`.
+
+    Raises:
+      UserError: the three values do not fit together, or the processes cannot connect.
     """
     mend = (
-        "give host:port of process 0 with --processes and --process_index, the same "
-        "command in every process"
+        "give host:port of process 0 together with --processes and --process_index; "
+        "start every process with the same command, except for its --process_index"
     )
     if coordinator != "auto":
         if not re.fullmatch(r".+:\d+", coordinator):
             raise UserError(f"--coordinator={coordinator}: {mend}")
         if processes is None or index is None or index >= processes:
             raise UserError(
-                f"--processes={processes} --process_index={index}: {mend}, from 0"
+                f"--processes={processes} --process_index={index}: {mend}, which "
+                "counts from 0"
             )
-        print(f"process {index} of {processes}: waiting for all", flush=True)
+        print(f"process {index} of {processes}: waiting for all processes", flush=True)
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
@@ -48,18 +55,22 @@ def join_processes(coordinator: str, processes: int | None, index: int | None) -
 def make_mesh(
     devices: Sequence[jax.Device] | None = None, head_devices: int = 1
 ) -> Mesh:
-    """All devices (or these), `head_devices` of them to a group that shares the head.
+    """Returns the device mesh, with the axes `data` and `model`.
+
+    Args:
+      devices: the devices to use; None uses all of them.
+      head_devices: how many devices share one dense head (the length of `model`).
 
     Raises:
-      UserError: the devices do not divide into such groups.
+      UserError: `head_devices` does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if head_devices < 1 or len(devices) % head_devices:
         raise UserError(
             f"config.head_devices = {head_devices} does not divide the "
-            f"{len(devices)} devices"
+            f"{len(devices)} devices; choose a divisor of this number"
         )
-    # Auto, not Explicit: Linen's Dropout does not run under explicit axes.
+    # The axes are Auto, because Linen's Dropout does not run under Explicit axes.
     return jax.make_mesh(
         (len(devices) // head_devices, head_devices),
         ("data", "model"),
@@ -69,22 +80,25 @@ def make_mesh(
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices."""
+    """Returns the sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "model")))
 
 
 def head_input(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over `data` alone: each group has its crops' features."""
+    """Returns the sharding that splits the leading axis over `data` only.
+
+    Every device of a group then has the features of all crops of the group.
+    """
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def abstract(tree: Any, sharding: NamedSharding) -> Any:
-    """Shapes and types of a tree's arrays, placed as `sharding` says."""
+    """Returns the shapes and dtypes of a tree's arrays, all with this sharding."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -92,9 +106,11 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def abstract_state(tree: Any, mesh: Mesh) -> Any:
-    """As `abstract`; matrices split by columns over `model`, all else replicated.
+    """Returns the shapes, dtypes and shardings of the arrays of a training state.
 
-    Moments and averages have the shape of what they belong to, hence its place.
+    Matrices are split by columns over `model`, if the number of devices divides the
+    number of columns. All other arrays are replicated. The optimiser's moments and the
+    averages have the shape of their parameter, so they get the same sharding.
     """
     groups = mesh.shape["model"]
 
@@ -108,23 +124,29 @@ def abstract_state(tree: Any, mesh: Mesh) -> Any:
 
 
 def shardings(abstract_tree: Any) -> Any:
-    """Where the arrays of an abstract tree are to lie."""
+    """Returns the shardings of the arrays of an abstract tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_tree)
 
 
 def local_places(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Places in the global batch, ascending, that this process must provide."""
+    """Returns the places in the global batch that this process must read, ascending."""
     places = np.arange(batch_size)
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([places[s] for s in slices]))
 
 
 def require_divisible(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
-    """Raises `UserError` unless every device gets as many crops, in every part."""
+    """Raises `UserError` unless every device gets equally many crops.
+
+    Args:
+      batch_size: crops of a batch, over all devices.
+      accumulate_steps: number of parts into which the batch is divided; the devices
+        must get equally many crops in every part.
+    """
     if batch_size % (mesh.size * accumulate_steps):
         parts = f" × {accumulate_steps} parts" if accumulate_steps > 1 else ""
         unit = mesh.size * accumulate_steps
         raise UserError(
             f"batch size {batch_size} is not divisible by {mesh.size} devices{parts}; "
-            f"make it {max(1, batch_size // unit) * unit}, or take fewer devices"
+            f"make it {max(1, batch_size // unit) * unit}, or use fewer devices"
         )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of the original PyTorch systems → variables of our networks.
+"""Converts checkpoints of the original PyTorch systems to variables of our networks.
 
-`load` reads the file, `vgg3d` or `resnet18` sort its arrays into our tree. Every array
-must find its place there, and every place its array.
+`load` reads the file. `vgg3d` and `resnet18` put its arrays into the tree of our
+network. Every array of the file must have a place in the tree, and every place must get
+an array.
 """
 
 import configparser
@@ -22,10 +23,11 @@ from synister_jax.network.inference import Variables
 
 _T = TypeVar("_T")
 
-# Our axis i is their axis _AXES[ndim][i]: convolutions are [out, in, z, y, x] there and
-# [z, y, x, in, out] here, dense weights [out, in] and [in, out].
+# Axis i of our array is axis _AXES[ndim][i] of the PyTorch array. The weights of a
+# convolution are [out, in, z, y, x] in PyTorch and [z, y, x, in, out] here. Dense
+# weights are [out, in] in PyTorch and [in, out] here.
 _AXES = {1: (0,), 2: (1, 0), 5: (2, 3, 4, 1, 0)}
-# BANC's crops were (z, x, y): its kernels' last axis is our y.
+# BANC's crops have the axes (z, x, y), so the last axis of its kernels is our y.
 _AXES_ZXY = _AXES | {5: (2, 4, 3, 1, 0)}
 
 _LAYER = {"kernel": "weight", "bias": "bias"}
@@ -36,26 +38,27 @@ _NORM |= {"var": "running_var"}
 def read_setup(
     path: pathlib.Path, base: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
-    """`base` with what an original setup says of its data and its network.
+    """Returns a config with the data and network settings of an original setup.
 
     Args:
-      path: the setup's folder, or its train_config.ini; a predict_config.ini of the
-        generation that repeats the training's keys does as well.
-      base: a config of VGG3D; keeps what an .ini does not know, as dense_features
-        (4096 in the original's code) and the augmentation.
+      path: the folder of the setup, or its train_config.ini. A predict_config.ini can
+        also be used if it repeats the keys of the training.
+      base: a config of VGG3D. The result keeps its settings that an .ini file does not
+        have, for example dense_features (4096 in the original's code) and the
+        augmentation.
 
     Raises:
-      UserError: no such file, or a key is missing or malformed.
+      UserError: the file does not exist, or a key is missing or malformed.
     """
     setup = _Setup(path)
     config = base.copy_and_resolve_references()
     if setup.read("network", str, "VGG") != "VGG":
-        raise setup.error("network", "only VGG can be imported")
+        raise setup.error("network", "only the network VGG can be imported")
     classes = setup.read("synapse_types", _words)
     if setup.read("neither_class", str, "False") == "True":
         classes = (*classes, "neither")
     if len(set(classes)) < len(classes):
-        raise setup.error("synapse_types", "a class is there twice")
+        raise setup.error("synapse_types", "a class is named twice")
     config.classes = classes
     config.crop_shape_zyx = setup.read("input_shape", _three_counts)
     config.voxel_size_nm_zyx = setup.read("voxel_size", _three_counts)
@@ -79,7 +82,7 @@ def read_setup(
 
 
 class _Setup:
-    """The one section of an original .ini that describes a network."""
+    """The section of an original .ini file that describes the network."""
 
     def __init__(self, path: pathlib.Path) -> None:
         names = ("train_config.ini", "predict_config.ini")
@@ -89,7 +92,7 @@ class _Setup:
                 raise UserError(f"{path} is not a setup: it has no {names[0]}")
             path = there[0]
         self._path = path
-        # Values are as they stand: a % in a path is no interpolation.
+        # Without interpolation, a % in a path stays a plain character.
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read_string(path.read_text(encoding="utf-8"))
@@ -104,12 +107,14 @@ class _Setup:
     def read(
         self, key: str, parse: Callable[[str], _T], default: _T | None = None
     ) -> _T:
-        """The parsed value; `UserError` where the key has neither value nor default."""
+        """Returns the parsed value; `UserError` if there is no value and no default."""
         text = self._section.get(key, "").strip()
         if not text and default is not None:
             return default
         if not text:
-            raise UserError(f"{self._path} has no key {key}; write it as in training")
+            raise UserError(
+                f"{self._path} has no key {key}; add the key with its value in training"
+            )
         try:
             return parse(text)
         except ValueError as error:
@@ -150,14 +155,15 @@ def _triples(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The state of the network in a checkpoint: name → array, float32 where floating.
+    """Returns the arrays of the network in a checkpoint, by name.
 
-    Arrays of a file in PyTorch's present (zip) format are mapped, not read. Nothing in
-    the file is run: it is unpickled by PyTorch's reader of tensors alone.
+    Floating-point arrays become float32. The arrays of a file in PyTorch's current
+    (zip) format are memory-mapped. No code in the file is run, because PyTorch reads
+    the file with its reader that accepts only tensors.
 
     Raises:
-      UserError: PyTorch is not installed, or the file is none of its state
-        dictionaries, whole and of tensors alone.
+      UserError: PyTorch is not installed, the file cannot be read or is damaged, or its
+        content is not a state dictionary of tensors.
     """
     try:
         import torch
@@ -173,11 +179,11 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a broken pickle can raise anything
+    except Exception as error:  # a broken pickle can raise any error
         raise UserError(
-            f"{path} is not a whole PyTorch checkpoint of tensors alone "
-            f"({type(error).__name__}): copy it again; where it holds other objects, "
-            "save its state_dict() instead"
+            f"{path} is not a whole PyTorch checkpoint that holds only tensors "
+            f"({type(error).__name__}): copy the file again; if it holds other "
+            "objects, save the state_dict() of the network instead"
         ) from None
     if isinstance(content, Mapping):
         content = content.get("model_state_dict", content)
@@ -188,14 +194,15 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray]:
         and all(isinstance(value, torch.Tensor) for value in content.values())
     ):
         raise UserError(
-            f"{path} holds no state dictionary: neither model_state_dict nor names "
-            "with tensors alone"
+            f"{path} holds no state dictionary: it has no model_state_dict and is not "
+            "itself a dictionary of names and tensors; save the state_dict() of the "
+            "network"
         )
     state = {}
     for key, value in content.items():
-        key = re.sub(r"^((_orig_mod|module)\.)+", "", key)  # compiled, or on many GPUs
+        key = re.sub(r"^((_orig_mod|module)\.)+", "", key)  # compiled or multi-GPU
         if key in state:
-            raise UserError(f"{path} has {key} twice, with and without a prefix")
+            raise UserError(f"{path} has {key} twice: with and without a prefix")
         value = value.detach()
         state[key] = (value.float() if value.is_floating_point() else value).numpy()
     return state
@@ -204,13 +211,18 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray]:
 def vgg3d(
     state: Mapping[str, np.ndarray], config: ml_collections.ConfigDict
 ) -> Variables:
-    """Variables of `model.VGG3D` from the original's Vgg3D.
+    """Returns the variables of `model.VGG3D` from the original's Vgg3D.
+
+    Args:
+      state: the arrays that `load` returns.
+      config: the config of the network.
 
     Raises:
-      UserError: a key is missing, unknown, or of another shape than config's.
+      UserError: an array is missing or unknown, or has another shape than the config
+        needs.
     """
     modules = {}
-    index = 0  # in the sequence of convolution, batch norm, ReLU, …, max-pool
+    index = 0  # in the sequence convolution, batch norm, ReLU, …, max-pool
     for level, convolutions in enumerate(config.model.convolutions):
         for i in range(convolutions):
             modules[f"level{level}_conv{i}"] = f"features.{index}"
@@ -225,18 +237,24 @@ def vgg3d(
 def resnet18(
     state: Mapping[str, np.ndarray], config: ml_collections.ConfigDict
 ) -> Variables:
-    """Variables of `model.ResNet18` from the r3d_18 of BANC.
+    """Returns the variables of `model.ResNet18` from the r3d_18 of BANC.
 
-    That network takes crops [z, x, y]; the imported one takes ours, [z, y, x].
+    BANC's network takes crops [z, x, y]. The imported network takes crops [z, y, x],
+    like all our networks.
+
+    Args:
+      state: the arrays that `load` returns.
+      config: the config of the network.
 
     Raises:
-      UserError: config's classes are not in alphabetical order, as the checkpoint's
-        are, or a key is missing, unknown, or of another shape than config's.
+      UserError: the classes of the config are not in the checkpoint's alphabetical
+        order; or an array is missing or unknown, or has another shape than the config
+        needs.
     """
     if list(config.classes) != sorted(config.classes):
         raise UserError(
             f"config.classes is {', '.join(config.classes)}; the outputs of a BANC "
-            "checkpoint are in alphabetical order"
+            "checkpoint are in alphabetical order: sort the classes"
         )
     modules = {"stem_conv": "stem.0", "stem_norm": "stem.1", "logits": "fc"}
     for layer in range(1, 5):
@@ -261,11 +279,13 @@ def _convert(
     modules: Mapping[str, str],
     axes: Mapping[int, tuple[int, ...]],
 ) -> Variables:
-    """The tree of config's network, its leaves from `state`.
+    """Returns the variables of the config's network, with the arrays of `state`.
 
     Args:
-      modules: our module, its path joined with dots → theirs.
-      axes: by number of dimensions; our axis i is their axis axes[ndim][i].
+      modules: for each of our modules (its path joined with dots), the name of the
+        PyTorch module.
+      axes: for each number of dimensions, the order of the axes: axis i of our array is
+        axis axes[ndim][i] of the PyTorch array.
     """
     left = {key for key in state if not key.endswith(".num_batches_tracked")}
 
@@ -276,22 +296,23 @@ def _convert(
         key = f"{modules[module]}.{names[name]}"
         if key not in state:
             raise UserError(
-                f"the checkpoint has no {key}; config's network needs it ({module})"
+                f"the checkpoint has no {key}, but the network of the config needs "
+                f"this array ({module}); choose the config of this checkpoint"
             )
         left.remove(key)
         order = axes[ours.ndim]
         needed = tuple(int(n) for n in np.array(ours.shape)[np.argsort(order)])
         if state[key].shape != needed:
             raise UserError(
-                f"{key} is {state[key].shape} in the checkpoint, config's network "
-                f"needs {needed}"
+                f"{key} is {state[key].shape} in the checkpoint, but the network of "
+                f"the config needs {needed}; choose the config of this checkpoint"
             )
         return np.ascontiguousarray(state[key].transpose(order))
 
     variables = tree_util.tree_map_with_path(leaf, inference.abstract_variables(config))
     if left:
         raise UserError(
-            f"the checkpoint has {min(left)}, which config's network has not"
-            + (f" (nor {len(left) - 1} more)" if len(left) > 1 else "")
+            f"the checkpoint has {min(left)}, but the network of the config does not"
+            + (f" (and {len(left) - 1} more such array(s))" if len(left) > 1 else "")
         )
     return variables

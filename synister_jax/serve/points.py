@@ -40,7 +40,7 @@ async def fetch(
     def ask() -> int:
         served.report(chosen)
         try:
-            return store.ask_point(user.token_id, chosen.name, named, x, y, z)
+            return store.points.ask(user.token_id, chosen.name, named, x, y, z)
         except Revoked:
             raise revoked() from None
         except LimitReached as error:
@@ -49,7 +49,7 @@ async def fetch(
     point_id = await run_in_threadpool(ask)
     until = time.monotonic() + SECONDS
     while True:
-        result = await run_in_threadpool(store.point_result, point_id)
+        result = await run_in_threadpool(store.points.result, point_id)
         if result is not None:
             break
         if time.monotonic() > until:

@@ -265,4 +265,4 @@ def clear(store: Store, folder: pathlib.Path) -> None:
         if now - finished > _KEPT_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
             store.emptied(path.name)
-    store.forget_points()
+    store.points.forget()

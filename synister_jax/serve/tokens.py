@@ -16,6 +16,7 @@ import time
 
 from synister_jax.base.errors import UserError
 from synister_jax.serve.database import Database
+from synister_jax.serve.records import Revoked
 
 SESSION_SECONDS = 12 * 3600.0
 # A session is prolonged only when this much of its time has passed. Then not every
@@ -176,3 +177,10 @@ def same(given: str, secret: str) -> bool:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def require(connection: sqlite3.Connection, token_id: int) -> None:
+    """Raises `Revoked` if the token is revoked. Call it inside a transaction."""
+    there = "SELECT 1 FROM tokens WHERE id = ? AND revoked IS NULL"
+    if not connection.execute(there, [token_id]).fetchall():
+        raise Revoked

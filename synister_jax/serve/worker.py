@@ -31,7 +31,8 @@ from synister_jax.base.errors import UserError, redact
 from synister_jax.ondemand import answering, sources
 from synister_jax.ondemand.questions import Asked
 from synister_jax.serve import served_models
-from synister_jax.serve.store import Store, StoredJob, StoredPoint
+from synister_jax.serve.records import StoredJob, StoredPoint
+from synister_jax.serve.store import Store
 
 _PAUSE = 0.1  # seconds until a worker without work asks for work again
 _TOLD_EVERY = 0.3  # seconds between two reports of the progress of a job
@@ -199,7 +200,7 @@ class Worker:
 
     def _answer_points(self) -> bool:
         """Answers the waiting points and returns whether there were any."""
-        points = self._store.claim_points(self._name)
+        points = self._store.points.claim(self._name)
         groups: dict[tuple[str, str], list[StoredPoint]] = {}
         for point in points:
             groups.setdefault((point.model, point.source), []).append(point)
@@ -214,7 +215,7 @@ class Worker:
                 if isinstance(error, UserError):
                     results = [{"problem": self._shown(error)}] * len(group)
             for point, result in zip(group, results, strict=True):
-                self._store.answer_point(point.id, self._name, result)
+                self._store.points.answer(point.id, self._name, result)
         return bool(points)
 
     def _at_once(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation of a batch on the device.
+"""Augments the crops of a batch on the device.
 
-Numbers and order follow the original (train_pipeline.py): one resampling for elastic
-warp, rotation, section shift and location jitter (warp.py), then mirror, transpose,
-intensity per section, clip, scale to [-1, 1]. Every example draws from a key of its
-own, so a batch does not depend on how many devices or processes share it.
+The numbers and the order follow the original (train_pipeline.py). One resampling makes
+the elastic warp, the rotation, the shifts of sections and the jitter of the location
+(warp.py). Then come mirror, transpose, intensity per section, clipping, and scaling to
+[-1, 1]. Every example has its own key, so a batch does not depend on how many devices
+or processes share it.
 """
 
 import dataclasses
@@ -23,31 +24,36 @@ from synister_jax.training import warp
 
 @dataclasses.dataclass(frozen=True)
 class AugmentSettings:
-    """What `config.augment` says, sizes in voxels."""
+    """The settings of `config.augment`, with sizes in voxels."""
 
     crop_shape_zyx: tuple[int, int, int]
-    jitter_zyx: tuple[int, int, int]  # of the location, either way
-    elastic_spacing_zyx: tuple[float, float, float]  # between control points
-    elastic_sigma_zyx: tuple[float, float, float]  # of their displacements
-    elastic_subsample: int  # the warp is cubic at every so many voxels, else linear
-    rotation: tuple[float, float]  # in the section plane, radians
-    warp_probability: float  # that a crop is bent and rotated; else it stays sharp
-    slip_probability: float  # a section is displaced alone
-    shift_probability: float  # a section and all after it are displaced
-    max_misalign_yx: tuple[int, int]
-    mirror: bool  # every axis
-    transpose_axes: tuple[int, ...]  # shuffled among themselves
-    intensity_scale: tuple[float, float]  # about the mean
-    intensity_shift: tuple[float, float]
-    intensity_per_section: bool  # else one draw and one mean a crop
+    jitter_zyx: tuple[int, int, int]  # the location moves by at most this
+    elastic_spacing_zyx: tuple[float, float, float]  # between two control points
+    elastic_sigma_zyx: tuple[float, float, float]  # of the control points' moves
+    # The warp is computed at every n-th voxel, and is linear between these voxels.
+    elastic_subsample: int
+    rotation: tuple[float, float]  # lowest and highest angle in the section plane, rad
+    warp_probability: float  # of bending and rotating a crop
+    slip_probability: float  # of moving one section
+    shift_probability: float  # of moving a section and all sections after it
+    max_misalign_yx: tuple[int, int]  # a slip or a shift moves by at most this
+    mirror: bool  # mirrors along each axis with probability 1/2
+    transpose_axes: tuple[int, ...]  # these axes are permuted
+    intensity_scale: tuple[float, float]  # lowest and highest factor about the mean
+    intensity_shift: tuple[float, float]  # lowest and highest summand, of [0, 1]
+    intensity_per_section: bool  # else each crop has one factor and one summand
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "AugmentSettings":
-        """Raises `UserError` for settings that cannot be meant."""
+        """Reads the settings of a config.
+
+        Raises:
+          UserError: a setting has a value that makes no sense.
+        """
         given = config.augment
         if given.sizes_in not in ("voxels", "nm"):
             raise UserError(
-                f"config.augment.sizes_in is {given.sizes_in!r}: voxels or nm"
+                f"config.augment.sizes_in is {given.sizes_in!r}; give voxels or nm"
             )
         unit = config.voxel_size_nm_zyx if given.sizes_in == "nm" else (1, 1, 1)
 
@@ -91,7 +97,8 @@ class AugmentSettings:
         axes = settings.transpose_axes
         if len(set(axes)) < len(axes) or not set(axes) <= {0, 1, 2}:
             raise UserError(
-                f"config.augment.transpose_axes {axes}: of 0, 1, 2, each once"
+                f"config.augment.transpose_axes is {axes}; give some of 0, 1 and 2, "
+                "each once"
             )
         if len({settings.crop_shape_zyx[axis] for axis in axes}) > 1:
             raise UserError(
@@ -106,8 +113,8 @@ class AugmentSettings:
             )
         if not 0 <= settings.warp_probability <= 1:
             raise UserError(
-                f"config.augment.warp_probability is {settings.warp_probability}; it "
-                "lies in [0, 1]"
+                f"config.augment.warp_probability is {settings.warp_probability}; give "
+                "a number from 0 to 1"
             )
         if settings.elastic_subsample < 1:
             raise UserError(
@@ -118,7 +125,7 @@ class AugmentSettings:
 
     @property
     def resamples(self) -> bool:
-        """Whether voxels change places; jitter alone only moves a window."""
+        """Whether voxels move inside the crop. Jitter alone only moves the window."""
         warps = any((*self.elastic_sigma_zyx, *self.rotation)) or self.misaligns
         return warps or self.mirror or bool(self.transpose_axes)
 
@@ -129,7 +136,7 @@ class AugmentSettings:
 
     @property
     def margin_vx_zyx(self) -> tuple[int, ...]:
-        """Voxels of context, on either side of a crop, that augmentation can reach."""
+        """The voxels on either side of a crop that augmentation can reach, [3]."""
         return warp.reach_zyx(
             self.crop_shape_zyx,
             jitter_zyx=self.jitter_zyx,
@@ -142,7 +149,7 @@ class AugmentSettings:
 
 
 class Draws(NamedTuple):
-    """All that is random in one example; sizes in voxels."""
+    """Everything that is random in one example, with sizes in voxels."""
 
     jitter: jax.Array  # [3] int32
     control: jax.Array  # [3, *control points]
@@ -157,18 +164,27 @@ class Draws(NamedTuple):
 def augment(
     records: jax.Array, keys: jax.Array, settings: AugmentSettings
 ) -> jax.Array:
-    """uint8 [batch, *record], keys [batch] → float32 [batch, *crop] in [-1, 1]."""
+    """Augments a batch.
+
+    Args:
+      records: uint8 [batch, *record], crops with their context.
+      keys: [batch], see `batch_keys`.
+      settings: the settings.
+
+    Returns:
+      float32 [batch, *crop] in [-1, 1].
+    """
     return jax.vmap(lambda r, k: apply(r, draw(k, settings), settings))(records, keys)
 
 
 def batch_keys(seed: int, step: jax.Array | int, batch_size: int) -> jax.Array:
-    """[batch] keys, each a function of (seed, step, place in the global batch)."""
+    """Returns the keys [batch]. A key depends on (seed, step, place in the batch)."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), step)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch_size))
 
 
 def draw(key: jax.Array, settings: AugmentSettings) -> Draws:
-    """The draws of one example, a pure function of its key."""
+    """Returns the draws of one example, which depend only on its key."""
     depth = settings.crop_shape_zyx[0]
     sections = (depth if settings.intensity_per_section else 1, 1, 1)
     points = warp.control_shape_zyx(
@@ -186,7 +202,7 @@ def draw(key: jax.Array, settings: AugmentSettings) -> Draws:
         "scale": sections,
         "shift": sections,
     }
-    # One draw for all: every further call of the generator costs compilation time.
+    # One call draws everything, because every call costs time to compile.
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     pieces = jnp.split(jax.random.uniform(key, (ends[-1],)), ends[:-1])
     u = {
@@ -209,8 +225,8 @@ def draw(key: jax.Array, settings: AugmentSettings) -> Draws:
 
 
 def apply(record: jax.Array, draws: Draws, settings: AugmentSettings) -> jax.Array:
-    """uint8 record with margin → float32 crop in [-1, 1], as the draws say."""
-    # The record has an even number of voxels more than the crop: both middles agree.
+    """Returns the augmented crop, float32 in [-1, 1], of a record, uint8 [z, y, x]."""
+    # A record has an even number of voxels more than the crop, so their middles agree.
     if settings.resamples:
         field = warp.field(
             draws.control,
@@ -220,7 +236,7 @@ def apply(record: jax.Array, draws: Draws, settings: AugmentSettings) -> jax.Arr
             settings.crop_shape_zyx,
             settings.elastic_subsample,
         )
-        # Mirrored and transposed before it is sampled: it is small, the crop is not.
+        # The field is mirrored and transposed, not the crop, because it is smaller.
         field = field.mirrored(draws.mirror)
         field = field.transposed(draws.permutation, settings.transpose_axes)
         whole_sections = settings.elastic_sigma_zyx[0] == 0
@@ -231,8 +247,8 @@ def apply(record: jax.Array, draws: Draws, settings: AugmentSettings) -> jax.Arr
         start = jnp.asarray(more // 2) + draws.jitter
         crop = jax.lax.dynamic_slice(record, start, settings.crop_shape_zyx)
         crop = crop.astype(jnp.float32)
-    # Mean and result share the crop. Scaled to [0, 1] here already, XLA on a CPU would
-    # sample it twice, for each of them.
+    # The mean and the result use the same crop. If it were scaled to [0, 1] here, XLA
+    # on a CPU would sample it twice.
     axes = (1, 2) if settings.intensity_per_section else (0, 1, 2)
     mean = crop.mean(axis=axes, keepdims=True)
     crop = (mean + (crop - mean) * draws.scale) / 255 + draws.shift
@@ -242,9 +258,10 @@ def apply(record: jax.Array, draws: Draws, settings: AugmentSettings) -> jax.Arr
 def _misalignment(
     chance: jax.Array, offset: jax.Array, settings: AugmentSettings
 ) -> jax.Array:
-    """[z, 2]: a slip displaces one section, a shift that section and all after it.
+    """Returns the displacement of each section, float32 [z, 2].
 
-    A slipped section forgets the shifts before it, as in the original.
+    A slip moves one section. A shift moves a section and all sections after it. As in
+    the original, shifts do not move a section that slips.
     """
     slips = chance < settings.slip_probability
     shifts = ~slips & (chance < settings.slip_probability + settings.shift_probability)
@@ -261,12 +278,12 @@ def _between(u: jax.Array, interval: Sequence[float]) -> jax.Array:
 
 
 def _symmetric(u: jax.Array, reach: Sequence[int]) -> jax.Array:
-    """u in [0, 1) → whole numbers from -reach to reach, all equally often."""
+    """Turns u in [0, 1) into whole numbers from -reach to reach, uniformly."""
     most = jnp.asarray(reach)
     return jnp.floor(u * (2 * most + 1)).astype(jnp.int32) - most
 
 
 def _truncated_normal(u: jax.Array) -> jax.Array:
-    """u in [0, 1) → standard normal, between -warp.SIGMAS and warp.SIGMAS."""
+    """Turns u in [0, 1) into standard normal numbers within ± warp.SIGMAS."""
     within = math.erf(warp.SIGMAS / math.sqrt(2))
     return math.sqrt(2) * jax.lax.erf_inv(within * (2 * u - 1))

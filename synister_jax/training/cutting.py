@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts crops out of a volume into a folder of shards (shards.py says what is in it)."""
+"""Cuts crops out of a volume into a folder of shards, which shards.py describes."""
 
 import collections
 import math
@@ -24,11 +24,11 @@ from synister_jax.training import shards
 from synister_jax.training.shards import Shards
 
 MISSING_CLASS = "no_class"
-# The columns that decide the crops; all others can change without cutting again.
+# These columns decide which crops are cut. All others can change afterwards.
 _DECIDE_CROPS = ("synapse_id", *synapses.POSITION, "neurotransmitter")
-# group_size 1: Grain reads records one by one. EM is noise to a compressor: zstd, of
-# whatever level, saves 3 to 11 % and halves how fast crops are written and read
-# (benchmarks/bench_shard.py).
+# group_size is 1 because Grain reads single records. The records are not compressed,
+# because EM looks like noise to a compressor: zstd saves 3 to 11 % at any level, and
+# crops are written and read half as fast (benchmarks/bench_shard.py).
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
@@ -43,20 +43,28 @@ def write(
     shard_bytes: int = 128 << 20,
     made_with: Mapping[str, Any] | None = None,
 ) -> Shards:
-    """Cuts the crop of every synapse with a class in `classes` into shards.
+    """Cuts the crop of every synapse that has one of `classes`, and returns the shards.
 
-    Each shard covers neighbouring chunks and is a pure function of the arguments:
-    it appears by renaming, a rerun keeps it, and the finished folder does not depend
-    on how often the work was interrupted. Rows without a class, with a crop wholly
-    outside the volume or with missing chunks are counted in the manifest and listed
-    with their reason in `dropped.feather`.
+    Each shard covers neighbouring chunks and depends only on the arguments. It appears
+    by renaming, and a later start keeps it. So the finished folder does not depend on
+    how often the work was interrupted. A row gets no record if it has no class, if its
+    crop is completely outside the volume, or if chunks are missing. The manifest counts
+    these rows, and `dropped.feather` lists them with the reason.
 
     Args:
-      made_with: options that made the table; the manifest records them, and a folder
-        made with others is refused by their name.
+      folder: the folder of the shards.
+      table: the synapses.
+      volume: the volume.
+      crop_shape_zyx: the voxels of a crop.
+      margin_vx_zyx: the voxels of context on either side of a crop.
+      classes: the classes of the network.
+      shard_bytes: the raw size of a shard.
+      made_with: the options that made the table. The manifest records them, and a
+        folder that was made with other options is refused.
 
     Raises:
-      UserError: no labelled row, or the folder holds shards of other arguments.
+      UserError: no row can be cut, the folder holds shards of other arguments, or the
+        disk is full.
     """
     folder = files.make_folder(folder)
     record_shape = shards.record_shape_zyx(crop_shape_zyx, margin_vx_zyx)
@@ -113,23 +121,23 @@ def write(
         read = crops.read(volume, context_starts, record_shape)
         whole = _write_shard(folder / name, ids[of_shard], read, progress)
         cut = pa.table({"row": of_shard, "whole": whole})
-        # Before the shard itself: where a shard is, its rows are too.
+        # The rows are written before the shard, so that every shard has its rows.
         files.write_feather(_rows_path(folder / name), cut)
         (folder / f"{name}.partial").rename(folder / name)
     return _finish(folder, plan, names, table, status, has_class)
 
 
 def _is_ready(path: pathlib.Path) -> bool:
-    """Whether a shard is there with a record for each of its rows.
+    """Returns whether a shard exists and has a record for each of its rows.
 
-    One that lacks some, for missing chunks, is cut again: a volume may have been
-    unreachable for a while.
+    A shard without some records, because of missing chunks, is cut again: the volume
+    may have been unreachable for a while.
     """
     if not path.exists() or not _rows_path(path).exists():
         return False
     try:
         records = ArrayRecordReader(str(path)).num_records()
-    except RuntimeError:  # cut short
+    except RuntimeError:  # the file is cut short
         return False
     return records == len(feather.read_table(_rows_path(path)))
 
@@ -137,9 +145,9 @@ def _is_ready(path: pathlib.Path) -> bool:
 def _write_shard(
     path: pathlib.Path, ids: np.ndarray, read: Iterable[crops.Crop], progress: Progress
 ) -> np.ndarray:
-    """Writes `path`.partial; returns which crops are whole, [n] bool.
+    """Writes `path`.partial, and returns which crops are complete, bool [n].
 
-    One with missing chunks gets no record.
+    A crop with missing chunks gets no record.
     """
     partial = path.with_name(path.name + ".partial")
     writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
@@ -228,14 +236,14 @@ def _remove_working_files(folder: pathlib.Path) -> None:
 
 
 def _with_synapses(records: pa.Table, table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """The index: a row a record, with the columns of its row of the synapse table."""
+    """Returns the index: a row for each record, with the columns of its synapse."""
     for name, column in zip(table.column_names, table.columns, strict=True):
         records = records.append_column(name, column.take(pa.array(rows)))
     return records.replace_schema_metadata(None)
 
 
 def _update_index(there: Shards, table: pa.Table) -> None:
-    """Gives finished shards the columns, such as new splits, of an equal table."""
+    """Gives finished shards new columns of the table, for example a new split."""
     ids = table["synapse_id"].combine_chunks()
     rows = pc.index_in(there.index["synapse_id"], value_set=ids)
     records = there.index.select(["shard", "position", "status"])

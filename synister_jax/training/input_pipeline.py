@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grain pipelines over shards: an endless class-uniform stream, and an exact pass."""
+"""Batches from shards with Grain: an endless stream for training, or one exact pass."""
 
 import dataclasses
 import functools
@@ -19,15 +19,19 @@ from synister_jax.training.shards import Shards
 
 Batch = dict[str, jax.Array]
 
-# Batches, not examples: with its context a batch of FAFB crops is 14 MB.
+# The buffer counts batches. A batch of FAFB crops with their context has 14 MB.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
 def open_shards(config: ml_collections.ConfigDict, training: bool = True) -> Shards:
-    """The shards of a config; `UserError` when they are not what it needs.
+    """Opens the shards that a config names.
 
     Args:
-      training: their context must be large enough for the augmentation.
+      config: the settings.
+      training: whether the shards must have enough context for augmentation.
+
+    Raises:
+      UserError: the config names no shards, or they do not fit the config.
     """
     margin = augment.AugmentSettings.of(config).margin_vx_zyx if training else (0, 0, 0)
     if config.shards is None:
@@ -47,8 +51,8 @@ def open_shards(config: ml_collections.ConfigDict, training: bool = True) -> Sha
     for name, count in cut_with.items() if training else ():
         if count != config[name]:
             raise UserError(
-                f"shards {shards.folder} were cut with {name} = {count}, the config "
-                f"says {config[name]}; cut shards with this config, or set "
+                f"shards {shards.folder} were cut with {name} = {count}, but the "
+                f"config says {config[name]}; cut shards with this config, or set "
                 f"config.{name}"
             )
     return shards
@@ -56,26 +60,26 @@ def open_shards(config: ml_collections.ConfigDict, training: bool = True) -> Sha
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-    """Batches from the train part without end; batch i depends on (seed, i) alone.
+    """An endless stream of batches from the train part.
 
-    Hence nothing of the stream is saved: a run that goes on at step i asks for the
-    batches from i on, in however many processes.
+    Batch i depends only on (seed, i). So nothing of the stream is saved: a run that
+    continues at step i asks for the batches from i on, in any number of processes.
     """
 
     shards: Shards
-    labels: np.ndarray  # of the records, [n] int32
-    order: grain.MapDataset  # endless: example → record
+    labels: np.ndarray  # the labels of the records, int32 [n]
+    order: grain.MapDataset  # endless, from the number of an example to its record
     batch_size: int  # over all processes
     seed: int
 
     @classmethod
     def of(cls, shards: Shards, config: ml_collections.ConfigDict) -> "TrainBatches":
-        """Classes take turns, so each comes equally often.
+        """Returns the batches of a config. The classes take turns.
 
-        Within a class every example comes once an epoch, in an order that is new in
-        each; with `config.balance_clusters` they are drawn instead, each with the
-        original's chance 1/n, n synapses of its class being as close to it as
-        jitter reaches.
+        So each class comes equally often. Within a class, every example comes once in
+        an epoch, and each epoch has another order. With `config.balance_clusters`,
+        examples are drawn instead, with the probability 1/n of the original: n counts
+        the synapses of the class that are as close to the example as jitter reaches.
 
         Raises:
           UserError: a class has no example in the train part.
@@ -120,23 +124,24 @@ class TrainBatches:
         return cls(shards, labels, order, config.batch_size, config.seed)
 
     def rows(self, step: int) -> np.ndarray:
-        """Records of the batch that follows `step` updates, [batch] int64."""
+        """Returns the records of the batch after `step` updates, int64 [batch]."""
         first = step * self.batch_size
         rows = np.array([self.order[first + i] for i in range(self.batch_size)])
-        # Else a part of an accumulated batch, every n-th example, could miss classes.
+        # Without this, a part of an accumulated batch could have no example of a class,
+        # because a part takes every n-th example.
         return np.random.default_rng((self.seed, step)).permutation(rows)
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """{crop: uint8 [n, *record], label: int32 [n]}."""
+        """Returns {crop: uint8 [n, *record], label: int32 [n]}."""
         crops = _crops(self.shards, self._source, rows)
         return {"crop": crops, "label": self.labels[rows].astype(np.int32)}
 
     def stream(
         self, first_step: int, placed: jax.NamedSharding
     ) -> grain.DatasetIterator:
-        """Batches from `first_step` on, as global arrays on the devices.
+        """Returns the batches from `first_step` on, as global arrays on the devices.
 
-        Each process reads the examples of its own devices only.
+        Each process reads only the examples of its own devices.
         """
         places = sharding.local_places(placed, self.batch_size)
 
@@ -154,7 +159,7 @@ class TrainBatches:
 def _draw(
     rows: np.ndarray, up_to: np.ndarray, _: np.int64, rng: np.random.Generator
 ) -> np.int64:
-    """One of `rows`, with the chances whose cumulative sum is `up_to`."""
+    """Draws one of `rows`. `up_to` is the cumulative sum of their probabilities."""
     place = np.searchsorted(up_to, rng.random() * up_to[-1], side="right")
     return rows[min(place, len(rows) - 1)]
 
@@ -162,18 +167,20 @@ def _draw(
 def acceptance(
     positions_nm_zyx: np.ndarray, labels: np.ndarray, half_box_nm_zyx: Sequence[float]
 ) -> np.ndarray:
-    """1/n for each of the synapses, [n] float64 in (0, 1].
+    """Returns for each synapse the probability to keep it, float64 [n] in (0, 1].
 
-    Drawn uniformly and kept with this probability, a synapse of a cluster is as likely
-    as the whole of the cluster would be, as in the original's `RandomLocation`.
+    The probability is 1/m, where m counts the close synapses with the same label. Then
+    a cluster of synapses is drawn as often as a single one. The original's
+    `RandomLocation` does the same.
 
     Args:
-      positions_nm_zyx: [n, 3], finite.
-      labels: [n] of any integers; synapses of different labels do not count together.
-      half_box_nm_zyx: n counts the synapses that differ by no more than this on every
-        axis, itself included. On an axis with 0 only equal coordinates count.
+      positions_nm_zyx: float64 [n, 3], finite.
+      labels: int [n].
+      half_box_nm_zyx: two synapses are close if they differ by at most this on every
+        axis. A synapse is close to itself. On an axis with 0, only equal coordinates
+        are close.
     """
-    from scipy import spatial  # half a second to import
+    from scipy import spatial  # takes half a second to import
 
     scaled = np.empty(np.shape(positions_nm_zyx), np.float64)
     for axis, half in enumerate(half_box_nm_zyx):
@@ -181,13 +188,13 @@ def acceptance(
             scaled[:, axis] = positions_nm_zyx[:, axis] / half
         else:
             _, order = np.unique(positions_nm_zyx[:, axis], return_inverse=True)
-            scaled[:, axis] = 2.0 * order  # different ones lie outside the radius of 1
+            scaled[:, axis] = 2.0 * order  # unequal values are further than 1 apart
     result = np.empty(len(scaled), np.float64)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         tree = spatial.cKDTree(scaled[rows])
-        # Sections are as far apart as a box may be half wide: rounding must not decide
-        # on synapses at its very border.
+        # Two sections may be exactly half a box apart. Rounding must not decide whether
+        # such synapses are close.
         near = tree.query_ball_point(
             scaled[rows], 1 + 1e-9, p=np.inf, return_length=True
         )
@@ -201,10 +208,10 @@ def padded_batches(
     batch_size: int,
     placed: jax.NamedSharding,
 ) -> Iterator[Batch]:
-    """The records of `rows` once, in order, {crop: uint8 [batch, *record]}.
+    """Yields the records of `rows` once, in order, as {crop: uint8 [batch, *record]}.
 
-    The last batch is filled up with repetitions: the consumer knows from len(rows)
-    how many results count.
+    The last batch is filled with repetitions of the last row. len(rows) says how many
+    results count.
     """
     source = shards.source()
     filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch_size)])
@@ -224,7 +231,7 @@ def padded_batches(
 def _crops(
     shards: Shards, source: grain.sources.ArrayRecordDataSource, rows: np.ndarray
 ) -> np.ndarray:
-    """uint8 [n, *record]."""
+    """Returns the crops of the rows, uint8 [n, *record]."""
     records = source.__getitems__([int(row) for row in rows])
     return np.stack([shards.decode(record)[1] for record in records])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is minimised, and how: loss, optimiser, learning rate, averaged parameters."""
+"""What training minimises, and how: loss, optimiser, learning rate and averages."""
 
 import math
 from typing import Any
@@ -16,21 +16,31 @@ _NOT_NEGATIVE = ("weight_decay", "clip_norm", "focal_gamma", "warmup_steps")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises `UserError` for an option that cannot be meant."""
+    """Checks the options of the loss and the optimiser.
+
+    Raises:
+      UserError: an option has a value that makes no sense.
+    """
     for name in _FRACTIONS:
         if not 0 <= config[name] < 1:
-            raise UserError(f"config.{name} is {config[name]}; it lies in [0, 1)")
+            raise UserError(
+                f"config.{name} is {config[name]}; give a number from 0 to below 1"
+            )
     for name in _NOT_NEGATIVE:
         if not 0 <= config[name] < math.inf:
             raise UserError(f"config.{name} is {config[name]}; it must not be negative")
     if not 0 < config.learning_rate < math.inf:
-        raise UserError(f"config.learning_rate is {config.learning_rate}; above 0")
+        raise UserError(
+            f"config.learning_rate is {config.learning_rate}; give a number above 0"
+        )
     if config.schedule not in ("constant", "cosine"):
-        raise UserError(f"config.schedule is {config.schedule!r}: constant or cosine")
+        raise UserError(
+            f"config.schedule is {config.schedule!r}; give constant or cosine"
+        )
     if config.warmup_steps >= config.num_train_steps:
         raise UserError(
-            f"config.warmup_steps = {config.warmup_steps} leaves nothing of "
-            f"config.num_train_steps = {config.num_train_steps}"
+            f"config.warmup_steps = {config.warmup_steps} leaves no step of "
+            f"config.num_train_steps = {config.num_train_steps} for training"
         )
     if len(config.class_weights) not in (0, len(config.classes)):
         raise UserError(
@@ -43,16 +53,19 @@ def check(config: ml_collections.ConfigDict) -> None:
             "negative"
         )
     if config.class_weights and not any(config.class_weights):
-        raise UserError("config.class_weights are all 0: nothing would be learnt")
+        raise UserError("config.class_weights are all 0: give a positive weight")
     if len(config.classes) < 2 or len(set(config.classes)) < len(config.classes):
         raise UserError(
-            f"config.classes are {', '.join(config.classes)}: at least two are needed, "
-            "each once"
+            f"config.classes are {', '.join(config.classes)}: give at least two "
+            "classes, each once"
         )
 
 
 def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Linear from 0 over `warmup_steps`; then constant, or a half cosine to 0."""
+    """Returns the schedule: linear over `warmup_steps`, then constant or half a cosine.
+
+    The cosine ends at 0.
+    """
     rate, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(rate, config.num_train_steps - warmup)
@@ -60,13 +73,13 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
         after = optax.constant_schedule(rate)
     if not warmup:
         return after
-    # The first step already moves: a rate of 0 would waste it.
+    # The schedule does not start at 0, because that would waste the first step.
     rising = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
     return optax.join_schedules([rising, after], [warmup])
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Adam with PyTorch's defaults, as published; AdamW where weights decay."""
+    """Returns Adam with PyTorch's defaults, as published, or AdamW for weight decay."""
     rate = learning_rate(config)
     if config.weight_decay:
         adam = optax.adamw(rate, weight_decay=config.weight_decay)
@@ -80,17 +93,22 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 def losses(
     logits: jax.Array, labels: jax.Array, config: ml_collections.ConfigDict
 ) -> jax.Array:
-    """Cross-entropy of every example, [batch] nats.
+    """Returns the cross-entropy of every example in nats, float32 [batch].
 
-    With `focal_gamma` γ multiplied by (1 − p of the true class)^γ (Lin et al. 2017),
-    with `class_weights` by that of the true class; BANC has γ = 2 and its own weights.
+    With `focal_gamma` γ it is multiplied by (1 − p of the true class)^γ (Lin et al.
+    2017). With `class_weights` it is multiplied by the weight of the true class. BANC
+    uses γ = 2 and its own weights.
+
+    Args:
+      logits: float32 [batch, k].
+      labels: int32 [batch].
     """
     targets = jax.nn.one_hot(labels, logits.shape[-1])
     targets = optax.smooth_labels(targets, config.label_smoothing)
     value = optax.softmax_cross_entropy(logits, targets)
     if config.focal_gamma:
-        # log(1 - p) from the other logits: for a sure example 1 - p rounds to 0, where
-        # a power below 1 has no gradient.
+        # log(1 - p) is computed from the other logits. For a sure example, 1 - p rounds
+        # to 0, where a power below 1 has no gradient.
         is_true = jnp.arange(logits.shape[-1]) == labels[:, None]
         others = jax.nn.logsumexp(jnp.where(is_true, -jnp.inf, logits), axis=-1)
         log_rest = others - jax.nn.logsumexp(logits, axis=-1)
@@ -101,10 +119,10 @@ def losses(
 
 
 def average(ema: Any, values: Any, decay: float, step: jax.Array) -> Any:
-    """The exponential moving average after update number `step` (from 0).
+    """Returns the exponential moving average after update number `step`, from 0.
 
-    It decays faster at first, (1 + step) / (10 + step), or the initial weights would
-    stay in it for long.
+    At first the decay is (1 + step) / (10 + step), which is smaller. Otherwise the
+    initial weights would stay in the average for a long time.
     """
     at_most = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, v: at_most * e + (1 - at_most) * v, ema, values)

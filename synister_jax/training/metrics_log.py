@@ -16,10 +16,10 @@ from synister_jax.base.errors import UserError
 
 
 class MetricsLog:
-    """Scalars and pictures of a run → `metrics.jsonl`, TensorBoard, `snapshots/`.
+    """Writes numbers and pictures to `metrics.jsonl`, TensorBoard and `snapshots/`.
 
-    A resumed run starts at a step that may have been written before: lines of later
-    steps are removed first, so that the files tell one story.
+    A resumed run repeats the steps after its last checkpoint. Their old lines are
+    removed first, so that every step is in the files once.
     """
 
     def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
@@ -28,7 +28,7 @@ class MetricsLog:
         files.write_text(self._path, "".join(json.dumps(x) + "\n" for x in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(workdir / "events"))
-        # TensorBoard drops what earlier files say of this step and later ones.
+        # TensorBoard ignores what earlier files say about this step and later ones.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(event_pb2.Event(step=first_step + 1, session_log=start))
 
@@ -45,11 +45,14 @@ class MetricsLog:
         )
 
     def write_picture(self, step: int, name: str, picture: Figure) -> None:
-        """As snapshots/<name>-<step>.png, and for TensorBoard; the figure is closed."""
+        """Writes snapshots/<name>-<step>.png and the same for TensorBoard.
+
+        Closes the figure.
+        """
         folder = files.make_folder(self._path.parent / "snapshots")
         content = figures.png(picture)
         files.write_bytes(folder / f"{name}-{step:08d}.png", content)
-        width, height = struct.unpack(">II", content[16:24])  # of every PNG file
+        width, height = struct.unpack(">II", content[16:24])  # the header of PNG
         image = summary_pb2.Summary.Image(
             width=width, height=height, encoded_image_string=content
         )
@@ -70,7 +73,13 @@ class MetricsLog:
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, if it is there; a last one cut short is left out."""
+    """Returns the lines of metrics.jsonl, or none if there is no such file.
+
+    A last line that is cut short is left out.
+
+    Raises:
+      UserError: another line is not JSON.
+    """
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says and writes while it goes: lines, scalars, pictures, a bad batch."""
+"""What a run prints and writes while it trains: lines, numbers and pictures."""
 
 import functools
 import pathlib
@@ -22,13 +22,13 @@ _SNAPSHOT_EXAMPLES = 8
 
 
 def say(text: str) -> None:
-    """Prints, in the first process alone."""
+    """Prints a line, in the first process only."""
     if jax.process_index() == 0:
         progress.say(text)
 
 
 class Monitor:
-    """What a run says and writes; only the first process does either."""
+    """Prints and writes what happens in a run. Only the first process does so."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Monitor:
         )
 
     def note(self, step: int, numbers: dict[str, jax.Array]) -> None:
-        """Takes the numbers of a step that is under way, waits for the one before.
+        """Takes the numbers of a step that was started, and waits for the step before.
 
-        So no more than two batches wait on the devices.
+        So at most two batches are on the devices.
         """
         if self._under_way is not None:
             jax.block_until_ready(self._under_way)
@@ -66,7 +66,11 @@ class Monitor:
             self._pending = step, numbers
 
     def settle(self, numbers: dict[str, jax.Array]) -> None:
-        """Waits for the step; `UserError` if it, or one before it, ruined the state."""
+        """Waits until the step is done.
+
+        Raises:
+          UserError: this step or an earlier one gave numbers that are not finite.
+        """
         self._write_pending()
         self._require_finite(jax.device_get(numbers))
         if self._under_way is not None:
@@ -101,15 +105,15 @@ class Monitor:
             saved = f" (saved in {path})"
         raise UserError(
             f"the update after step {step} gave no finite loss or parameters; its batch"
-            f"{saved} is worth a look. The last checkpoint is intact: mend the data, "
-            "or start another --workdir with a lower config.learning_rate or with "
+            f"{saved} may show why. The last checkpoint is complete: fix the data, or "
+            "start in another --workdir with a lower config.learning_rate or with "
             "config.clip_norm"
         )
 
     def _augmented(self, step: int, records: np.ndarray) -> np.ndarray:
-        """The first crops of the batch after `step` as the network gets them.
+        """Returns the crops of the batch after `step` as the network gets them.
 
-        A few at a time: the device has no room to spare.
+        The function augments a few at a time, because the device has little memory.
         """
         keys = augment.batch_keys(self._config.seed, step, len(records))
         few = _SNAPSHOT_EXAMPLES
@@ -121,7 +125,7 @@ class Monitor:
         )
 
     def snapshot(self, step: int) -> None:
-        """A picture of the first crops of the next batch, before and after."""
+        """Writes a picture of the next crops, as they are and augmented."""
         if not self._log:
             return
         rows = self._examples.rows(step)[:_SNAPSHOT_EXAMPLES]
@@ -139,7 +143,10 @@ class Monitor:
         state: Any,
         mesh: jax.sharding.Mesh,
     ) -> dict[str, float]:
-        """The scalars of the whole part, written, with a picture of its confusions."""
+        """Predicts the whole part, writes its numbers and a picture of its confusion.
+
+        Returns the numbers by name, for example `validation/synapse_accuracy`.
+        """
         own = {"params": state.params, "batch_stats": state.batch_stats}
         variables = state.ema or own
         table = part.predict(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original's two pseudo-classes: rows beside the synapses of a table.
+"""The two pseudo-classes of the original: extra rows for a table of synapses.
 
-`neither` is a random location in the volume, `unknown` a synapse moved away from its
-place. The original draws both while it trains (train_pipeline.py, gp.py); here they
-are a finite number of rows, cut and split and evaluated like all others.
+`neither` is a random location in the volume. `unknown` is a synapse that was moved away
+from its place. The original draws both while it trains (train_pipeline.py, gp.py). Here
+they are a finite number of rows, which are cut, split and evaluated like all others.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from synister_jax.em import crops, volumes
 from synister_jax.tables import synapses
 
 NEITHER, UNKNOWN = "neither", "unknown"
-# gp.py, sample_radii: whole nm, the upper bound excluded.
+# From sample_radii in gp.py of the original: whole nm, without the upper bound.
 _RADIUS_NM = (2_000, 4_000)
 
 
@@ -31,30 +31,33 @@ def with_extra_classes(
     unknown_per_class: int,
     seed: int,
 ) -> pa.Table:
-    """The table, then the rows of `neither`, then those of `unknown`.
+    """Returns the table with the rows of `neither` and then of `unknown` at its end.
 
-    Their crops lie in the volume whole, context included: else its black outside would
-    give these classes away. The rows have a position, a class, parts and the ids -1,
-    -2, …; all that a table says otherwise of a synapse is null. Their ids, positions
-    and classes depend on the options, the seed, the volume's box and, for `unknown`,
-    on the labelled synapses of `split`; neither on the order of the rows nor on other
-    splits.
+    The crops of the new rows, with their context, lie completely in the volume.
+    Otherwise the black outside would give these classes away. A new row has a position,
+    a class, parts, and one of the ids -1, -2, …; every other column is null. The rows
+    depend on the options, the seed, the box of the volume and, for `unknown`, on the
+    labelled synapses of `split`. They do not depend on the order of the table or on
+    other splits.
 
     Args:
-      table: synapse table.
-      classes: of the network, whose transmitters `unknown` is made from.
-      split: the one whose train part `unknown_per_class` is about.
-      record_shape_zyx: voxels of a crop with its context.
-      neither_crops: so many, centred on any voxel alike. In each split the parts share
-        them as they share the synapses that have one of `classes`.
-      unknown_per_class: most train synapses of a transmitter to move, in a random
-        direction by 2,000 to 3,999 nm; of the other parts the same fraction, rounded
-        up. A moved synapse keeps every part of its parent; one that was moved too near
-        the volume's border is left out.
+      table: the synapse table.
+      volume: the volume.
+      record_shape_zyx: the voxels of a crop with its context.
+      classes: the classes of the network. `unknown` is made from their transmitters.
+      split: the split whose train part `unknown_per_class` refers to.
+      neither_crops: the number of random locations. Every voxel is equally likely. In
+        each split, the parts get the same fractions of them as of the synapses that
+        have one of `classes`.
+      unknown_per_class: move at most this many train synapses of each transmitter, by
+        2,000 to 3,999 nm in a random direction. Of the other parts the same fraction is
+        moved, rounded up. A moved synapse keeps the parts of its parent. A synapse
+        that comes too close to the border of the volume is left out.
+      seed: the seed of the draws.
 
     Raises:
-      UserError: classes and options that do not fit, negative ids in the table, or no
-        synapse to make `unknown` from.
+      UserError: the classes and the options do not fit, the table has negative ids, or
+        there is no synapse from which `unknown` can be made.
     """
     _check(table, classes, neither_crops, unknown_per_class)
     if not neither_crops and not unknown_per_class:
@@ -64,7 +67,7 @@ def with_extra_classes(
     if (room < 1).any():
         raise UserError(
             f"volume {volume.uri} has {tuple(volume.shape_zyx)} voxels, a crop with "
-            f"its context {tuple(record_shape_zyx)}: no place for random or moved crops"
+            f"its context {tuple(record_shape_zyx)}: random or moved crops do not fit"
         )
     nowhere, parts = _random_locations(
         table, volume, lowest, room, classes, neither_crops, seed
@@ -125,8 +128,8 @@ def _check(
         if count and negative.any():
             raise UserError(
                 f"{option} is {count:,}: its rows need negative ids, but row "
-                f"{negative.argmax()} of the synapse table has one; give the synapses "
-                f"other ids, or set {option} to 0"
+                f"{negative.argmax()} of the synapse table has a negative id; give the "
+                f"synapses other ids, or set {option} to 0"
             )
 
 
@@ -139,7 +142,7 @@ def _random_locations(
     count: int,
     seed: int,
 ) -> tuple[np.ndarray, dict[str, list[str | None]]]:
-    """Positions [count, 3] in nm, and their parts in each column of a split."""
+    """Returns positions [count, 3] in nm, and their parts in each split column."""
     rng = np.random.default_rng((seed, 0))
     voxels = lowest + rng.integers(0, room, (count, 3))
     positions = volume.offset_nm_zyx + voxels * np.asarray(volume.voxel_size_nm_zyx)
@@ -148,9 +151,9 @@ def _random_locations(
     for column in synapses.split_columns(table):
         part = synapses.index_in(table[column], synapses.PARTS)[has_class]
         ends = np.cumsum(np.bincount(part[part >= 0], minlength=len(synapses.PARTS)))
-        # Location i takes the part at the fraction (i + ½)/count of all synapses in
-        # order of part: exact shares, and no draw that another column could shift. The
-        # locations are drawn alike, so that it does not matter which are in a part.
+        # Sort the synapses by part: location i takes the part of the synapse at the
+        # fraction (i + ½)/count. So the fractions are exact, and no draw depends on
+        # another column. All locations are equally random, so any may be in any part.
         place = (2 * np.arange(count) + 1) * ends[-1]
         chosen = np.searchsorted(ends * 2 * count, place, side="right")
         parts[column] = [*np.array([*synapses.PARTS, None], object)[chosen]]
@@ -160,7 +163,7 @@ def _random_locations(
 def _moved_synapses(
     table: pa.Table, classes: Sequence[str], split: str, per_class: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [n, 3] in nm, and the rows [n] of the synapses that were there."""
+    """Returns positions [n, 3] in nm, and the rows [n] of the synapses before."""
     if not per_class:
         return np.zeros((0, 3)), np.zeros(0, np.int64)
     rng = np.random.default_rng((seed, 1))
@@ -183,7 +186,7 @@ def _moved_synapses(
             f"part of split {split!r} has one of config.classes; set it to 0, or give "
             "another config.split"
         )
-    # Gaussians point in every direction alike.
+    # The direction of a Gaussian vector is uniform.
     direction = rng.standard_normal((len(parents), 3))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     radius_nm = rng.integers(*_RADIUS_NM, (len(parents), 1))

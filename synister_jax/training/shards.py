@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training crops in ArrayRecord shards, their index and their manifest.
 
-A folder of shards holds `crops-00017-of-00064.array_record` (a record is the synapse
-id and the raw crop), `index.feather` (a row a record, in record order: shard,
-position, status and the synapse's columns) and `manifest.json`, written last: a
-folder without it is unfinished.
+A folder of shards holds
+
+- `crops-00017-of-00064.array_record` and so on. A record is the synapse id and the raw
+  crop.
+- `index.feather`, one row for each record in their order: the shard, the position in
+  it, the status, and the columns of the synapse.
+- `manifest.json`, which is written last. A folder without it is not finished.
 """
 
 import dataclasses
@@ -39,16 +42,16 @@ class ShardEntry(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What manifest.json says of a finished folder."""
+    """What manifest.json says about a finished folder."""
 
     format: str
-    neither_crops: NotRequired[int]  # pseudo-classes, where there are any
+    neither_crops: NotRequired[int]  # only if there are pseudo-classes
     unknown_per_class: NotRequired[int]
     volume: str
     volume_shape_zyx: list[int]
     voxel_size_nm_zyx: list[float]
     offset_nm_zyx: list[float]
-    synapses_sha256: str  # of the columns that decide the crops
+    synapses_sha256: str  # the columns that decide which crops are cut
     classes: list[str]
     crop_shape_zyx: list[int]
     margin_vx_zyx: list[int]
@@ -61,7 +64,7 @@ class Manifest(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """A finished folder of shards; row i of `index` describes record i."""
+    """A finished folder of shards. Row i of `index` describes record i."""
 
     folder: pathlib.Path
     manifest: Manifest
@@ -73,18 +76,21 @@ class Shards:
 
     @property
     def record_shape_zyx(self) -> tuple[int, ...]:
-        """The crop with its context margin."""
+        """The shape of a crop with its margin of context."""
         return record_shape_zyx(
             self.manifest["crop_shape_zyx"], self.manifest["margin_vx_zyx"]
         )
 
     def source(self) -> grain.sources.ArrayRecordDataSource:
-        """Random access to the records; decode them with `decode`."""
+        """Returns random access to the records. Decode a record with `decode`."""
         names = [str(self.folder / shard["name"]) for shard in self.manifest["shards"]]
         return grain.sources.ArrayRecordDataSource(names)
 
     def sha256(self, split: str) -> str:
-        """Of crops, labels and parts of a split: equal for equal training data."""
+        """Returns a checksum of the crops, the labels and the parts of a split.
+
+        Equal training data has equal checksums.
+        """
         digest = hashlib.sha256()
         for shard in self.manifest["shards"]:
             digest.update(shard["sha256"].encode())
@@ -93,24 +99,28 @@ class Shards:
         return digest.hexdigest()
 
     def decode(self, record: bytes) -> tuple[int, np.ndarray]:
-        """(synapse id, uint8 crop of `record_shape_zyx`)."""
+        """Returns the synapse id and the crop, uint8 [*record_shape_zyx]."""
         return decode(record, self.record_shape_zyx)
 
 
 def record_shape_zyx(
     crop_shape_zyx: Sequence[int], margin_vx_zyx: Sequence[int]
 ) -> tuple[int, ...]:
-    """The margin lies on both sides of the crop."""
+    """Returns the shape of a crop with a margin on both sides of every axis."""
     return tuple(c + 2 * m for c, m in zip(crop_shape_zyx, margin_vx_zyx, strict=True))
 
 
 def encode(synapse_id: int, crop: np.ndarray) -> bytes:
-    """A record: the id as little-endian int64, then the uint8 crop in C order."""
+    """Returns a record: the id as little-endian int64, then the crop in C order."""
     return _ID.pack(synapse_id) + crop.tobytes()
 
 
 def decode(record: bytes, shape_zyx: Sequence[int]) -> tuple[int, np.ndarray]:
-    """Inverse of `encode`; `UserError` when the length is not that of the shape."""
+    """Returns what `encode` was given: the id, and the crop uint8 [*shape_zyx].
+
+    Raises:
+      UserError: the record has another length than the shape needs.
+    """
     expected = _ID.size + math.prod(shape_zyx)
     if len(record) != expected:
         raise UserError(
@@ -122,14 +132,18 @@ def decode(record: bytes, shape_zyx: Sequence[int]) -> tuple[int, np.ndarray]:
 
 
 def open(folder: str | pathlib.Path) -> Shards:
-    """Opens a finished folder, or raises `UserError` naming what is missing."""
+    """Opens a finished folder.
+
+    Raises:
+      UserError: a file of the folder is missing or has another size.
+    """
     folder = pathlib.Path(folder)
     manifest_path = folder / "manifest.json"
     if not manifest_path.exists():
         state = "unfinished" if (folder / "plan.json").exists() else "not there"
         raise UserError(
             f"shards {folder} are {state} (no manifest.json); run "
-            "tools/shard_crops.py with this --output, it goes on where it stopped"
+            "tools/shard_crops.py with this --output: it continues where it stopped"
         )
     manifest = files.read_json(manifest_path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -140,9 +154,9 @@ def open(folder: str | pathlib.Path) -> Shards:
         if size != shard["bytes"]:
             found = "missing" if size is None else f"{size:,} bytes long"
             raise UserError(
-                f"shard {path} is {found}, the manifest says {shard['bytes']:,} bytes;"
-                " restore the file, or delete manifest.json and run"
-                " tools/shard_crops.py again (it cuts all crops anew)"
+                f"shard {path} is {found}, but the manifest says {shard['bytes']:,} "
+                "bytes; restore the file, or delete manifest.json and run "
+                "tools/shard_crops.py, which then cuts all crops again"
             )
     try:
         index = feather.read_table(folder / "index.feather")
@@ -150,14 +164,18 @@ def open(folder: str | pathlib.Path) -> Shards:
         raise UserError(f"cannot read {folder}/index.feather: {error}") from None
     if len(index) != manifest["records"]:
         raise UserError(
-            f"{folder}/index.feather has {len(index):,} rows, the manifest says "
+            f"{folder}/index.feather has {len(index):,} rows, but the manifest says "
             f"{manifest['records']:,} records; cut the shards again"
         )
     return Shards(folder, cast(Manifest, manifest), index)
 
 
 def verify(shards: Shards) -> None:
-    """Reads every record back; raises `UserError` at the first that is wrong."""
+    """Reads every record back and checks it.
+
+    Raises:
+      UserError: a record is wrong; the message names the first one.
+    """
     ids = shards.index["synapse_id"].to_numpy()
     shard = shards.index["shard"].to_numpy()
     position = shards.index["position"].to_numpy()
@@ -170,7 +188,7 @@ def verify(shards: Shards) -> None:
         reader = ArrayRecordReader(str(path))
         if reader.num_records() != entry["records"]:
             raise UserError(
-                f"shard {path} holds {reader.num_records()} records, the manifest "
+                f"shard {path} holds {reader.num_records()} records, but the manifest "
                 f"says {entry['records']}"
             )
         for offset, record in enumerate(reader.read_all() if entry["records"] else []):
@@ -179,8 +197,8 @@ def verify(shards: Shards) -> None:
             found, wanted = (number, offset), (shard[row], position[row])
             if synapse_id != ids[row] or found != wanted:
                 raise UserError(
-                    f"record {offset} of {path} is synapse {synapse_id}; row {row} of "
-                    f"index.feather says synapse {ids[row]} at {wanted}"
+                    f"record {offset} of {path} is synapse {synapse_id}, but row {row} "
+                    f"of index.feather says synapse {ids[row]} at {wanted}"
                 )
             progress.add()
         reader.close()
@@ -195,9 +213,12 @@ def require(
     voxel_size_nm_zyx: Sequence[float],
     classes: Sequence[str],
 ) -> None:
-    """Raises `UserError` when the shards do not fit what a config says.
+    """Checks that the shards fit a config.
 
-    A larger margin than needed is fine: the crop is taken from the middle.
+    The margin may be larger than needed, because the crop is taken from the middle.
+
+    Raises:
+      UserError: they do not fit; the message lists the differences.
     """
     manifest = shards.manifest
     differences = []

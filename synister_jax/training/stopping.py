@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a good run before its last step: SIGTERM, or no more progress."""
+"""What ends a run before its last step: the signal SIGTERM, or no more progress."""
 
 import signal
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Notices SIGTERM, with which clusters announce that they take a machine back.
+    """Notices SIGTERM, with which a cluster announces that it takes a machine back.
 
-    While it is entered, the signal only sets a mark; `reached` says, in every process
-    after the same step, that it is time to save and go.
+    Inside the `with` block, the signal does not end the process. `reached` returns True
+    in every process after the same step: then it is time to save and leave.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StopRequest:
         self._before: Any = None
 
     def __enter__(self) -> "StopRequest":
-        # With several processes JAX's own service has the signal, and agrees a step.
+        # With several processes, a service of JAX gets the signal and chooses a step.
         if jax.process_count() == 1:
             self._before = signal.signal(signal.SIGTERM, self._mark)
         return self
@@ -41,17 +41,18 @@ class StopRequest:
         self._received = True
 
     def reached(self, step: int) -> bool:
-        """Whether to stop now, `step` updates being done; ask after every step."""
+        """Returns whether to stop after `step` updates. Call it after every step."""
         if jax.process_count() == 1:
             return self._received
         return multihost_utils.reached_preemption_sync_point(step)
 
 
 class Patience:
-    """Counts the evaluations since the best one, alike in every process.
+    """Counts the evaluations since the best one. All processes count the same.
 
     Args:
-      evaluations: without a better one after which it is over; 0: never.
+      evaluations: patience is over after this many evaluations without a better one; 0
+        means that it is never over.
       history: (step, value) of the evaluations so far.
     """
 
@@ -61,13 +62,14 @@ class Patience:
         for step, value in history:
             self.add(step, value)
         if jax.process_count() > 1:
-            # A shared disk may show the log late: what the first process saw counts.
+            # A shared disk may show the log late to some processes, so that the first
+            # process decides.
             own = np.array([self._best, self._since, self.last_step], np.float32)
             best, since, step = multihost_utils.broadcast_one_to_all(own)
             self._best, self._since, self.last_step = best, int(since), int(step)
 
     def add(self, step: int, value: float) -> None:
-        """Counts one more evaluation; an equal one is no better."""
+        """Counts one more evaluation. An equal value is not better."""
         self._since = 0 if np.float32(value) > self._best else self._since + 1
         self._best = max(self._best, float(np.float32(value)))
         self.last_step = step

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of a split, predicted whole: validation while training, and `evaluate`."""
+"""Predicts a whole part of a split, for validation in training and for `evaluate`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,16 +18,20 @@ from synister_jax.training.shards import Shards
 
 @dataclasses.dataclass(frozen=True)
 class SplitPart:
-    """A part of a split, all of it: every number is over every example."""
+    """A whole part of a split. Every number is computed over all its examples."""
 
     name: str
     shards: Shards
-    rows: np.ndarray  # of the shards' index, [n]
+    rows: np.ndarray  # the n rows of the shards' index, int64 [n]
     table: pa.Table  # these rows of the index
 
     @classmethod
     def of(cls, shards: Shards, split: str, name: str) -> "SplitPart":
-        """The part `name` of the split; `UserError` when it is empty or unknown."""
+        """Returns the part `name` of the split.
+
+        Raises:
+          UserError: the part is empty, or there is no such part or split.
+        """
         rows = np.flatnonzero(synapses.in_part(shards.index, split, name))
         if not len(rows):
             raise UserError(
@@ -42,7 +46,13 @@ class SplitPart:
         mesh: jax.sharding.Mesh,
         about: dict[str, Any],
     ) -> pa.Table:
-        """The prediction table of the part, whatever the batch size."""
+        """Returns the prediction table of the part. It does not depend on batch_size.
+
+        Args:
+          classify_batch: a function from uint8 [batch, *record] to probabilities.
+          batch_size: how many crops are classified at once, over all devices of `mesh`.
+          about: what the table says about itself.
+        """
         batches = input_pipeline.padded_batches(
             self.shards, self.rows, batch_size, sharding.batch(mesh)
         )

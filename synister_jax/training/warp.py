@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published geometric chain as one resampling: where each voxel comes from.
+"""The published geometric augmentation, as one resampling.
 
-The original (gunpowder's ElasticAugment over funkey/augment) adds to every voxel's
-position the displacement of an elastic grid, of a rotation in the section plane about
-the crop's middle, and of its section's misalignment, and interpolates linearly.
+This module computes from where in the record each voxel of a crop comes. The original
+(gunpowder's ElasticAugment, with funkey/augment) adds three displacements to the
+position of every voxel: of an elastic grid, of a rotation in the section plane about
+the middle of the crop, and of the misalignment of its section. Then it interpolates
+linearly. So does this module.
 """
 
 import functools
@@ -16,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Two truncations that the original does not have bound the context a crop needs.
-# Displacements of control points are normal within 3 σ (0.3 % of draws lie beyond);
-# shifts of sections add up to at most twice the largest single one (0.5 % of the
-# published crops have a section beyond, counted in 400,000 draws).
+# Two limits, which the original does not have, bound the context that a crop needs. A
+# control point moves by at most 3 σ (0.3 % of the draws lie beyond). The shifts of
+# sections add up to at most twice the largest single shift (0.5 % of the published
+# crops have a section beyond, counted in 400,000 draws).
 SIGMAS = 3.0
 MISALIGN_STEPS = 2
 
@@ -27,7 +29,10 @@ MISALIGN_STEPS = 2
 def control_shape_zyx(
     crop_shape_zyx: Sequence[int], spacing_zyx: Sequence[float]
 ) -> tuple[int, ...]:
-    """Number of control points; they span the crop from its first voxel to its last."""
+    """Returns the number of control points, [3].
+
+    They span the crop from its first voxel to its last.
+    """
     return tuple(
         max(1, round(size / spacing))
         for size, spacing in zip(crop_shape_zyx, spacing_zyx, strict=True)
@@ -36,10 +41,11 @@ def control_shape_zyx(
 
 @functools.cache
 def upsampling(size: int, points: int, subsample: int) -> np.ndarray:
-    """[size, points] float32: displacement at each voxel from those of control points.
+    """Returns the weights of the control points at each voxel, float32 [size, points].
 
-    As the original: a cubic spline to every `subsample`-th voxel, linear between them;
-    first and last control point sit on the first and last voxel.
+    As in the original, a cubic spline gives the displacement at every `subsample`-th
+    voxel, and it is linear between them. The first and the last control point are on
+    the first and the last voxel.
     """
     coarse = max(1, int(size / subsample))
     cubic = _zoom(np.eye(points), coarse, order=3)
@@ -48,9 +54,9 @@ def upsampling(size: int, points: int, subsample: int) -> np.ndarray:
 
 def _zoom(values: np.ndarray, size: int, order: int) -> np.ndarray:
     factors = (size / len(values), 1)
-    from scipy import ndimage  # half a second to import, and needed once a run
+    from scipy import ndimage  # takes half a second to import, and is needed once
 
-    # `mirror` is the boundary of the spline's prefilter; no sample lies outside.
+    # `mirror` is the boundary of the spline's prefilter. No sample lies outside.
     return ndimage.zoom(values, factors, order=order, mode="mirror")
 
 
@@ -65,12 +71,12 @@ def reach_zyx(
     rotation: tuple[float, float],
     max_misalign_yx: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """Voxels beyond either side of the crop from which a voxel can come.
+    """Returns how many voxels beyond the crop a voxel can come from, [3].
 
-    Sizes in voxels; arguments as in `augment.AugmentSettings`.
+    All sizes are in voxels. The arguments are those of `augment.AugmentSettings`.
     """
     points = control_shape_zyx(crop_shape_zyx, elastic_spacing_zyx)
-    # Splines overshoot: at each voxel the worst signs of all control points.
+    # Splines overshoot, so each voxel takes the worst signs of all control points.
     bend = [
         np.abs(upsampling(size, n, elastic_subsample)).sum(axis=1)
         for size, n in zip(crop_shape_zyx, points, strict=True)
@@ -91,7 +97,7 @@ def reach_zyx(
         furthest[axis] - half[axis] + jitter_zyx[axis] + misalign[axis]
         for axis in range(3)
     ]
-    # Angles are sampled and positions are float32; both err by less than the slack.
+    # Angles are sampled and positions are float32. The slack covers both errors.
     slack = 0.02
     return tuple(
         math.ceil(r + slack) if r > j + 1e-6 else j
@@ -100,18 +106,18 @@ def reach_zyx(
 
 
 class Field(NamedTuple):
-    """Where the voxels of a crop come from, as small arrays along each of its axes.
+    """From where the voxels of a crop come, as small arrays along its axes.
 
-    A position is the sum of what the three axes add and of the displacements of all
-    control points, each times the product of its weights along the axes.
+    The position of a voxel is a sum: one summand from each axis, and the displacement
+    of every control point times the product of its weights along the three axes.
     """
 
-    control: jax.Array  # [3, *points] voxels
-    weights: tuple[jax.Array, ...]  # along each axis, [size, points]
-    added: tuple[jax.Array, ...]  # along each axis, [size, 3] voxels
+    control: jax.Array  # displacements of the control points, [3, *points] voxels
+    weights: tuple[jax.Array, ...]  # for each axis, [size, points]
+    added: tuple[jax.Array, ...]  # for each axis, [size, 3] voxels
 
     def mirrored(self, mirror: jax.Array) -> "Field":
-        """That of the crop mirrored along the axes that `mirror` ([3] bool) names."""
+        """Returns the field of the crop mirrored along axes, `mirror` bool [3]."""
 
         def turned(along: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             pairs = zip(mirror, along, strict=True)
@@ -120,12 +126,13 @@ class Field(NamedTuple):
         return Field(self.control, turned(self.weights), turned(self.added))
 
     def transposed(self, permutation: jax.Array, axes: Sequence[int]) -> "Field":
-        """That of the crop with `axes`, all of one size, in another of their orders.
+        """Returns the field of the crop with its `axes` permuted.
 
         Args:
-          permutation: number of the order among `itertools.permutations(axes)`.
+          permutation: the number of the order in `itertools.permutations(axes)`, int32.
+          axes: the axes, which must have equal length.
         """
-        # All orders need the same shapes: further control points, of no displacement.
+        # All orders need the same shapes, so control points that do not move are added.
         points = self.control.shape[1:]
         most = max((points[axis] for axis in axes), default=0)
         more = [(0, most - n if axis in axes else 0) for axis, n in enumerate(points)]
@@ -150,10 +157,10 @@ class Field(NamedTuple):
         return jax.lax.switch(permutation, branches)
 
     def source_vx_zyx(self, whole_sections: bool) -> list[jax.Array]:
-        """Positions of all voxels along z, y and x, float32 arrays of the crop's shape.
+        """Returns the positions of all voxels along z, y and x, float32 [*crop] each.
 
         Args:
-          whole_sections: no control point is displaced along z.
+          whole_sections: whether no control point moves along z.
         """
         unbent = int(whole_sections)
         elastic = jnp.einsum(
@@ -168,7 +175,8 @@ class Field(NamedTuple):
             position = second[:, None] + third
             if axis >= unbent:
                 position = position + elastic[axis - unbent]
-            # The largest number last, the middle's: float32 loses least.
+            # The middle is the largest number. Added last, it costs the least
+            # precision.
             source.append(position + first[:, None, None])
         return source
 
@@ -181,13 +189,15 @@ def field(
     crop_shape_zyx: Sequence[int],
     subsample: int,
 ) -> Field:
-    """Elastic warp, rotation and misalignment of a crop about its middle.
+    """Returns the field of an elastic warp, a rotation and misaligned sections.
 
     Args:
-      control: displacements of control points, [3, *control_shape_zyx] voxels.
-      angle: of the rotation in the section plane, radians.
-      offset_yx: of each section, [z, 2] voxels.
-      middle_zyx: where the crop's middle comes from, voxels.
+      control: the displacements of the control points, [3, *control_shape_zyx] voxels.
+      angle: the angle of the rotation in the section plane, in radians.
+      offset_yx: the displacement of each section, [z, 2] voxels.
+      middle_zyx: the position from which the middle of the crop comes, in voxels.
+      crop_shape_zyx: the voxels of the crop.
+      subsample: see `upsampling`.
     """
     weights = tuple(
         jnp.asarray(upsampling(size, points, subsample))
@@ -206,22 +216,27 @@ def field(
 def resample(
     record: jax.Array, source: Sequence[jax.Array], whole_sections: bool
 ) -> jax.Array:
-    """Linear interpolation of uint8 [z, y, x] at `source` → float32 in 0…255.
+    """Interpolates a record linearly at the positions `source`.
 
     Args:
-      source: along each axis, voxels, within the record (`reach_zyx` says how large it
-        must be; what lies outside is the nearest border).
-      whole_sections: the positions along z are whole numbers: then four voxels make
-        one, else eight.
+      record: uint8 [z, y, x].
+      source: the positions along z, y and x in voxels, float32 [*crop] each.
+        `reach_zyx` says how large the record must be. A position outside takes the
+        nearest border.
+      whole_sections: whether the positions along z are whole numbers. Then four voxels
+        make one, otherwise eight.
+
+    Returns:
+      float32 [*crop] from 0 to 255.
     """
     flat = record.ravel()
-    index: Any = 0  # an array from the first axis on
+    index: Any = 0  # becomes an array
     weight, steps = [], []
     for axis, size in enumerate(record.shape):
         stride = math.prod(record.shape[axis + 1 :])
         interpolated = size > 1 and not (axis == 0 and whole_sections)
         position = jnp.clip(source[axis], 0, size - 1)
-        # The last voxel is the one before it with all weight on the next.
+        # The last voxel is the next of the voxel before it, with all the weight.
         low = jnp.minimum(position.astype(jnp.int32), size - 1 - interpolated)
         index += low * stride
         weight.append(position - low)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units on real worker processes; one of them is killed."""
+"""Units are computed by real worker processes, and one of these is killed."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def alone(
     volume_path: pathlib.Path,
     synapse_table: pa.Table,
 ) -> pathlib.Path:
-    """The answer of one process; `table.feather` beside it is the question."""
+    """The answer of one process, next to the table it is for, `table.feather`."""
     folder = tmp_path_factory.mktemp("alone")
     feather.write_feather(synapse_table, str(folder / "table.feather"))
     command = run_command(
@@ -48,13 +48,13 @@ def command_like(
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The Python processes that a command's cluster has started."""
+    """Returns the Python processes that a command's cluster has started."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
             if "spawn_main" in " ".join(child.cmdline()):
                 found.append(child)
-        except psutil.Error:  # has just ended
+        except psutil.Error:  # the process has just ended
             pass
     return found
 
@@ -90,7 +90,7 @@ def test_what_a_unit_raises_is_one_line(
     trained_run: pathlib.Path,
     volume_path: pathlib.Path,
 ) -> None:
-    """A part that cannot be written, as on a full disk."""
+    """A part cannot be written, as on a full disk; the error is one line."""
     in_the_way = tmp_path / "parts" / "part-000007-of-000030.feather"
     in_the_way.mkdir(parents=True)
     command = command_like(alone, trained_run, volume_path, tmp_path)
@@ -106,14 +106,14 @@ def test_what_a_unit_raises_is_one_line(
 
 @pytest.fixture
 def queue(tmp_path: pathlib.Path) -> dict[str, str]:
-    """An environment with a queue: its sbatch starts the job's script here.
+    """An environment with a queue, whose `sbatch` runs the jobs on this machine.
 
-    `jobs` beside it lists the process groups of the jobs.
+    The file `jobs` in `tmp_path` lists the process groups of the jobs.
     """
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "sbatch").write_text(
-        f"#!/bin/sh\ncp $1 {tmp_path}/$$.job\n"  # as it may be removed afterwards
+        f"#!/bin/sh\ncp $1 {tmp_path}/$$.job\n"  # the script may be deleted
         f"setsid sh {tmp_path}/$$.job > {tmp_path}/$$.log 2>&1 &\n"
         f'echo $! >> {tmp_path}/jobs\necho "Submitted batch job $!"\n'
     )
@@ -138,12 +138,12 @@ def test_a_job_that_is_lost_is_replaced(
     volume_path: pathlib.Path,
     queue: dict[str, str],
 ) -> None:
-    """dask-jobqueue itself; the one job is killed, and then the command is."""
+    """With the real dask-jobqueue, the command is stopped and later a job is killed."""
     out = tmp_path / "out"
     command = command_like(alone, trained_run, volume_path, out)
     command += ["--cluster=slurm", "--workers=1"]
-    # The look at the workers comes every half minute; not in a test.
-    # And Ctrl-C is Ctrl-C, also where the tests run in the background of a shell.
+    # The command looks at the workers every half minute, which is too slow for a test.
+    # In the background of a shell, SIGINT is ignored, so its handler is set here.
     runner = (
         "import runpy, signal, sys; from synister_jax.bulk import dask_cluster; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -173,7 +173,7 @@ def test_a_job_that_is_lost_is_replaced(
 def test_a_plan_made_anew_is_not_the_old_one(
     tmp_path: pathlib.Path, alone: pathlib.Path, trained_run: pathlib.Path
 ) -> None:
-    """A worker that outlives a plan tells the next command's folder from it."""
+    """A worker that is older than a plan notices that the plan was replaced."""
     record = json.loads((alone / "predictions.json").read_text())
     job = worker_inputs.Inputs(
         ((str(trained_run), 40),),
@@ -186,7 +186,7 @@ def test_a_plan_made_anew_is_not_the_old_one(
     )
     plan = planning.open(tmp_path / "copy")
     there = job.elsewhere(plan)
-    assert worker_inputs.execute_unit(there, 0).synapses == 0  # its part is there
+    assert worker_inputs.execute_unit(there, 0).synapses == 0  # its part exists
     changed = json.loads((tmp_path / "copy" / "plan.json").read_text())
     changed["synapses_sha256"] = "another table"
     (tmp_path / "copy" / "plan.json").write_text(json.dumps(changed))
@@ -203,7 +203,7 @@ def test_an_array_of_jobs(
     trained_run: pathlib.Path,
     volume_path: pathlib.Path,
 ) -> None:
-    """Three processes at once, none of which has a plan to begin with."""
+    """Three jobs of an array share the units; no plan exists when they start."""
     command = command_like(alone, trained_run, volume_path, tmp_path)
     early = commands.run(*command, "--units=2/3")
     assert early.returncode == 0, early.stderr

@@ -33,7 +33,7 @@ def cells_of(
     chunk: Sequence[int],
     shift: Sequence[int] = (0, 0, 0),
 ) -> set[tuple[int, ...]]:
-    """Chunks of the crops' voxels inside, voxel by voxel; `shift` is of the grid."""
+    """Returns the chunks of all crop voxels in the volume; `shift` moves the grid."""
     found = set()
     for start in starts:
         axes = []
@@ -60,7 +60,7 @@ def test_chunks_are_counted_as_one_would_by_hand(
 
 
 def cut_out(path: pathlib.Path, driver: str, begin: Sequence[int]) -> Volume:
-    """Of a volume in `path` what lies from `begin` on, without the last two voxels."""
+    """Opens the part of a volume from `begin` on, without its last two voxels."""
     size = [n - b - 2 for n, b in zip(SHAPE_ZYX, begin, strict=True)]
     turn = -1 if driver == "n5" else 1
     cut = {"input_inclusive_min": list(begin)[::turn], "input_shape": size[::turn]}
@@ -168,7 +168,7 @@ def test_text_tells_rows_units_bytes_and_time(
     )
     found = re.match(pattern, seconds)
     assert found and float(found[1].replace(",", "")) > 0
-    # It was told, not done.
+    # The estimate computes no unit.
     assert not list((tmp_path / "o" / "parts").iterdir())
 
 

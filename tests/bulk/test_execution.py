@@ -89,7 +89,7 @@ def reference(
     classifier: inference.Classifier,
     volume: Volume,
 ) -> Plan:
-    """All parts, each unit alone, one after the other."""
+    """A plan with all parts, for which every unit was computed alone."""
     plan = plan_in(tmp_path_factory.mktemp("alone"), table, classifier, volume)
     for unit in range(len(plan)):
         execution.execute(plan, [unit], classifier, volume)
@@ -97,7 +97,7 @@ def reference(
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Its result or error; a test that hangs fails instead."""
+    """Calls the function, and fails if it takes longer; returns its result."""
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -137,7 +137,7 @@ def test_parts_are_what_the_network_says_of_each_crop(
             crop = padded[z : z + 4, y : y + 16, x : x + 16]
             found.append(classifier(crop[None])[0])
         np.testing.assert_allclose(part.probabilities, found, atol=1e-5)
-        # No two alike: a swap would show.
+        # All predictions differ, so the test would notice swapped rows.
         assert len(np.unique(part.probabilities, axis=0)) == len(rows)
         assert np.ptp(part.probabilities, axis=0).min() > 1e-3
 
@@ -177,7 +177,7 @@ def test_two_that_execute_the_same_units_at_once_write_the_same(
     plan = plan_in(tmp_path, table, classifier, volume)
 
     def run() -> None:
-        # As in two processes: Arrow does not let two threads share an open file.
+        # Every thread opens its own plan, as threads cannot share open Arrow files.
         own = planning.open(tmp_path)
         execution.execute(own, range(9), classifier, volume)
 
@@ -199,7 +199,7 @@ def test_no_units_take_no_time(
 
 
 class Failing(Volume):
-    """Raises at one of the calls, counted from 0 over the whole class."""
+    """A volume that raises from call `at` on (counted from 0 over the whole class)."""
 
     calls = 0
     at = 0
@@ -236,7 +236,7 @@ def test_an_error_of_the_volume_comes_out_and_parts_stay(
     assert caught.value is error
     there, whole = content(plan), content(reference)
     assert there.items() <= whole.items()
-    # What is lost is what was under way: four batches, which are of two units.
+    # Only the work in progress is lost: four batches, which belong to two units.
     assert len(there) >= at // UNIT_ROWS - 2
     left = list(unit_results.unfinished(plan, range(9), False))
     assert len(left) == 9 - len(there) > 0
@@ -245,7 +245,7 @@ def test_an_error_of_the_volume_comes_out_and_parts_stay(
 
 
 class Denied(Volume):
-    """The store says so when the data of one of the crops are wanted."""
+    """A volume whose store refuses access when the data of one crop is read."""
 
     calls = 0
 
@@ -307,7 +307,7 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
     volume_path: pathlib.Path,
 ) -> None:
     own = shutil.copytree(volume_path, tmp_path / "raw.n5")
-    # x 64..96 and 96..128, y 64..96, z 8..16
+    # These chunks have the voxels x 64..96 and 96..128, y 64..96 and z 8..16.
     chunks = [own / "2" / "2" / "1", own / "3" / "2" / "1"]
     for number, chunk in enumerate(chunks):
         chunk.rename(tmp_path / f"away{number}")
@@ -333,7 +333,7 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
     assert list(unit_results.unfinished(plan, range(9), True)) == touched
     assert list(unit_results.unfinished(plan, range(9), False)) == []
 
-    # Still missing: the same again.
+    # The data is still missing, so the parts stay the same.
     opened = volumes.open(str(own))
     execution.execute(plan, touched, classifier, opened, retry_missing=True)
     assert content(plan) == first
@@ -354,7 +354,7 @@ def test_retry_missing_touches_only_rows_that_are_not_whole(
         np.testing.assert_allclose(found.probabilities, fresh.probabilities, atol=1e-6)
     assert list(unit_results.unfinished(plan, range(9), True)) == []
 
-    # Nothing to do: nothing is written.
+    # All rows are predicted, so nothing is written.
     written = {
         path: path.stat().st_mtime_ns for path in (plan.folder / "parts").iterdir()
     }
@@ -389,7 +389,7 @@ def test_times_add_up(
     volume_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    volume = volumes.open(str(volume_path))  # with nothing in its cache
+    volume = volumes.open(str(volume_path))  # its cache is empty
     plan = plan_in(tmp_path, table, classifier, volume)
     progress = Progress("predict", 170, "synapses")
     start = time.perf_counter()
@@ -401,7 +401,7 @@ def test_times_add_up(
     assert 0 < times.compute <= times.wall * 1.05
     assert 0 < times.write <= times.wall * 1.05
     assert 0 < times.read + times.put <= times.wall * 1.05
-    assert times.storage >= 0  # whole milliseconds of each read: here mostly 0
+    assert times.storage >= 0  # in whole ms per read, so mostly 0 here
     for unit in (0, 8):
         unit_results.path_of(plan, unit).unlink()
     again = execution.execute(plan, [0, 8], classifier, volume)
@@ -427,7 +427,7 @@ def test_text_of_times_tells_all_of_them() -> None:
 
 
 class Slow(inference.Classifier):
-    """Counts the batches that are on the devices, and takes its time."""
+    """A slow classifier that counts the batches that are put on the devices."""
 
     puts = 0
 
@@ -449,7 +449,7 @@ def test_reading_is_never_more_than_a_few_batches_ahead(
     volume: Volume,
     unit_rows: int,
 ) -> None:
-    # Of one unit, as many reads may be under way as fit 256 MB: here four crops.
+    # Within one unit, the reads in progress may take 256 MB; here, four crops.
     four = functools.partial(crops.read, bytes_in_flight=4 * 4 * 16 * 16)
     monkeypatch.setattr(crops, "read", four)
     mesh = sharding.make_mesh(jax.devices()[:1])
@@ -471,8 +471,8 @@ def test_reading_is_never_more_than_a_few_batches_ahead(
     progress = Counting("predict", None, "synapses")
     execution.execute(plan, range(len(plan)), slow, recording, progress)
     assert done == 170 and len(Recording.starts) == 170
-    # Two wait, one is being made, two are computed, and one is handed on.
+    # Two batches wait, one is being read, two are computed and one is being written.
     assert most_crops <= 6 * BATCH + 4
     if unit_rows == 170:
         assert most_batches <= 6
-    assert most_crops >= 2 * BATCH  # it does run ahead
+    assert most_crops >= 2 * BATCH  # it reads ahead

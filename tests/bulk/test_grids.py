@@ -18,14 +18,14 @@ from synister_jax.em import layouts
 from synister_jax.tables import synapses
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
-# No axis is a multiple of the chunk, no two are alike.
+# No axis is a multiple of the chunk, and begin and step differ on every axis.
 GRID = Grid((40.0, -8.0, 100.0), (281.0, 552.0, 239.0), (40.0, 8.0, 2.0))
 SHAPE_ZYX = (7, 70, 70)
 ABOUT = {"run": "runs/a", "step": 1000}
 
 
 def probabilities(positions_nm_zyx: np.ndarray) -> np.ndarray:
-    """Of each place its own: [n, 3] -> [n, classes] float32."""
+    """Returns different values for every position: [n, 3] -> [n, classes] float32."""
     z, y, x = positions_nm_zyx.T
     values = [(z + 2 * y + 3 * x) / 5000, z * x / 1e6, y / 1000]
     return np.stack(values, axis=1).astype(np.float32)
@@ -56,10 +56,10 @@ def contents(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def decode_blosc(stored: bytes) -> bytes:
-    """A Blosc 1 chunk by its README_CHUNK_FORMAT: a header, then blocks of zstd."""
+    """Decodes a Blosc 1 chunk (header, zstd blocks) as README_CHUNK_FORMAT says."""
     _, _, flags, typesize, size, block, whole = struct.unpack("<BBBBIII", stored[:16])
     assert whole == len(stored)
-    if flags & 2:  # kept as it was
+    if flags & 2:  # not compressed
         return stored[16:]
     assert flags >> 5 == 4, "zstd"
     result = b""
@@ -75,7 +75,7 @@ def decode_blosc(stored: bytes) -> bytes:
             if length < here // splits:
                 part = pa.decompress(part, here // splits, codec="zstd", asbytes=True)
             plain += part
-        if flags & 1:  # the first bytes of all numbers first, and so on
+        if flags & 1:  # shuffled: first the first byte of all numbers, and so on
             kept = here // typesize * typesize
             planes = np.frombuffer(plain[:kept], np.uint8).reshape(typesize, -1)
             plain = planes.T.tobytes() + plain[kept:]
@@ -100,11 +100,11 @@ def test_points_are_rows_of_a_synapse_table_z_slowest() -> None:
 @pytest.mark.parametrize(
     ("begin", "end", "step", "points"),
     [
-        (0, 80, 40, 2),  # the end itself is not in it
+        (0, 80, 40, 2),  # the grid does not include its end
         (0, 80.5, 40, 3),
         (-40, 1, 40, 2),
         (0, 1, 40, 1),
-        (0.1, 0.4, 0.1, 3),  # (0.4 - 0.1) / 0.1 is above 3
+        (0.1, 0.4, 0.1, 3),  # in floats, (0.4 - 0.1) / 0.1 is above 3
         (0, 0.3, 0.1, 3),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_batch_of_the_largest_grid_is_made_alone() -> None:
         ("0:1e300,0:1,0:1", "1e-300,1,1", "--step_nm_zyx=1e-300,1,1 is too small"),
         ("-1e308:1e308,0:1,0:1", "1,1,1", "--step_nm_zyx=1,1,1 is too small"),
         ("1e17:1.0000000000000002e17,0:1,0:1", "1,1,1", "--step_nm_zyx=.* too small"),
-        # Less than a step on two axes does not make up for the third.
+        # The z axis has too many points, although y and x are shorter than a step.
         ("0:1e13,0:1,0:1", "1,1000,1000", "--step_nm_zyx=.* too small"),
     ],
 )
@@ -165,11 +165,11 @@ def test_values_lie_where_they_were_predicted(tmp_path: pathlib.Path) -> None:
 
 
 def test_chunks_are_what_zarr_says(tmp_path: pathlib.Path) -> None:
-    """By hand, without a reader of Zarr.
+    """The chunk is decoded by hand, without a reader of Zarr.
 
-    zarr-specs.readthedocs.io/en/latest/v2/v2.0.html: a chunk is the little-endian
-    array in C order, of the full chunk shape at the edges too, its key the chunk's
-    indices; `dimension_separator` "/" puts them in folders.
+    zarr-specs.readthedocs.io/en/latest/v2/v2.0.html says: a chunk is a little-endian
+    array in C order. Chunks at the edges also have the full chunk shape. The key has
+    the indices of the chunk; `dimension_separator` "/" makes a folder of every index.
     """
     write(tmp_path / "p.zarr")
     zarray = read_json(tmp_path / "p.zarr" / "0" / ".zarray")
@@ -177,7 +177,7 @@ def test_chunks_are_what_zarr_says(tmp_path: pathlib.Path) -> None:
     names = {f"0/{c}/0/{y}/{x}" for c in range(3) for y in (0, 1) for x in (0, 1)}
     metadata = {".zgroup", ".zattrs", "0/.zarray", "0/.zattrs"}
     assert set(contents(tmp_path / "p.zarr")) == names | metadata
-    z, y, x = 5, 66, 3  # in the chunk (2, 0, 1, 0)
+    z, y, x = 5, 66, 3  # the point is in the chunk (2, 0, 1, 0)
     stored = decode_blosc((tmp_path / "p.zarr" / "0/2/0/1/0").read_bytes())
     chunk = np.frombuffer(stored, "<f4").reshape(7, 64, 64)
     assert chunk[z, y - 64, x] == np.float32((-8 + 66 * 8) / 1000)
@@ -188,12 +188,14 @@ def test_chunks_are_what_zarr_says(tmp_path: pathlib.Path) -> None:
 
 
 def test_metadata_is_ome_zarr_0_4(tmp_path: pathlib.Path) -> None:
-    """ngff.openmicroscopy.org/0.4, sections axes, coordinateTransformations and
-    multiscales: Zarr 2, nested chunks; axes MUST be as many as the array has and in its
-    order, channel before space, names unique, SHOULD have a type and a unit of
-    UDUNITS-2; each data set MUST have one scale and then at most one translation, as
-    long as the axes; name and version SHOULD be there. The layout also asks for
-    `_ARRAY_DIMENSIONS`.
+    """The metadata follows ngff.openmicroscopy.org/0.4, as checked by hand.
+
+    The sections axes, coordinateTransformations and multiscales say: The format is
+    Zarr 2 with nested chunks. There MUST be one axis per dimension of the array, in the
+    same order, the channel before space, with unique names. Axes SHOULD have a type and
+    a unit of UDUNITS-2. Every data set MUST have one scale and then at most one
+    translation, both with one number per axis. Name and version SHOULD be there. The
+    layout also needs `_ARRAY_DIMENSIONS`.
     """
     write(tmp_path / "p.zarr")
     assert read_json(tmp_path / "p.zarr" / ".zgroup") == {"zarr_format": 2}
@@ -227,9 +229,11 @@ def test_metadata_is_ome_zarr_0_4(tmp_path: pathlib.Path) -> None:
 
 
 def test_array_is_one_that_neuroglancer_reads(tmp_path: pathlib.Path) -> None:
-    """neuroglancer, src/datasource/zarr/metadata/parse.ts (parseV2Metadata): order C
-    or F, `dimension_separator` stated, a float32 whose fill value may be "NaN", blosc
-    with cname, clevel and shuffle, and no filters.
+    """The array has only what Neuroglancer's reader of Zarr accepts.
+
+    Neuroglancer, src/datasource/zarr/metadata/parse.ts (parseV2Metadata), accepts order
+    C or F, a given `dimension_separator`, float32 with the fill value "NaN", blosc with
+    cname, clevel and shuffle, and no filters.
     """
     write(tmp_path / "p.zarr")
     assert read_json(tmp_path / "p.zarr" / "0" / ".zarray") == {
@@ -264,7 +268,7 @@ def test_array_says_where_it_lies_as_daisy_does(tmp_path: pathlib.Path) -> None:
 def test_bytes_do_not_depend_on_the_pieces(
     rows: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two sections a slab, and one in the last.
+    # Every slab has two sections, and the last slab has one.
     monkeypatch.setattr(grids, "_SLAB_BYTES", 2 * 3 * 70 * 70 * 4)
     write(tmp_path / "a" / "p.zarr", 5000)
     write(tmp_path / "b" / "p.zarr", rows)
@@ -328,7 +332,8 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: pathlib.Path) -> None:
     write(path)
     expected = contents(path)
     (tmp_path / "p.zarr.partial" / "0" / "9").mkdir(parents=True)
-    # Killed between the renames: the new folder has its temporary name still.
+    # A run killed between its two renames leaves the old array as `.replaced` and the
+    # new array as `.partial`.
     path.rename(tmp_path / "p.zarr.replaced")
     with pytest.raises(UserError, match="0 predictions"):
         grids.write_zarr(path, GRID, CLASSES, [], ABOUT)

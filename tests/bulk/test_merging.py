@@ -35,7 +35,7 @@ FORMATS = sorted(merging.WRITERS)
 
 
 def probabilities_of(rows: np.ndarray) -> np.ndarray:
-    """Of a row alone, and no two alike."""
+    """Returns probabilities that depend only on the row, and differ for all rows."""
     first = (np.asarray(rows) + 1) / np.float32(1 << 20)
     return np.stack([first, 1 - first, first / 3], axis=1).astype(np.float32)
 
@@ -54,7 +54,7 @@ def write_parts(plan: Plan) -> None:
 
 
 def labelled(positions: np.ndarray, seed: int = 0) -> pa.Table:
-    """Rows in random order, with labels and a split."""
+    """Returns rows in random order, with neuron ids and a split."""
     rng = np.random.default_rng(seed)
     count = len(positions)
     table = table_of(positions[rng.permutation(count)])
@@ -98,7 +98,7 @@ def read(path: pathlib.Path) -> pa.Table:
 
 
 def same(a: pa.Table, b: pa.Table) -> bool:
-    """Also where both have NaN."""
+    """Returns whether two tables are equal. NaN counts as equal to NaN."""
     wanted = [n for n in a.column_names if not n.startswith(("nt_", "z_", "y_", "x_"))]
     return (
         a.schema.equals(b.schema, check_metadata=True)
@@ -113,7 +113,7 @@ def same(a: pa.Table, b: pa.Table) -> bool:
 
 
 def expected_answer(table: pa.Table) -> tuple[list[str], np.ndarray]:
-    """(statuses, probabilities [n, 3]) row by row."""
+    """Returns (statuses, probabilities [n, 3]), computed row by row."""
     conformed = pa.concat_tables(source_of(table).tables())
     positions = synapses.positions_nm_zyx(conformed)
     starts = expected_rows(positions)
@@ -181,7 +181,7 @@ def test_parquet_is_several_files_in_order_and_the_same_rows(
     assert sizes == [256, 256, 256, 232]
     _, one = merge(plan, source_of(table, 64), volume, "feather")
     assert same(read(path), read(one))
-    assert same(parquet.read_table(path), read(one))  # as a data set, too
+    assert same(parquet.read_table(path), read(one))  # as one data set
     for name in names:
         predictions.check(parquet.read_schema(path / name), name)
 
@@ -198,7 +198,7 @@ def test_merging_again_gives_the_same_bytes(
     first = content(path)
     merge(plan, source_of(table, 100), volume, file_format)
     assert content(path) == first
-    # What a killed one left is in nobody's way.
+    # The files that a killed command left do not disturb.
     if file_format == "parquet":
         left = path.with_name("predictions.parquet.partial")
         left.mkdir()
@@ -225,7 +225,7 @@ def test_a_shorter_answer_leaves_no_file_of_a_longer_one(
 def refused(
     plan: Plan, table: pa.Table, volume: Volume, file_format: str, message: str
 ) -> None:
-    """With a UserError, and there is no answer."""
+    """Merges, and checks that this raises a UserError and writes no answer."""
     before = names_in(plan.folder)
     with pytest.raises(UserError, match=message):
         merge(plan, source_of(table, 130), volume, file_format)
@@ -238,7 +238,7 @@ def refused(
 def test_a_refused_answer_leaves_nothing(
     plan: Plan, volume: Volume, table: pa.Table, file_format: str
 ) -> None:
-    """A brain's is of many gigabytes; and the advice is another folder."""
+    """The partial answer is deleted: for a whole brain it takes many gigabytes."""
     before = names_in(plan.folder)
     with pytest.raises(UserError, match="changed during the prediction"):
         merge(plan, source_of(table.slice(0, 990), 130), volume, file_format)
@@ -307,7 +307,7 @@ def test_a_table_that_changed_since_is_refused(
     assert not changed.equals(table)
     message = r"table .*changed during the prediction; choose another --output"
     refused(plan, changed, volume, file_format, message)
-    # The right one still has its answer.
+    # The unchanged table can still be merged.
     merge(plan, source_of(table), volume, file_format)
 
 
@@ -359,7 +359,7 @@ def test_a_part_of_the_table_is_answered_alone(
     tmp_path: pathlib.Path, volume: Volume, table: pa.Table
 ) -> None:
     feather.write_feather(table, str(tmp_path / "t.feather"), chunksize=50)
-    # Whole batches have none of it.
+    # Some batches have no row of the test part.
     order = np.argsort([p != "test" for p in table["split_skeleton"].to_pylist()])
     feather.write_feather(table.take(order), str(tmp_path / "t.feather"), chunksize=50)
     source = reading.open(tmp_path / "t.feather", ("skeleton", "test"))
@@ -379,7 +379,7 @@ def test_a_part_of_the_table_is_answered_alone(
 def test_parts_larger_than_the_memory_are_merged_on_the_disk(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What DuckDB needs at least is so and so much a thread, whatever the machine.
+    # DuckDB needs memory for every thread, so the test uses one on every machine.
     connect = duckdb.connect
     monkeypatch.setattr(
         duckdb, "connect", lambda config: connect(config=config | {"threads": 1})

@@ -147,7 +147,7 @@ def test_rows_of_a_unit_lie_together(tmp_path: pathlib.Path) -> None:
         return sum(crops.count_chunks(starts, crop, volume) for starts in groups)
 
     every = crops.count_chunks(together, crop, volume)
-    assert every == 16 * 16 * 16  # the table is dense
+    assert every == 16 * 16 * 16  # the crops touch every chunk
     assert chunks(units) < 1.5 * every < chunks(shuffled) / 4
 
 
@@ -183,7 +183,7 @@ def test_a_sort_that_spills_gives_the_same_units(
             found = (out / "query.tmp").glob("*")
             spilled.append(sum(path.stat().st_size for path in found))
 
-    # What DuckDB needs at least is so and so much a thread, whatever the machine.
+    # DuckDB needs memory for every thread, so the test uses one on every machine.
     connect = duckdb.connect
     monkeypatch.setattr(
         duckdb, "connect", lambda config: connect(config=config | {"threads": 1})
@@ -265,7 +265,7 @@ def test_a_label_may_change(tmp_path: pathlib.Path, volume: Volume) -> None:
 RIGHT = np.random.default_rng(5).random((1000, 3)) * np.multiply(
     SHAPE_ZYX, VOXEL_NM_ZYX
 )
-# Far from a cube: else positions in another order would lie inside all the same.
+# In a volume like a cube, positions in the order x, y, z would also be inside.
 LONG_ZYX, FAR_NM_ZYX = (60, 500, 7000), (40_000.0, 50_000.0, 60_000.0)
 
 
@@ -277,7 +277,7 @@ LONG_ZYX, FAR_NM_ZYX = (60, 500, 7000), (40_000.0, 50_000.0, 60_000.0)
         (VOXEL_NM_ZYX, "they look like nm multiplied by the voxel size once more"),
         ((1000, 1000, 1000), "they look like thousandths of nm"),
         ("xyz", "they look like x, y, z in place of z, y, x"),
-        ((1e6, 1e6, 1e6), None),  # nothing simple fits
+        ((1e6, 1e6, 1e6), None),  # no simple explanation fits
     ],
 )
 def test_positions_of_another_unit_are_doubted_with_the_one_that_fits(
@@ -296,7 +296,7 @@ def test_positions_of_another_unit_are_doubted_with_the_one_that_fits(
         assert plan.about["doubt"] is None
         return
     assert plan.about["doubt"].endswith(doubt)
-    # 1,000 rows, more than 100 of every 8th, so of every 16th.
+    # Of 1,000 rows, every 8th row is more than 100 rows, so every 16th row is taken.
     start = "in a sample of every 16th row, " if sample == 100 else ""
     assert plan.about["doubt"].startswith(start)
     of = "of 63 positions" if sample == 100 else "of 1,000 positions"
@@ -306,7 +306,7 @@ def test_positions_of_another_unit_are_doubted_with_the_one_that_fits(
 def test_x_y_z_in_a_brain_that_begins_at_0_are_not_taken_for_another_unit(
     tmp_path: pathlib.Path,
 ) -> None:
-    """FAFB's shape: what the voxel size divides lies inside, whatever it was."""
+    """In FAFB, even wrong positions are inside when divided by the voxel size."""
     shape, voxel = (7_063, 133_717, 248_156), (40.0, 4.0, 4.0)
     volume = make_volume(tmp_path / "v", shape, (64, 64, 64), voxel, (0, 0, 0))
     positions = np.random.default_rng(5).random((1000, 3)) * np.multiply(shape, voxel)
@@ -333,7 +333,7 @@ def test_a_table_without_rows_has_a_plan_without_units(
 ) -> None:
     csv.write_csv(table_of(np.zeros((0, 3))), tmp_path / "none.csv")
     source = reading.open(tmp_path / "none.csv")
-    for _ in range(2):  # made, compared
+    for _ in range(2):  # makes the plan, then compares it
         plan = make_plan(source, volume, tmp_path / "out")
         assert len(plan) == plan.predicted_rows == plan.about["rows"] == 0
         assert plan.about["status_by_position"] == {} and plan.about["doubt"] is None
@@ -366,7 +366,7 @@ def test_an_error_in_the_last_batch_of_the_table_is_that_error(
         make_plan(reading.open(path), volume, out)
     assert "duckdb" not in str(caught.value).lower()
     assert names_in(out) == {"parts", ".lock"}
-    feather.write_feather(good, str(path))  # mended
+    feather.write_feather(good, str(path))  # the corrected table
     plan = make_plan(reading.open(path), volume, out)
     assert contents(plan) == contents(make_plan(good, volume, tmp_path / "other"))
 
@@ -405,7 +405,7 @@ def test_what_a_killed_planner_left_does_not_disturb(
 def test_some_that_plan_at_once_have_one_plan(
     tmp_path: pathlib.Path, volume: Volume
 ) -> None:
-    """Threads, so of one process id, as jobs in containers on several machines are."""
+    """Threads share a process id, as can happen to jobs in several containers."""
     table = table_of(positions_in_and_out(150))
     expected = make_plan(table, volume, tmp_path / "alone")
     for each in range(25):
@@ -445,13 +445,13 @@ def test_fingerprint_is_of_all_that_the_plan_was_made_from(
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory: pytest.TempPathFactory) -> Volume:
-    """As many chunks on an axis as a code has room for: 2^21."""
+    """A volume with the most chunks per axis that fit into a code: 2^21."""
     path = tmp_path_factory.mktemp("huge") / "volume.zarr"
     return make_volume(path, (2**23, 2**24, 2**25 - 3), (4, 8, 16))
 
 
 def interleaved(cell: Sequence[int]) -> int:
-    """Bits of z, y, x in turn, z's first."""
+    """Returns the interleaved bits of z, y and x; the first bit is from z."""
     z, y, x = (f"{int(n):021b}" for n in cell)
     return int("".join(a + b + c for a, b, c in zip(z, y, x, strict=True)), 2)
 
@@ -491,7 +491,7 @@ def test_a_code_is_the_interleaved_bits_of_the_chunk_of_the_centre(
 def test_crops_of_one_chunk_have_one_code_also_where_a_volume_is_cut_out(
     tmp_path: pathlib.Path,
 ) -> None:
-    """A cut-out of a volume begins in the middle of a chunk."""
+    """The part of a volume begins in the middle of a chunk."""
     make_volume(tmp_path / "whole")
     kvstore = {"driver": "file", "path": f"{tmp_path}/whole/"}
     cut = {"input_inclusive_min": [3, 5, 40], "input_shape": [50, 400, 600]}
@@ -517,5 +517,5 @@ def test_locate_answers_every_row(volume: Volume) -> None:
     expected = expected_rows(positions)
     assert found == list(expected)
     assert list(map(tuple, starts[found].tolist())) == list(expected.values())
-    # The table itself stays as it was.
+    # `locate` does not change the table.
     assert np.isnan(synapses.positions_nm_zyx(table)[7, 1])

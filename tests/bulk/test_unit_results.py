@@ -68,7 +68,7 @@ def test_the_same_part_is_the_same_bytes(plan: Plan) -> None:
     unit_results.write(plan, 1, made_up(plan, 1))
     first = unit_results.path_of(plan, 1).read_bytes()
     turned = made_up(plan, 1)
-    # Laid out in another way, and with the corners in another order.
+    # The array is in Fortran order, and the corners are in another order.
     values = np.asfortranarray(turned.probabilities)
     corners = frozenset(sorted(CORNERS, reverse=True))
     unit_results.write(plan, 1, UnitResult(turned.rows, turned.whole, values, corners))
@@ -82,7 +82,7 @@ def test_any_byte_that_changed_is_noticed_or_changes_nothing(plan: Plan) -> None
     path = unit_results.path_of(plan, 1)
     content = path.read_bytes()
     noticed = 0
-    # All of the end, which says what the bytes before it mean.
+    # Every byte of the end is tested, as the end describes the bytes before.
     every = [*range(0, len(content) - 300, 7), *range(len(content) - 300, len(content))]
     for place in every:
         for flip in (0xFF, 1 << place % 8):
@@ -92,7 +92,8 @@ def test_any_byte_that_changed_is_noticed_or_changes_nothing(plan: Plan) -> None
             found = unit_results.read(plan, 1)
             noticed += found is None
             assert found is None or same(found, part), place
-    assert noticed > len(every)  # of twice as many; the rest is padding and the like
+    # There are two flips per place. Those in padding, for example, change nothing.
+    assert noticed > len(every)
     path.write_bytes(content)
     assert unit_results.read(plan, 1) is not None
 
@@ -145,7 +146,7 @@ def test_a_value_changed_with_the_file_whole_is_noticed(plan: Plan) -> None:
 def test_the_same_bytes_read_as_another_type_are_noticed(
     plan: Plan, kind: pa.DataType
 ) -> None:
-    """What one flipped bit of the file's schema does."""
+    """A flipped bit in the schema of the file can change a type like this."""
     unit_results.write(plan, 1, made_up(plan, 1))
     path = unit_results.path_of(plan, 1)
     table = feather.read_table(path, memory_map=False)
@@ -164,7 +165,7 @@ def test_the_part_of_another_unit_or_plan_is_none(
     shutil.copy(unit_results.path_of(plan, 0), unit_results.path_of(plan, 1))
     assert unit_results.read(plan, 0) is not None and unit_results.read(plan, 1) is None
 
-    # The same rows in the same units, of a network with other weights.
+    # This plan has the same rows in the same units, but a network of other weights.
     volume = make_volume(tmp_path / "volume")
     table = table_of(positions_in_and_out(300))
     other = make_plan(table, volume, tmp_path / "other", 40, parameters_sha256=["1"])
@@ -189,7 +190,7 @@ def test_unfinished_are_those_without_a_part_in_the_order_given(plan: Plan) -> N
     unit_results.path_of(plan, 1).write_bytes(b"damaged")
     assert list(unit_results.unfinished(plan, range(count), False)) == [1, 3]
     assert list(unit_results.unfinished(plan, [4, 3, 2, 1], False)) == [3, 1]
-    # Each has rows that could not be read.
+    # Every part has rows whose crop could not be read.
     assert list(unit_results.unfinished(plan, range(count), True)) == list(range(count))
     rows, _ = plan.unit(2)
     whole = made_up(plan, 2)

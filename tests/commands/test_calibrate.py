@@ -240,10 +240,10 @@ def test_parameters_are_kept_where_they_are_known(run: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"crops": "other"}, "is of crops other, the checkpoint of c0ffee"),
-        ({"step": 6}, "is of step 6, the checkpoint of 7"),
-        ({"part": "test"}, "is of part test, the checkpoint of validation"),
-        ({"classes": list(CLASSES[::-1])}, "is of classes"),
+        ({"crops": "other"}, "with crops other, but the checkpoint has c0ffee"),
+        ({"step": 6}, "with step 6, but the checkpoint has 7"),
+        ({"part": "test"}, "with part test, but the checkpoint has validation"),
+        ({"classes": list(CLASSES[::-1])}, "was fitted with classes"),
     ],
 )
 def test_a_calibration_of_something_else_is_refused(

@@ -109,7 +109,7 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            for point in self._store.claim_points(self._name):
+            for point in self._store.points.claim(self._name):
                 result = {
                     "neurotransmitter_name": "gaba",
                     "probabilities": dict(zip(CLASSES, (0.8, 0.1, 0.1), strict=True)),
@@ -117,7 +117,7 @@ class Worker:
                 }
                 if point.x == -404:
                     result = {"problem": "the volume is out of reach"}
-                self._store.answer_point(point.id, self._name, result)
+                self._store.points.answer(point.id, self._name, result)
             job = self._store.claim(self._name)
             if job is None:
                 time.sleep(0.01)

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.long
 def config() -> ml_collections.ConfigDict:
     config = tiny_config()
     config.keep_latest = 1
-    config.ema_decay = 0.9  # of a training that is not this one's
+    config.ema_decay = 0.9  # ignored: an import has no averaged weights
     return config
 
 
 @pytest.fixture
 def workdir(tmp_path: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:
-    """Four imported checkpoints, all biased towards class `step % 3`."""
+    """A run of four imported checkpoints; each is biased towards class `step % 3`."""
     for step in (100, 200, 300, 50):
         rng = np.random.default_rng(step)
         variables = jax.tree.map(
@@ -61,13 +61,14 @@ def test_the_best_is_that_of_all_that_were_evaluated_and_are_there(
     every = checkpoint_evaluation.evaluate(
         workdir, "validation", [50, 100, 200, 300], shards, 8
     )
-    # Each calls everything one class: all alike, of which the latest is taken.
+    # Every checkpoint calls all synapses one class. All are equally good, so the
+    # latest one is the best.
     assert checkpoint.best_step(workdir) == every["best_step"] == 300
     path = workdir / "evaluation" / "validation" / "summary.json"
     summary = files.read_json(path)
     summary["checkpoints"][1]["synapse_mean_class_accuracy"] = 0.9
     summary["checkpoints"].append(
-        {"step": 999, "synapse_mean_class_accuracy": 1.0}  # deleted since
+        {"step": 999, "synapse_mean_class_accuracy": 1.0}  # this checkpoint was deleted
     )
     files.write_json(path, summary)
     assert checkpoint.best_step(workdir) == 100

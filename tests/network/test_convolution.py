@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every lowering against XLA's own 3D convolution, and one against SciPy."""
+"""Compares every lowering with XLA's own 3D convolution, and one with SciPy."""
 
 import concurrent.futures
 import functools
@@ -34,12 +34,12 @@ def fresh_answer() -> Iterator[None]:
 
 @pytest.fixture
 def on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where users compute; the tests have several (fake) devices."""
+    """JAX with one device, as users have. The tests run with several fake devices."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def layers_of(name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Kernel shape and strides of each kind of convolution in a published network."""
+    """Returns kernel shape and strides of each convolution of a published network."""
     config = importlib.import_module(f"configs.{name}").get_config()
     network = model.from_config(config)
     crops = jax.ShapeDtypeStruct((1, *config.crop_shape_zyx), jnp.float32)
@@ -141,7 +141,8 @@ def test_network_is_the_same_by_each_lowering(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(convolution, "_lowering", lambda dtype: lowering)
         logits = jax.jit(lambda v: network.apply(v, crops, train=False))(variables)
         grads, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
-        for name in grads:  # nothing but rounding: batch norm takes the mean away
+        # Batch norm subtracts the mean, so the gradients of biases are only rounding.
+        for name in grads:
             if "_conv" in name:
                 del grads[name]["bias"]
         return {"logits": logits, "grads": grads, "updated": updated}
@@ -159,13 +160,13 @@ def test_network_is_the_same_by_each_lowering(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_library
 def test_the_same_bits_each_time_and_in_many_threads(on_one_device: None) -> None:
-    """The library runs its own tasks on XLA's threads: nothing may overtake."""
+    """The result is always the same, though the library runs tasks on XLA's threads."""
     x = drawn((2, 8, 20, 20, 12), 0)
     kernels = [drawn((3, 3, 3, 12, 12), seed) for seed in range(1, 7)]
 
     @jax.jit
     def several(x: jax.Array, kernels: list[jax.Array]) -> jax.Array:
-        """Independent of each other, so that XLA may run them at once."""
+        """Computes convolutions that XLA can run at once, as they are independent."""
         outs = [convolution.conv3d(x, kernel) for kernel in kernels]
         return jnp.stack([convolution.conv3d(out, kernels[0]) for out in outs])
 

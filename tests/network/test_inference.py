@@ -24,7 +24,7 @@ Members = list[tuple[pathlib.Path, int | None]]
 def other_network(
     tmp_path_factory: pytest.TempPathFactory, short_config: ml_collections.ConfigDict
 ) -> pathlib.Path:
-    """An imported checkpoint of another architecture, made of random numbers."""
+    """An imported checkpoint of another architecture, with random weights."""
     config = short_config.copy_and_resolve_references()
     config.model.dense_features = 24
     config.model.convolutions = (2, 1)
@@ -34,7 +34,8 @@ def other_network(
         inference.abstract_variables(config),
     )
     kernel = variables["params"]["logits"]["kernel"]
-    kernel *= rng.uniform(-0.1, 0.1, kernel.shape)  # else it is sure of one class
+    # With larger weights the network would always be sure of one class.
+    kernel *= rng.uniform(-0.1, 0.1, kernel.shape)
     folder = tmp_path_factory.mktemp("other") / "run"
     checkpoint.save_imported(folder, 20, variables, config)
     return folder
@@ -42,7 +43,7 @@ def other_network(
 
 @pytest.fixture(scope="module")
 def records() -> np.ndarray:
-    """Crops with one voxel of margin in y and x, brighter from one to the next."""
+    """Crops with a margin of one voxel in y and x; each is brighter than the last."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 120, (11, 4, 18, 18), dtype=np.uint8)
     noise[:, :, :9, 4:] += np.arange(0, 110, 10, dtype=np.uint8)[:, None, None, None]
@@ -72,7 +73,7 @@ def test_one_checkpoint_is_its_network(
     result = classifier([(short_run, None)], batch_size=11)(records)
     expected = jax.nn.softmax(network(variables, crops))
     np.testing.assert_allclose(result, expected, atol=1e-6)
-    assert len(np.unique(result.argmax(axis=1))) > 1  # not one answer for all
+    assert len(np.unique(result.argmax(axis=1))) > 1  # the classes differ
 
 
 def test_mean_of_checkpoints_and_architectures(
@@ -93,7 +94,7 @@ def test_mean_of_checkpoints_and_architectures(
     np.testing.assert_array_equal(two, (results[0] + results[1]) / np.float32(2))
 
     assert together.classes == CLASSES
-    assert together.config.model.dense_features == 16  # the first's
+    assert together.config.model.dense_features == 16  # of the first member
     assert [m["step"] for m in together.members] == [10, 20, 20]
     assert together.members == [one.members[0] for one in each]
     assert json.loads(json.dumps(together.members)) == together.members
@@ -103,7 +104,7 @@ def test_mean_of_checkpoints_and_architectures(
 
 
 def symmetries(crops: np.ndarray) -> list[np.ndarray]:
-    """Of crops [n, z, y, x]: every way to mirror y, mirror x and swap y with x."""
+    """Returns the crops [n, z, y, x] in all 8 mirrored and transposed versions."""
     result = []
     for y, x in itertools.product((1, -1), repeat=2):
         mirrored = crops[:, :, ::y, ::x]
@@ -119,7 +120,7 @@ def test_eight_views_are_the_symmetries_of_the_section_plane(
     views = symmetries(records)
     assert len({view.tobytes() for view in views}) == 8
     each = [plain(view) for view in views]
-    assert np.ptp(each, axis=0).max() > 0.01  # the network is not symmetric itself
+    assert np.ptp(each, axis=0).max() > 0.01  # the network alone is not symmetric
     result = viewed(records)
     np.testing.assert_allclose(result, np.mean(each, axis=0), atol=1e-5)
     np.testing.assert_allclose(result.sum(axis=1), 1, rtol=1e-5)
@@ -130,7 +131,7 @@ def test_eight_views_are_the_symmetries_of_the_section_plane(
 def test_crops_are_cut_before_they_are_turned(
     short_run: pathlib.Path, records: np.ndarray
 ) -> None:
-    """With an odd margin the middle of a mirrored record is another."""
+    """With an odd margin, the centre of a mirrored record is at another voxel."""
     odd = np.pad(records[:, :, 1:-1, 1:-1], ((0, 0), (0, 1), (0, 1), (0, 1)))
     viewed = classifier([(short_run, 20)], views=8)
     np.testing.assert_allclose(viewed(odd), viewed(records), atol=1e-6)
@@ -154,7 +155,7 @@ def test_put_and_start(short_run: pathlib.Path, records: np.ndarray) -> None:
     batches = [records[:8].copy(), records[8:].copy()]
     placed = [classify.put(batch) for batch in batches]
     for batch in batches:
-        batch[:] = 0  # the caller may fill it anew
+        batch[:] = 0  # the caller may reuse the array
     for batch in placed:
         assert batch.shape == (8, 4, 18, 18) and batch.dtype == np.uint8
         assert [shard.data.shape[0] for shard in batch.addressable_shards] == [2] * 4
@@ -169,7 +170,7 @@ def test_put_and_start(short_run: pathlib.Path, records: np.ndarray) -> None:
 def with_config(
     folder: pathlib.Path, short_run: pathlib.Path, **changed: object
 ) -> pathlib.Path:
-    """A copy of the run whose config.json says otherwise."""
+    """Copies the run, and changes these values in its config.json."""
     shutil.copytree(short_run, folder)
     known = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(known | changed))

@@ -36,7 +36,7 @@ def test_gradient_of_batch_norm_is_that_of_its_formula() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2), (1, 1, 3), (1, 1, 1)])
 def test_gradient_of_the_maximum_is_shared_by_equal_ones(factors: tuple) -> None:
-    # Few different numbers: most blocks have their maximum more than once.
+    # There are only three different numbers, so most blocks have several maxima.
     rng = np.random.default_rng(0)
     x = rng.integers(0, 3, (2, 4, 6, 6, 3)).astype(np.float32)
     direction = rng.normal(size=layers.max_pool(x, factors).shape).astype(np.float32)

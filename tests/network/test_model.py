@@ -13,7 +13,7 @@ from tests.helpers.small_data import tiny_config
 
 
 def reference_vgg(variables: dict, x: np.ndarray, config: object) -> np.ndarray:
-    """Logits of one crop [z, y, x] in float64 NumPy, from the published description."""
+    """Returns the logits of one crop [z, y, x], in NumPy from the published text."""
     params, statistics = variables["params"], variables["batch_stats"]
     x = x[..., None].astype(np.float64)
     for level, factors in enumerate(config.model.downsample_factors):
@@ -27,7 +27,7 @@ def reference_vgg(variables: dict, x: np.ndarray, config: object) -> np.ndarray:
         z, y, w, c = x.shape
         fz, fy, fx = factors
         x = x.reshape(z // fz, fz, y // fy, fy, w // fx, fx, c).max(axis=(1, 3, 5))
-    x = np.moveaxis(x, -1, 0).reshape(-1)  # C, z, y, x as PyTorch flattens
+    x = np.moveaxis(x, -1, 0).reshape(-1)  # channel, z, y, x as in PyTorch
     for name in ("dense0", "dense1"):
         x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0)
     return x @ params["logits"]["kernel"] + params["logits"]["bias"]
@@ -41,7 +41,7 @@ def test_network_agrees_with_an_independent_one() -> None:
     logits = model.from_config(config).apply(variables, crops, train=False)
     expected = [reference_vgg(variables, crop, config) for crop in crops]
     np.testing.assert_allclose(logits, expected, rtol=2e-5)
-    assert np.abs(logits[0] - logits[1]).max() > 1e-3  # the crop matters
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3  # the logits depend on the crop
 
 
 @pytest.mark.long
@@ -128,7 +128,7 @@ def test_resnet_starts_as_torchvisions() -> None:
     crops = jnp.zeros((1, *config.crop_shape_zyx))
     init = jax.jit(model.from_config(config).init, static_argnames="train")
     params = init(jax.random.key(0), crops, train=False)["params"]
-    assert params["stem_conv"].keys() == {"kernel"}  # no bias
+    assert params["stem_conv"].keys() == {"kernel"}  # there is no bias
     for kernel, std in (
         (params["stem_conv"]["kernel"], (2 / (64 * 147)) ** 0.5),
         (params["layer4_block1"]["conv1"]["kernel"], (2 / (512 * 27)) ** 0.5),
@@ -154,7 +154,7 @@ def test_bfloat16_computes_about_the_same(make_config: object) -> None:
         )
 
     def training(params: dict) -> tuple:
-        """(gradients, batch statistics, initial variables)"""
+        """Returns the gradients, the batch statistics and the initial variables."""
         network = model.from_config(config)
 
         def loss(params: dict) -> tuple:

@@ -28,7 +28,7 @@ def test_groups_share_the_matrices_of_the_head() -> None:
     tree = {
         "convolution": jnp.zeros((3, 3, 3, 2, 4)),
         "dense": jnp.zeros((6, 8)),
-        "logits": jnp.zeros((8, 3)),  # 3 classes do not divide
+        "logits": jnp.zeros((8, 3)),  # 3 classes cannot be divided by 2
         "bias": jnp.zeros(8),
     }
     placed = sharding.shardings(sharding.abstract_state(tree, mesh))

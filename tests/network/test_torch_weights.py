@@ -60,7 +60,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def freed() -> Iterator[None]:
-    """Frees up to 6 GB after a test of a large network."""
+    """Frees the memory of a large network (up to 6 GB) after the test."""
     yield
     gc.collect()
 
@@ -108,7 +108,7 @@ def test_imported_resnet_gives_the_same_logits(
     torch.manual_seed(0)
     network = torch_networks.ResNet18(8)
     assert sum(each.numel() for each in network.parameters()) == 33_151_560
-    # BANC's crops are (z, x, y).
+    # The original BANC network takes crops with the axes z, x, y.
     found = deviation(config, network, torch_weights.resnet18, axes=(0, 2, 1))
     print(f"resnet18 {crop_shape_zyx}: largest relative deviation {found:.1e}")
     assert found < 1e-4
@@ -124,7 +124,7 @@ def flat(tree: dict) -> dict[str, np.ndarray]:
 def loss_and_grads(
     network: model.VGG3D, variables: dict, crops: np.ndarray, labels: np.ndarray
 ) -> tuple:
-    """((loss, batch statistics), gradients), batch norm as in training."""
+    """Returns ((loss, batch statistics), gradients), with batch norm as in training."""
 
     def loss_fn(params: dict) -> tuple:
         logits, updated = network.apply(
@@ -170,19 +170,19 @@ def test_one_training_step_is_the_originals() -> None:
     compared = nonzero = 0
     for name, ours in flat(grads).items():
         expected = grads_theirs[name]
-        # A bias before batch norm has the gradient 0: rounding alone, on both sides.
+        # A bias before batch norm has the gradient 0, so both sides are only rounding.
         is_zero = "conv" in name and name.endswith("bias")
         scale = largest if is_zero else np.abs(expected).max()
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * scale)
-        # Adam's first update is learning rate × sign of the gradient, so it is the
-        # same where the sign is certain.
+        # Adam's first update is the learning rate times the sign of the gradient. The
+        # updates must agree where the sign is certain.
         certain = np.abs(expected) > 1e-3 * scale
         compared += certain.sum()
         nonzero += 0 if is_zero else np.count_nonzero(expected)
         np.testing.assert_allclose(
             (after[name] - started[name])[certain],
             (ended[name] - started[name])[certain],
-            # 1e-4 of the update, and the rounding of the parameters.
+            # The tolerance is 1e-4 of the update, plus the rounding of the parameters.
             atol=1e-4 * 1e-4 + 2**-23 * np.abs(started[name]).max(),
         )
     assert compared > 0.9 * nonzero > 0.5 * sum(map(np.size, started.values()))
@@ -191,7 +191,7 @@ def test_one_training_step_is_the_originals() -> None:
     expected = flat(after_theirs["batch_stats"])
     positions = {"level0": 6 * 4 * 16 * 16, "level1": 6 * 4 * 8 * 8}
     for name, value in ours.items():
-        if name.endswith("var"):  # theirs takes the unbiased variance of the batch
+        if name.endswith("var"):  # PyTorch uses the unbiased variance of the batch
             n = positions[name.split("_")[0]]
             value = 0.9 * old[name] + (value - 0.9 * old[name]) * n / (n - 1)
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6)
@@ -200,7 +200,7 @@ def test_one_training_step_is_the_originals() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("freed")
 def test_gradients_of_the_resnet_are_those_of_pytorch() -> None:
-    """In float64: in float32 rounding alone changes them by 1e-3, here as there."""
+    """This is computed in float64: float32 rounding alone changes gradients by 1e-3."""
     config = resnet_config((6, 32, 48))
     torch.manual_seed(0)
     theirs = torch_networks.ResNet18(8)
@@ -215,7 +215,7 @@ def test_gradients_of_the_resnet_are_those_of_pytorch() -> None:
     loss_theirs.backward()
     after = arrays(theirs)
     after |= {key: value.grad.numpy() for key, value in theirs.named_parameters()}
-    expected = torch_weights.resnet18(after, config)  # gradients, and new statistics
+    expected = torch_weights.resnet18(after, config)  # gradients and statistics
 
     with jax.enable_x64(True):
         network = model.from_config(config).clone(dtype=jnp.float64)
@@ -236,7 +236,7 @@ def test_gradients_of_the_resnet_are_those_of_pytorch() -> None:
 
 @pytest.mark.long
 def test_fifty_training_steps_differ_by_rounding_alone() -> None:
-    """The measure of rounding: PyTorch against itself, weights perturbed by 1e-6."""
+    """The limit is how much PyTorch's losses change if its weights change by 1e-6."""
     config = small_config()
     config.model.dropout = 0.0
     rng = np.random.default_rng(5)
@@ -291,8 +291,8 @@ def test_fifty_training_steps_differ_by_rounding_alone() -> None:
         f"loss {reference[0]:.3f} to {reference[-1]:.3f}; noise {noise:.1e}, "
         f"difference {difference:.1e}"
     )
-    assert reference[-4:].mean() < 0.7 * reference[:4].mean()  # it does learn
-    assert noise < 0.05  # else the comparison says nothing
+    assert reference[-4:].mean() < 0.7 * reference[:4].mean()  # it learns
+    assert noise < 0.05  # otherwise the comparison proves nothing
     assert difference < 3 * noise
 
 
@@ -308,8 +308,8 @@ def test_setup_of_the_present_generation(tmp_path: pathlib.Path) -> None:
     assert config.model.downsample_factors == ((1, 2, 2), (1, 2, 2), (2, 2, 2))
     assert config.model.feature_multipliers == (2, 3, 2)
     assert config.model.convolutions == (2, 1, 2)
-    assert config.model.dense_features == 4096  # of the base
-    assert base.model.features == 12  # left as it was
+    assert config.model.dense_features == 4096  # from the base
+    assert base.model.features == 12  # the base is unchanged
 
 
 def test_setup_of_the_legacy_generation(tmp_path: pathlib.Path) -> None:
@@ -381,7 +381,7 @@ def test_checkpoints_of_both_formats_are_read(
 ) -> None:
     state = torch_vgg(small_config()).state_dict()
     content = {prefix + key: value for key, value in state.items()}
-    if not prefix:  # with the optimiser's, as the original saves it
+    if not prefix:  # the original also saves the optimiser
         content = {"model_state_dict": content, "optimizer_state_dict": {"state": {}}}
     path = tmp_path / "model_checkpoint_7"
     torch.save(content, path, _use_new_zipfile_serialization=is_zip)
@@ -415,7 +415,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: pathlib.Path, how: str) -> No
     if how == "bare pickle":
         path.write_bytes(pickle.dumps({"more": Malicious(made)}))
         pickle.loads(path.read_bytes())
-        assert made.exists()  # it is malicious
+        assert made.exists()  # unpickling runs the code
         made.unlink()
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
@@ -484,7 +484,7 @@ def test_state_that_does_not_fit_is_refused() -> None:
     config = small_config()
     state = arrays(torch_vgg(config))
     config.model.features = 4
-    says = r"features\.[01]\.\w+ is \(3,.*config's network needs \(4,"
+    says = r"features\.[01]\.\w+ is \(3,.*network of the config needs \(4,"
     with pytest.raises(UserError, match=says):
         torch_weights.vgg3d(state, config)
 
@@ -494,16 +494,16 @@ def test_state_that_does_not_fit_is_refused() -> None:
         torch_weights.vgg3d(state, config)
 
     config = small_config()
-    with pytest.raises(UserError, match="has head.weight, which .* not$"):
+    with pytest.raises(UserError, match="has head.weight, but .* not$"):
         torch_weights.vgg3d(state | {"head.weight": np.zeros(2)}, config)
     more = {"head.weight": np.zeros(2), "head.bias": np.zeros(2)}
-    with pytest.raises(UserError, match=r"has head.bias.*nor 1 more"):
+    with pytest.raises(UserError, match=r"has head.bias.*and 1 more"):
         torch_weights.vgg3d(state | more, config)
 
     del state["features.1.running_var"]
     with pytest.raises(UserError, match="has no features.1.running_var.*level0_norm0"):
         torch_weights.vgg3d(state, config)
-    with pytest.raises(UserError, match=r"has no \w+.*; config's network needs it"):
+    with pytest.raises(UserError, match=r"has no \w+.*, but the network .* needs this"):
         torch_weights.resnet18(state, resnet_config((5, 32, 32)))
 
 

@@ -60,13 +60,14 @@ def _text(page: str) -> str:
 
 
 def _cards(page: str) -> dict[str, str]:
-    """Ids and words of the cards, in their order."""
+    """Returns the id and the text of every card, in the order of the page."""
     cards = re.findall(r'<section class="card".*?</section>', page, re.DOTALL)
     words = [_text(card) for card in cards]
     return {text.partition(" ")[0]: text.partition(" ")[2] for text in words}
 
 
-# Asked in this order: a sure one, few synapses, no majority, a tie, none predicted.
+# In the order of the request, the neurons have a clear majority, few synapses, no
+# majority, a tie, and no predicted synapse.
 _SIZES = {
     NEURON + 5: [("gaba", 90), ("dopamine", 30)],
     NEURON + 1: [("octopamine", 3)],
@@ -151,12 +152,13 @@ def test_neurons_are_in_the_order_asked(page_text: str) -> None:
 
 def test_table_has_all_neurons_and_nothing_known(page_text: str) -> None:
     [data] = Page(page_text).data
-    assert data["columns"]["id"][0] == str(NEURON + 9)  # the most predicted synapses
+    assert data["columns"]["id"][0] == str(NEURON + 9)  # with most predictions
     assert len(data["counts"]) == 5
     table = page_text.partition('aria-label="table of neurons"')[2]
     assert 'data-by="called"' in table
     assert "known" not in table.partition("</table>")[0]
-    assert " hidden><input type=" in page_text  # call differs from the known class
+    # The filter for calls that differ from the known class is hidden.
+    assert " hidden><input type=" in page_text
 
 
 def test_only_its_own_script_may_run(page_text: str) -> None:
@@ -277,7 +279,7 @@ _FITS = "document.documentElement.scrollWidth <= innerWidth"
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_page_can_be_read(page: "sync_api.Page", width: int, scheme: str) -> None:
-    """Contrast of 4.5 at least (WCAG 2, level AA), and nothing beyond the edge."""
+    """Contrast is at least 4.5 (WCAG 2, level AA), and nothing is beyond the edge."""
     from tests.helpers.html_pages import CONTRAST
 
     page.set_viewport_size({"width": width, "height": 800})

@@ -87,13 +87,13 @@ def test_every_synapse_of_the_neurons_in_the_order_asked(
 def test_rows_are_those_of_their_positions_whatever_lies_outside(
     network: answering.OpenNetwork, volume_path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The original's shift: a dropped position moved all rows after it."""
+    """Rows keep their place. In the original, a dropped position moved later rows."""
     inside = [(40 * z, 4 * y, 4 * x) for z, y, x in [(4, 40, 40), (12, 80, 90)]]
     rows = []
     for place in range(12):
         z, y, x = inside[place % 2]
         if place % 3 == 0:
-            z = -10_000.0  # nothing of the crop is in the volume
+            z = -10_000.0  # the crop is outside the volume
         if place % 5 == 4:
             z = np.nan
         rows.append((100 - place, 7, x, y, z))

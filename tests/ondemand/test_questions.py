@@ -14,7 +14,7 @@ from synister_jax.base.errors import UserError
 from synister_jax.ondemand import question_lines, questions
 from synister_jax.ondemand.questions import Checked, LineProblem
 
-NEURON = 720_575_940_600_000_001  # no double holds it
+NEURON = 720_575_940_600_000_001  # a float64 cannot hold this id
 LARGEST = 2**63 - 1
 
 
@@ -289,7 +289,7 @@ def test_the_first_problems_are_kept_and_all_counted() -> None:
 
 
 class _Slow(io.BytesIO):
-    """Gives what it has in pieces of a few bytes."""
+    """A file that returns at most three bytes per read."""
 
     def read(self, size: int | None = -1) -> bytes:
         return super().read(3)
@@ -342,7 +342,7 @@ def test_tables_come_through(
         writer.writerow([columns[place] for place in order])
         writer.writerows([row[place] for place in order] for row in given_rows)
     else:
-        # The last cell of the first line must be there.
+        # Without a header, the last cell of the first line must not be empty.
         given_rows[0][4] = 1.0
         writer.writerows(row[:5] for row in given_rows)
     raw = ("\ufeff" if bom else "").encode() + text.getvalue().encode()
@@ -368,10 +368,10 @@ def test_tables_come_through(
 def test_errors_are_where_they_were_put(
     good: list[tuple[int, str]], bad: dict[int, str]
 ) -> None:
-    """Also after cells with line breaks, and blank lines."""
+    """Errors have the right line, also after blank lines and cells with line breaks."""
     text, expected = "note,skid\r\n", []
     for row, (number, note) in enumerate(good):
-        # A blank line before, or a quoted note.
+        # A note is a blank line before the row, or a quoted cell.
         text += note if note == "\n" else ""
         cell = note if note.startswith('"') else "b"
         if row in bad:
@@ -427,7 +427,7 @@ def test_any_bytes_are_checked(
     ids=["good", "bad", "long", "grouped", "quotes"],
 )
 def test_time_grows_with_the_length(row: str) -> None:
-    """Twelve times as long may take forty times as long, not 144 times."""
+    """A table 12 times as long may take 40 times as long, but not 144 times."""
     seconds = []
     for size in (100_000, 1_200_000):
         raw = ("id,skid,x,y,z\n" + row * (size // len(row))).encode()

@@ -26,11 +26,11 @@ EVIL = "</script><b>=1+1"
 def run(
     tmp_path_factory: pytest.TempPathFactory, short_run: pathlib.Path
 ) -> pathlib.Path:
-    """Two checkpoints evaluated on test, the last calibrated on validation."""
+    """A run: two checkpoints are evaluated on test, the last is also calibrated."""
     folder = shutil.copytree(
         short_run,
         tmp_path_factory.mktemp("reported") / "run",
-        ignore=shutil.ignore_patterns("evaluation"),  # other tests' doing
+        ignore=shutil.ignore_patterns("evaluation"),  # made by other tests
     )
     checkpoint_evaluation.evaluate(folder, "validation", [20])
     checkpoint_evaluation.evaluate(folder, "test", [10, 20])
@@ -46,7 +46,7 @@ def page_text(run: pathlib.Path) -> str:
 
 
 def _predictions(neurons: int, synapses_each: int = 3, **about: object) -> pa.Table:
-    """A prediction table of our own making, hemilineage 0 with an evil name."""
+    """Returns a prediction table, in which one hemilineage has a malicious name."""
     rng = np.random.default_rng(0)
     rows = neurons * synapses_each
     neuron = np.arange(rows) % neurons
@@ -76,8 +76,8 @@ def _render(folder: pathlib.Path, table: pa.Table, **options: object) -> str:
 
 def test_page_of_a_run_and_its_predictions(page_text: str) -> None:
     page = Page(page_text)
-    assert page.loaded == []  # self-contained
-    # Two curves, accuracy of two checkpoints, two calibrations, three histograms.
+    assert page.loaded == []  # the page loads no other file
+    # The charts are two curves, one of checkpoints, two calibrations, 3 histograms.
     assert page.tags.count("svg") == 8
     assert page.pictures and all(p.startswith(b"\x89PNG") for p in page.pictures)
     assert page.unlabelled == 0
@@ -96,7 +96,7 @@ def test_page_of_a_run_and_its_predictions(page_text: str) -> None:
         "Brain regions",
         "wrong calls with the highest probability",
         "Temperature",
-        "720575940600000017",  # a neuron of the test part, not rounded
+        "720575940600000017",  # an id of a test neuron, not rounded
     ):
         assert said in text
 
@@ -114,13 +114,13 @@ def test_only_its_own_script_may_run(page_text: str) -> None:
 def test_an_earlier_evaluation_has_fewer_sections(
     tmp_path: pathlib.Path, run: pathlib.Path
 ) -> None:
-    """Before calibration, intervals and counts by class were written."""
+    """Old versions wrote no calibration, no intervals and no counts by class."""
     new = shutil.copytree(run, tmp_path / "new")
     old = shutil.copytree(run, tmp_path / "old")
     shutil.rmtree(old / "calibration")
     for path in old.glob("evaluation/*/step-*/metrics.json"):
         measured = files.read_json(path)
-        # Of a network that was trained for 20 steps there may be none.
+        # After 20 training steps, the correlation may not be defined.
         measured["correlation"]["synapses_within_neurons"] = 0.25
         files.write_json(new / path.relative_to(old), measured)
         kept = {"step", "split", "crops", "part", "classes", "loss"}
@@ -144,7 +144,7 @@ def test_predictions_alone(tmp_path: pathlib.Path) -> None:
     assert "a probability below 0.625 as no call" in text
     assert "90 rows" in text
     assert "outside 12 13.3 %" in text
-    assert EVIL in page.words  # text, not tags
+    assert EVIL in page.words  # as text, not as tags
     [data] = page.data
     assert EVIL in data["words"]["hemilineage"]
     assert data["columns"]["id"][0] == "720575940600000000"
@@ -159,7 +159,7 @@ def test_rule_stands_beside_its_numbers(tmp_path: pathlib.Path) -> None:
 
 
 def _with_metrics(run: pathlib.Path, folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
-    """A copy of the run, and metrics.json of its best step on the test part."""
+    """Copies the run; returns path and content of its best metrics.json on test."""
     copy = shutil.copytree(run, folder / "run")
     best = files.read_json(copy / "evaluation/test/summary.json")["best_step"]
     path = copy / f"evaluation/test/step-{best}/metrics.json"
@@ -185,7 +185,7 @@ def test_intervals_that_say_nothing_are_not_shown(
     files.write_json(path, measured)
     text = _text(report.render(tmp_path / "run", None))
     assert text.count("(95 %: 25.0 to 75.0 %)") == 1
-    assert text.count("(95 %: ") == 2  # the number's and the note's
+    assert text.count("(95 %: ") == 2  # at the number and in the note
     assert "accuracy of neurons has Wilson’s interval. All other" in text
     assert "None" not in text.partition("Configuration")[0]
     measured["synapses"]["interval"]["accuracy"] = None
@@ -284,7 +284,7 @@ def test_contact_sheet_has_the_surest_and_the_least_sure_first(
     truth = synapses.labels(table, classes)
     rows = np.flatnonzero(truth == 0)
     assert len(rows) >= 6
-    # (of the class, of the next): the smallest margins are not of the lowest tops.
+    # (class, next class): the smallest margins do not have the lowest probabilities.
     pairs = [(0.9, 0.1), (0.48, 0.47), (0.4, 0.35), (0.5, 0.48), (0.6, 0.2), (0.3, 0.4)]
     probability = predictions.probabilities(table).copy()
     probability[rows] = [1, 0, 0]
@@ -300,7 +300,7 @@ def test_contact_sheet_has_the_surest_and_the_least_sure_first(
     assert of_class.name == classes[0]
     ids = table["synapse_id"].to_numpy()[rows]
     shown = {kind: [tile["id"] for tile in tiles] for kind, tiles in kinds}
-    # Margins 0.01, 0.02, 0.05 (right ones) and 0.1 (the wrong one).
+    # The margins are 0.01, 0.02, 0.05 (right calls) and 0.1 (the wrong call).
     least_sure = ids[[1, 3, 2, 5]].tolist()
     assert shown["calls with the smallest margin"] == least_sure
     assert shown["right calls with the highest probability"] == [*ids[6:], ids[0]][:4]
@@ -308,7 +308,7 @@ def test_contact_sheet_has_the_surest_and_the_least_sure_first(
 
 
 def test_share_of_sure_calls(tmp_path: pathlib.Path) -> None:
-    """Those at 0.9 too."""
+    """A probability of exactly 0.9 counts as sure."""
     top = [0.9, 0.95, 0.899, 0.5]
     probability = np.array([[p, 1 - p, 0] for p in top], np.float32)
     table = _predictions(4, 1)

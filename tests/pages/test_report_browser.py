@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's page in a real browser: Chromium or Chrome, where there is one."""
+"""Tests of the report in a real browser, if Chromium or Chrome is installed."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ FIRST_ID = 720_575_940_600_000_000
 
 
 def _table() -> pa.Table:
-    """Neuron i has 1 + i % 5 synapses, but the first: 120, of which 90 gaba."""
+    """Neuron i has 1 + i % 5 synapses, but neuron 0 has 120, of which 90 are gaba."""
     neuron = np.repeat(np.arange(NEURONS), 1 + np.arange(NEURONS) % 5)
     called = neuron % 3
     more = np.repeat([0, 1, 2], [89, 20, 10])
@@ -44,7 +44,8 @@ def _table() -> pa.Table:
                 "synapse_id": np.arange(rows),
                 **dict.fromkeys(synapses.POSITION, np.zeros(rows)),
                 "neuron_id": FIRST_ID + neuron,
-                # Every fourth is known, and called otherwise unless i % 3 is 1.
+                # Every fourth neuron has a known class. Its call is right only if i % 3
+                # is 1.
                 "neurotransmitter": [
                     None if n % 4 else "acetylcholine" for n in neuron
                 ],
@@ -97,8 +98,8 @@ def _column(neurons: "sync_api.Locator", number: int) -> list[str]:
 def test_sorting(page: "sync_api.Page") -> None:
     neurons = _neurons(page)
     ids = _column(neurons, 1)
-    assert len(ids) == 100  # of 3,000: more when they are wanted
-    assert ids[0] == str(FIRST_ID)  # most synapses first
+    assert len(ids) == 100  # of 3,000; a button shows more
+    assert ids[0] == str(FIRST_ID)  # it has the most synapses
     header = neurons.locator("th", has_text="neuron").first
     assert header.get_attribute("aria-sort") is None
     header.locator("button").focus()
@@ -107,7 +108,7 @@ def test_sorting(page: "sync_api.Page") -> None:
     assert _column(neurons, 1)[:3] == [str(FIRST_ID + i) for i in range(3)]
     page.keyboard.press("Enter")
     assert header.get_attribute("aria-sort") == "descending"
-    assert _column(neurons, 1)[0] == str(FIRST_ID + NEURONS - 1)  # no digit lost
+    assert _column(neurons, 1)[0] == str(FIRST_ID + NEURONS - 1)  # all digits are kept
 
 
 @pytest.mark.parametrize("way", ["ascending", "descending"])
@@ -189,7 +190,7 @@ LONG = "\u202e" + "abag" * 100
 
 @pytest.fixture(scope="module")
 def long_names_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Twelve rows with a hemilineage of 401 characters, which turns itself round."""
+    """A report of rows whose names have 401 characters and reverse the direction."""
     folder = tmp_path_factory.mktemp("long")
     table = _table().slice(0, 12)
     for name in ("hemilineage", "cell_type"):
@@ -218,7 +219,7 @@ def test_long_names_push_nothing_out(
             assert cell.bounding_box()["width"] <= 18 * rem + 1
             assert cell.evaluate("x => getComputedStyle(x).unicodeBidi") == "isolate"
         page.emulate_media(media="print")
-        page.set_viewport_size({"width": 718, "height": 1000})  # A4 with its margins
+        page.set_viewport_size({"width": 718, "height": 1000})  # A4 less its margins
         wide = "document.documentElement.scrollWidth <= innerWidth"
         assert page.evaluate(wide)
 
@@ -287,7 +288,7 @@ def test_csv_cells_are_never_formulas(page: "sync_api.Page", name: str) -> None:
 
 def test_matrix_switches_to_the_share_of_called(page: "sync_api.Page") -> None:
     matrix = page.locator("fieldset.matrix").first
-    # A cell whose two shares differ.
+    # The test uses a cell whose two shares differ.
     place = matrix.locator("td").evaluate_all(
         "cells => cells.findIndex(({style}) => "
         "style.getPropertyValue('--r') !== style.getPropertyValue('--c'))"
@@ -317,7 +318,7 @@ def test_dark_and_printed(page: "sync_api.Page") -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_can_be_read(page: "sync_api.Page", scheme: str) -> None:
-    """Contrast of 4.5 at least (WCAG 2, level AA), on whatever lies behind."""
+    """Contrast with the real background is at least 4.5 (WCAG 2, level AA)."""
     page.emulate_media(color_scheme=scheme)
     _neurons(page).locator("button.open").first.click()
     assert page.evaluate(CONTRAST) == []

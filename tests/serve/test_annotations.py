@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotations read back by a decoder that knows the format's specification alone."""
+"""Tests of the annotations, with a decoder written only from the specification."""
 
 import json
 import math
@@ -20,7 +20,8 @@ from tests.helpers.prediction_tables import NEURON, table_of
 
 CLASSES = ("gaba", "acetylcholine", "dopamine")
 NAN = math.nan
-# Row 2 has no position, row 3 no prediction, row 4 no neuron; 0 and 1 share an id.
+# Row 2 has no position, row 3 no prediction and row 4 no neuron. Rows 0 and 1 have the
+# same synapse id.
 PROBABILITIES = [
     *([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [NAN] * 3, [NAN] * 3, [0.25, 0.5, 0.25]),
 ]
@@ -50,7 +51,7 @@ def _write(
 
 
 class _Reader:
-    """As src/datasource/precomputed/annotations.md has it, for points."""
+    """A reader of points, from src/datasource/precomputed/annotations.md."""
 
     _CODES = {"float32": "f", "uint32": "I", "uint16": "H", "uint8": "B"}
 
@@ -92,7 +93,7 @@ class _Reader:
         [number] = struct.unpack_from("<Q", data)
         at, found = 8, []
         for _ in range(number):
-            # Offsets that matter begin with the annotation: all are multiples of 4.
+            # Padding counts from the annotation's start, which is a multiple of 4.
             annotation, at = self.one(data, at)
             found.append(annotation)
         ids = struct.unpack_from(f"<{number}Q", data, at)
@@ -124,7 +125,7 @@ def test_info_says_what_the_specification_asks_for(path: pathlib.Path) -> None:
 
 def test_every_row_with_a_position_is_a_point(path: pathlib.Path) -> None:
     read = _Reader(annotations.info(path)).several(annotations.spatial(path))
-    assert sorted(read) == [0, 1, 3, 4]  # rows, whatever the synapses' ids
+    assert sorted(read) == [0, 1, 3, 4]  # row numbers, not synapse ids
     for row, found in read.items():
         position = [COLUMNS[f"{axis}_nm"][row] for axis in "xyz"]
         assert found["point"] == tuple(np.float32(position))

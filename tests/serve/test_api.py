@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service's API over TCP: who may do what, limits, and what malice meets."""
+"""Tests of the service's API over TCP: rights, limits, and malicious requests."""
 
 import concurrent.futures
 import pathlib
@@ -105,16 +105,16 @@ def test_the_same_request_is_one_job(service: Running) -> None:
         first = submit(client, text)
         assert first.status_code == 201
         serving.finished(client, first.json()["id"])
-        # Written otherwise, it asks for the same.
+        # The table is written in another way, but has the same content.
         again = submit(client, "x;y;z\r\n1.0;2;3.00\r\n", name="other")
         assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
-        assert submit(other, text).status_code == 201  # nobody learns of the other's
+        assert submit(other, text).status_code == 201  # tokens do not share jobs
         assert submit(client, text, source="hemibrain").status_code == 201
         fresh = submit(client, text, fresh="true")
         assert fresh.status_code == 201 and fresh.json()["id"] != first.json()["id"]
         assert submit(client, text).json()["id"] == fresh.json()["id"]
         service.store.report_model("small", 4, serving.CLASSES, True, None)
-        assert submit(client, text).status_code == 201  # the model has moved on
+        assert submit(client, text).status_code == 201  # the model has a new step
         service.store.report_model("small", 3, serving.CLASSES, True, None, "abc")
 
 
@@ -203,7 +203,7 @@ def test_cancelling(service: Running) -> None:
             for other in (waiting, third):
                 cancelled = client.post(f"/api/jobs/{other['id']}/cancel").json()
                 assert cancelled["state"] == "cancelled" and cancelled["finished"]
-            # The same may be asked again.
+            # A cancelled request can be submitted again.
             assert submit(client, "x,y,z\n8,8,8\n").json()["id"] != job["id"]
     finally:
         service.worker.holds.clear()
@@ -228,7 +228,7 @@ def test_cookies_need_the_csrf_token(service: Running) -> None:
             assert browser.delete("/api/session", headers=headers).status_code == 403
         assert browser.get("/api/jobs").status_code == 200
         browser.headers["X-CSRF-Token"] = right
-        # Whatever it shows, it was sent by another site.
+        # Even with the right CSRF token, a request from another site is refused.
         for headers in (
             {"Origin": "https://evil.example"},
             {"Origin": "null"},
@@ -261,7 +261,7 @@ def test_ways_to_show_a_token(service: Running) -> None:
     ):
         assert ask(Authorization=wrong) == 401
     assert ask(Cookie="synister_session=x") == 401
-    # A wrong token is not mended by a right cookie.
+    # A wrong token is refused, although the cookie is valid.
     with service.browser() as browser:
         headers = {"Authorization": "Bearer x"}
         assert browser.get("/api/jobs", headers=headers).status_code == 401
@@ -298,7 +298,7 @@ def test_limits(tmp_path: pathlib.Path) -> None:
             mine = [job["id"] for job in client.get("/api/jobs").json()["jobs"]]
             for job_id in mine:
                 serving.finished(client, job_id)
-            got = submit(client, "x,y,z\n3,1,1\n")  # 2 × 12,345 bytes are kept
+            got = submit(client, "x,y,z\n3,1,1\n")  # 2 × 12,345 bytes are stored
             assert got.status_code == 429 and "bytes" in got.json()["detail"]
             assert client.delete(f"/api/jobs/{mine[0]}").status_code == 204
             assert submit(client, "x,y,z\n3,1,1\n").status_code == 201
@@ -328,7 +328,7 @@ def test_large_bodies_are_cut(service: Running) -> None:
 
 
 def raw(service: Running, request: bytes, ends: bool = False) -> bytes:
-    """What comes back for these very bytes, after which nothing comes if it `ends`."""
+    """Sends exactly these bytes, then ends the stream if `ends`; returns the answer."""
     port = int(service.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(request)
@@ -360,8 +360,8 @@ def test_lying_lengths_and_broken_requests(service: Running) -> None:
         return raw(service, f"{head}{length}\r\n\r\n".encode() + body, ends)
 
     assert b'"rows":1' in send(f"Content-Length: {len(body)}")
-    assert send("Content-Length: 1000", ends=True) == b""  # less came than was said
-    assert b"there is no row" in send("Content-Length: 6")  # more: it ends there
+    assert send("Content-Length: 1000", ends=True) == b""  # the body is too short
+    assert b"there is no row" in send("Content-Length: 6")  # only 6 bytes are read
     for wrong in ("Content-Length: -1", "Content-Length: x", "Transfer-Encoding: x"):
         assert b" 400 " in send(wrong) or b" 501 " in send(wrong)
     assert b" 400 " in raw(service, b"nonsense\r\n\r\n")
@@ -398,7 +398,7 @@ def test_all_that_the_page_asks_for_is_served(service: Running) -> None:
     with serving.client(service.url) as anyone:
         page = anyone.get("/").text
         paths = re.findall(r'(?:src|href)="(/static/[^"]+)"', page)
-        for path in paths:  # which grows meanwhile
+        for path in paths:  # the list grows in this loop
             got = anyone.get(path)
             assert got.status_code == 200, path
             kind = types[pathlib.PurePosixPath(path).suffix]
@@ -410,7 +410,7 @@ def test_all_that_the_page_asks_for_is_served(service: Running) -> None:
     there = {
         f"/static/{path.name}" for path in folder.iterdir() if path.suffix in types
     }
-    assert set(paths) == there  # and nothing lies about unused
+    assert set(paths) == there  # no file is unused
 
 
 def test_a_point_while_one_waits(service: Running) -> None:
@@ -450,7 +450,7 @@ def test_neuroglancer_asks_without_a_token(service: Running) -> None:
         assert anyone.get(f"{base}/annotations/spatial0/0_0_0").content[:1] == b"\x01"
         assert len(anyone.get(f"{base}/annotations/by_id/0").content) > 20
         assert anyone.get(f"{base}/annotations/by_id/5").status_code == 404
-        assert anyone.get(f"{base}/volume/info").status_code == 503  # there is none
+        assert anyone.get(f"{base}/volume/info").status_code == 503  # no volume
         wrong = anyone.get(f"/view/{'A' * 22}/annotations/info")
         assert wrong.status_code == 404
 
@@ -466,7 +466,7 @@ def test_the_log_says_nothing_of_whom_or_what(
         browser.get("/api/session")
         client.get("/fetch-neurotransmitter?x=1&y=2&z=31337")
         client.post("/api/session", json={"token": {"wrong": secret}})
-        # An error that nobody foresaw, with the secret in its text.
+        # This causes an unexpected error, with the secret in its text.
         (service.folder / "jobs" / job["id"] / "answer.json").write_text(f"{{{secret}")
         assert client.get(f"/api/jobs/{job['id']}").status_code == 500
         csrf = browser.headers["X-CSRF-Token"]
@@ -499,7 +499,7 @@ def test_answers_of_many_rows_come_quickly(service: Running) -> None:
             client.get(f"{base}/{path}")
             began = time.monotonic()
             page = client.get(f"{base}/{path}").json()
-            assert time.monotonic() - began < 1  # some 30 ms
+            assert time.monotonic() - began < 1  # typically 30 ms
             assert page["total"] == total, path
         last = client.get(f"{base}/synapses?offset=99995&limit=10").json()["rows"]
         assert [row["position_id"] for row in last] == [

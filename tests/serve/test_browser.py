@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of the service in a real browser, with a server and worker as people run."""
+"""Tests of the service's page in a real browser, with a real server and worker."""
 
 import contextlib
 import os
@@ -24,12 +24,13 @@ pytestmark = pytest.mark.long
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent")
 expect = sync_api.expect
 
-NEURON = 720_575_940_600_000_000  # of small_data: this and the 17 after it
+NEURON = 720_575_940_600_000_000  # small_data has this id and the next 17
 EVIL = '<img src=x onerror="document.title=1">'
 FAULTY = "id,skid,x,y,z\n1,5,100,200,abc\n2,5,,,\n3,x5,160,160,160\n"
 MENDED = "id,skid,x,y,z\n1,5,100,200,300\n2,5,,,\n3,5,160,160,160\n"
 WIDE, TELEPHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SECONDS = 60_000  # milliseconds that a small request may take here
+# A small request may take 60 s; Playwright wants milliseconds.
+SECONDS = 60_000
 
 
 class Site:
@@ -48,17 +49,17 @@ class Site:
         self.models = serving.write_models(
             folder, workdir=str(run), volume=str(volume), synapses=str(path)
         )
-        self.flags = ["--batch_size=1"]  # slow enough to be watched
+        self.flags = ["--batch_size=1"]  # slow, so that tests see the progress
         self.server = serving.Command(self.models, *self.flags)
         self.url, self.token = self.server.url, self.server.token
         self.other = self.command("synister_jax.serve", "--add_token=other").strip()
 
     def command(self, module: str, *flags: str) -> str:
-        """What it prints."""
+        """Runs a command of the package, and returns what it prints."""
         if module == "synister_jax.serve":
             flags = (f"--models={self.models}", *flags)
             return commands.run("-m", module, *flags, check=True).stdout
-        # With one device, as the workers of the server.
+        # The workers of the server also have one device.
         return subprocess.run(
             [sys.executable, "-m", module, *flags],
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
@@ -68,7 +69,7 @@ class Site:
         ).stdout
 
     def again(self) -> None:
-        """After the server has ended: at the same address."""
+        """Starts the server again at the same address, after it has ended."""
         port = self.url.rpartition(":")[2]
         self.server = serving.Command(self.models, *self.flags, f"--port={port}")
 
@@ -91,7 +92,7 @@ def site(
 
 @pytest.fixture(scope="module")
 def cookies(browser: "sync_api.Browser", site: Site) -> "sync_api.StorageState":
-    """Of somebody who signed in; signing in is limited to some times a minute."""
+    """The cookies of one login for all tests, as logins per minute are limited."""
     with browser.new_context() as context:
         sign_in(context.new_page(), site, site.token)
         return context.storage_state()
@@ -101,7 +102,7 @@ def cookies(browser: "sync_api.Browser", site: Site) -> "sync_api.StorageState":
 def opened(
     browser: "sync_api.Browser", site: Site, **options: Any
 ) -> Iterator["sync_api.Page"]:
-    """A page that must not complain, nor ask any other server for anything."""
+    """A page that must log no error and send no request to another server."""
     with browser.new_context(viewport=WIDE, **options) as context:
         page = context.new_page()
         said: list[str] = []
@@ -110,7 +111,7 @@ def opened(
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         yield page
-        # What Chromium itself says of answers that are not 2xx, or do not come.
+        # Chromium itself logs this when an answer is missing or is not 2xx.
         own = re.compile("Failed to load resource: ")
         assert [text for text in said if not own.match(text)] == []
         allowed = (f"{site.url}/", "blob:", "data:")
@@ -119,7 +120,7 @@ def opened(
 
 @pytest.fixture
 def anyone(browser: "sync_api.Browser", site: Site) -> Iterator["sync_api.Page"]:
-    """Not signed in."""
+    """The page of a visitor who has not signed in."""
     with opened(browser, site) as page:
         yield page
 
@@ -128,7 +129,7 @@ def anyone(browser: "sync_api.Browser", site: Site) -> Iterator["sync_api.Page"]
 def page(
     browser: "sync_api.Browser", site: Site, cookies: "sync_api.StorageState"
 ) -> Iterator["sync_api.Page"]:
-    """Signed in."""
+    """The page of a user who has signed in."""
     with opened(browser, site, storage_state=cookies) as page:
         page.goto(f"{site.url}/")
         expect(page.locator("#source option").first).to_be_attached()
@@ -136,7 +137,7 @@ def page(
 
 
 def sign_in(page: "sync_api.Page", site: Site, token: str) -> "sync_api.Page":
-    """With a link as the server prints it."""
+    """Signs in with a link like the one that the server prints."""
     page.goto(f"{site.url}/#token={token}")
     expect(page.locator("#view-new")).to_be_visible()
     expect(page.locator("#model")).not_to_contain_text("starting", timeout=SECONDS)
@@ -144,7 +145,7 @@ def sign_in(page: "sync_api.Page", site: Site, token: str) -> "sync_api.Page":
 
 
 def submit(page: "sync_api.Page", text: str, name: str = "") -> str:
-    """The job's id; its view is open."""
+    """Submits a job, whose view then opens, and returns its id."""
     page.locator("#menu a").first.click()
     file = {"name": "rows.csv", "mimeType": "text/csv", "buffer": text.encode()}
     page.locator("#chosen").set_input_files(file)
@@ -160,7 +161,7 @@ def finish(page: "sync_api.Page") -> None:
 
 
 def positions(count: int, seed: int) -> str:
-    """Rows with ids 0, 1, …, of 40 neurons."""
+    """Returns a table of positions with the ids 0, 1, …, from 40 neurons."""
     xyz = np.random.default_rng(seed).integers(0, (640, 640, 960), (count, 3))
     lines = (f"{n},{n % 40},{x},{y},{z}" for n, (x, y, z) in enumerate(xyz))
     return "id,skid,x,y,z\n" + "\n".join(lines) + "\n"
@@ -171,7 +172,7 @@ def test_token_leaves_the_address_and_the_session_stays(
 ) -> None:
     page = sign_in(anyone, site, site.token)
     assert page.url == f"{site.url}/"
-    assert page.evaluate("document.cookie") == ""  # no script can read it
+    assert page.evaluate("document.cookie") == ""  # scripts cannot read the cookie
     page.reload()
     expect(page.locator("#view-new")).to_be_visible()
     page.locator("#leave").click()
@@ -191,7 +192,7 @@ def test_signing_in_by_hand(anyone: "sync_api.Page", site: Site) -> None:
     expect(anyone.locator("#signin-problem")).to_contain_text("no such token")
     token.fill(site.token)
     token.press("Enter")
-    expect(anyone.locator("#view-jobs")).to_be_visible()  # where one wanted to go
+    expect(anyone.locator("#view-jobs")).to_be_visible()  # the requested view
 
 
 def test_from_a_faulty_file_to_what_request_writes(
@@ -271,13 +272,13 @@ def test_neurons_are_found_searched_and_led_from(page: "sync_api.Page") -> None:
     expect(synapses_.locator("output")).to_have_text("no synapse")
     synapses_.get_by_label("Called").select_option("")
     synapses_.get_by_label("Neuron id").fill("x")
-    expect(synapses_.locator("output")).to_contain_text("neuron")  # a reason
+    expect(synapses_.locator("output")).to_contain_text("neuron")  # says why
 
 
 def test_the_same_again_is_the_same_request(page: "sync_api.Page") -> None:
     first = submit(page, "x,y,z\n160,160,200\n")
     finish(page)
-    expect(page.locator("#neurons")).to_be_hidden()  # there are none
+    expect(page.locator("#neurons")).to_be_hidden()  # the answer has none
     assert submit(page, "x;y;z\n160;160;200\n") == first
     expect(page.locator("#said")).to_contain_text("asked for the same before")
     page.locator("#menu a").first.click()
@@ -366,7 +367,7 @@ def test_start_waits_for_the_model(page: "sync_api.Page", site: Site) -> None:
     answers.append(found)
     expect(start).to_be_enabled()
     expect(verdict).to_have_text("No error. You can start the request.")
-    # The server begins anew, which the page does not know.
+    # The server has restarted, and the page does not know this.
     refusal = {"detail": "model small is being opened"}
     page.route(
         "**/api/jobs?*", lambda route: route.fulfill(status=503, json=refusal), times=1
@@ -398,7 +399,7 @@ def test_dropped_file(page: "sync_api.Page") -> None:
 
 
 def test_keyboard_alone(page: "sync_api.Page") -> None:
-    page.on("filechooser", lambda _: None)  # else a window may be quicker
+    page.on("filechooser", lambda _: None)  # no real dialog may open
     page.locator("#text").focus()
     page.keyboard.type("x,y,z\n160,160,240\n")
     page.keyboard.press("Tab")
@@ -422,7 +423,7 @@ def test_keyboard_alone(page: "sync_api.Page") -> None:
 
 
 def test_server_away_and_back(page: "sync_api.Page") -> None:
-    submit(page, positions(30_000, 2))  # not done while the page is away
+    submit(page, positions(30_000, 2))  # takes longer than the page is offline
     expect(page.locator("#stage")).to_have_text("predicting", timeout=SECONDS)
     page.context.set_offline(True)
     expect(page.get_by_role("alert").filter(has_text="does not answer")).to_be_visible()
@@ -442,7 +443,7 @@ def test_session_that_has_ended(page: "sync_api.Page", site: Site) -> None:
 
 
 def _views(page: "sync_api.Page") -> Iterator[str]:
-    """Every view in turn, with something in it."""
+    """Opens one view after another, all with content, and yields their names."""
     page.locator("#menu a").first.click()
     page.locator("details summary").first.click()
     page.locator("#text").fill(FAULTY)
@@ -469,7 +470,7 @@ def _views(page: "sync_api.Page") -> Iterator[str]:
 
 
 def test_every_view_is_for_everyone(anyone: "sync_api.Page", site: Site) -> None:
-    """Contrast (WCAG 2, AA) in light and dark, a telephone's width, targets, names."""
+    """Checks contrast (WCAG 2, AA), width on a phone, size of buttons, and names."""
     page = sign_in(anyone, site, site.token)
     for view in _views(page):
         assert page.evaluate(_UNNAMED) == [], view

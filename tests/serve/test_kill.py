@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole service, killed in the middle: its jobs go on, nothing lost or doubled."""
+"""A service that is killed continues its jobs; no row is lost or done twice."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ import pytest
 from synister_jax.serve.store import Store
 from tests.helpers import serving
 
-# Of the job: enough that it is not done before the server is stopped a second time.
+# The job has enough rows that it is not done when the server stops a second time.
 ROWS = 8_000
 
 
@@ -21,7 +21,7 @@ ROWS = 8_000
 def models_folder(
     tmp_path: pathlib.Path, short_run: pathlib.Path, volume_path: pathlib.Path
 ) -> pathlib.Path:
-    """One model, of the small run that really computes."""
+    """A folder with one model, whose small network really computes."""
     return serving.write_models(
         tmp_path, workdir=str(short_run), volume=str(volume_path)
     )
@@ -44,13 +44,13 @@ def ready(client: httpx.Client) -> bool:
 
 
 def workers_of(server: serving.Command) -> list[int]:
-    """Their process ids."""
+    """Returns the process ids of the server's workers."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             line = (path.parent / "cmdline").read_bytes()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if parent == server.process.pid and b"synister_jax.serve.worker" in line:
             found.append(int(path.parent.name))
@@ -58,7 +58,7 @@ def workers_of(server: serving.Command) -> list[int]:
 
 
 def done_more(client: httpx.Client, job_id: str, than: int) -> int:
-    """How much is done as soon as it is more; the job must not be over."""
+    """Waits until more than `than` rows are done; returns their number."""
 
     def ask() -> int | None:
         job = client.get(f"/api/jobs/{job_id}").json()
@@ -83,7 +83,7 @@ def test_killed_worker_and_killed_server(models_folder: pathlib.Path) -> None:
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
 
     with serving.Command(models_folder, few) as server, server.client(token) as client:
-        assert server.token is None  # there is one already
+        assert server.token is None  # a token exists already
         done = done_more(client, job["id"], done)
         again = submit(client, text)
         assert (again.status_code, again.json().get("id")) == (200, job["id"])
@@ -102,7 +102,7 @@ def test_killed_worker_and_killed_server(models_folder: pathlib.Path) -> None:
         assert len(client.get("/api/jobs").json()["jobs"]) == 1
         again = submit(client, text)
         assert (again.status_code, again.json()["id"]) == (200, job["id"])
-        # As it is without any of this.
+        # The answer equals that of a job without any interruption.
         fresh = submit(client, text, fresh="true").json()
         assert fresh["id"] != job["id"]
         serving.finished(client, fresh["id"], 120)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few people at the web page at once, for some seconds."""
+"""A few clients use the web page at once for some seconds."""
 
 import asyncio
 import pathlib

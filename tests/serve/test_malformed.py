@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Some hundreds of requests that nobody should send, always the same ones."""
+"""Sends some hundreds of malformed requests, which are the same in every run."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def test_nothing_that_is_sent_is_a_mistake_of_ours(
         grown = server.peak_rss_bytes() - before
     assert found.errors == []
     assert found.calls >= 0.95 * CALLS
-    # It was not all turned away at the door.
+    # Many calls are valid enough to be answered.
     assert found.statuses["schemathesis"]["200"] > 10
     assert found.statuses["body"]["200"] > 10
     assert grown < 300e6

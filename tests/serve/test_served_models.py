@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""models.toml, and what is wrong with one."""
+"""Tests of models.toml, and of the messages about its errors."""
 
 import pathlib
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue: who gets which job, and what becomes of it whatever dies."""
+"""Tests of the queue: which worker gets a job, and what happens if a process dies."""
 
 import concurrent.futures
 import os
@@ -47,7 +47,7 @@ def test_a_job_from_end_to_end(store: Store) -> None:
     assert store.claim("v") is None
     assert store.tell(job.id, "w", "predicting", 40, 100)
     assert not store.tell(job.id, "v", "predicting", 90, 100)
-    assert store.job(job.id, 1).eta_seconds is None  # all of it was done before
+    assert store.job(job.id, 1).eta_seconds is None  # this worker has done nothing yet
     time.sleep(0.05)
     assert store.tell(job.id, "w", "predicting", 60, 100)
     assert 0.1 <= store.job(job.id, 1).eta_seconds < 10
@@ -92,7 +92,7 @@ def test_a_token_that_ended_asks_for_nothing(store: Store) -> None:
     with pytest.raises(Revoked):
         submit(store, 1)
     with pytest.raises(Revoked):
-        store.ask_point(1, "small", "none", 1.0, 2.0, 3.0)
+        store.points.ask(1, "small", "none", 1.0, 2.0, 3.0)
     submit(store, 2, token_id=2)
 
 
@@ -100,7 +100,7 @@ def test_the_same_request_is_one_job(store: Store) -> None:
     first = submit(store, 1, key="same")
     assert submit(store, 2, key="same").id == first.id
     assert submit(store, 3, token_id=2, key="same").id != first.id
-    # While it is under way it is as fresh as can be.
+    # `fresh` makes no new job while the old one is in progress.
     assert submit(store, 4, key="same", fresh=True).id == first.id
     store.claim("w")
     store.finish(first.id, "w", 10, 10)
@@ -146,7 +146,7 @@ def test_stops_of_the_server_are_not_the_jobs_fault(store: Store) -> None:
 
 
 def test_cancelled_while_it_finishes(store: Store) -> None:
-    """Of both at once one wins, and the other is told so."""
+    """If a job finishes and is cancelled at once, exactly one of the calls wins."""
     for number in range(20):
         job = submit(store, number)
         store.claim("w")
@@ -183,7 +183,7 @@ while (job := store.claim(name)) is not None:
 
 @pytest.mark.long
 def test_claims_of_several_processes_are_each_once(store: Store) -> None:
-    """Some are killed as they work; nothing is lost and nothing done twice."""
+    """One of them is killed while it works; no job is lost, and none is done twice."""
     jobs = {submit(store, number).id for number in range(60)}
     path = str(store.database.path)
     started = [
@@ -200,7 +200,7 @@ def test_claims_of_several_processes_are_each_once(store: Store) -> None:
     assert len(claimed) == len(set(claimed))
     states = [store.job(job_id, 1).state for job_id in jobs]
     assert "queued" not in states
-    # One more where the kill came between its claim and its end.
+    # There are 41 if the process was killed between the claim of a job and its end.
     assert store.requeue_lost([]) == states.count("running") in (40, 41)
     while (job := store.claim("last")) is not None:
         assert store.finish(job.id, "last", 1, 1)
@@ -211,29 +211,29 @@ def test_points(store: Store) -> None:
     store.report_model("small", 3, ["a"], True, None)
 
     def ask(x: float, token_id: int = 1) -> int:
-        return store.ask_point(token_id, "small", "none", x, 2, 3)
+        return store.points.ask(token_id, "small", "none", x, 2, 3)
 
     first = ask(1)
     assert ask(1) == first and ask(1, token_id=2) != first
-    [point, other] = store.claim_points("w")
+    [point, other] = store.points.claim("w")
     assert (point.id, point.x, type(point.x)) == (first, 1, float)
-    assert store.claim_points("v") == [] and store.point_result(first) is None
-    assert not store.answer_point(first, "v", {"status": "ok"})
-    assert ask(1) == first and store.claim_points("v") == []  # under way
-    assert store.answer_point(first, "w", {"status": "ok"})
-    assert store.point_result(first) == {"status": "ok"}
-    assert ask(1) == first and store.claim_points("v") == []
+    assert store.points.claim("v") == [] and store.points.result(first) is None
+    assert not store.points.answer(first, "v", {"status": "ok"})
+    assert ask(1) == first and store.points.claim("v") == []  # in progress
+    assert store.points.answer(first, "w", {"status": "ok"})
+    assert store.points.result(first) == {"status": "ok"}
+    assert ask(1) == first and store.points.claim("v") == []
     store.report_model("small", 4, ["a"], True, None)
-    assert ask(1) == first and len(store.claim_points("w")) == 1  # of another step
-    assert store.requeue_lost(["v"]) == 0  # jobs; the points go back
-    assert {p.id for p in store.claim_points("v")} == {first, other.id}
-    store.answer_point(first, "v", {"problem": "out of reach"})
-    assert ask(1) == first and len(store.claim_points("v")) == 1  # tried again
+    assert ask(1) == first and len(store.points.claim("w")) == 1  # the step has changed
+    assert store.requeue_lost(["v"]) == 0  # no jobs, but the points are queued again
+    assert {p.id for p in store.points.claim("v")} == {first, other.id}
+    store.points.answer(first, "v", {"problem": "out of reach"})
+    assert ask(1) == first and len(store.points.claim("v")) == 1  # computed again
     with pytest.raises(LimitReached, match="64 points"):
         for x in range(100):
             ask(1000 + x)
-    store.forget_points(older_than_seconds=-1)
-    assert store.point_result(first) is None
+    store.points.forget(older_than_seconds=-1)
+    assert store.points.result(first) is None
 
 
 def test_clearing(store: Store, tmp_path: pathlib.Path) -> None:
@@ -245,7 +245,7 @@ def test_clearing(store: Store, tmp_path: pathlib.Path) -> None:
     store.cancel(f"{1:016x}", 1)
     store.delete(f"{2:016x}", 1)
     supervisor.clear(store, tmp_path)
-    assert len(list((tmp_path / "jobs").iterdir())) == 4  # something may still write
+    assert len(list((tmp_path / "jobs").iterdir())) == 4  # a process may still write
     store.database.run("UPDATE jobs SET finished = finished - 1000 WHERE finished > 0")
     os.utime(tmp_path / "jobs" / f"{2:016x}", (0, 0))
     supervisor.clear(store, tmp_path)

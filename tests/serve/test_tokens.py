@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens and sessions: kept as hashes, ended at once."""
+"""Tokens and sessions are stored as hashes, and end at once when they are revoked."""
 
 import pathlib
 import subprocess
@@ -71,7 +71,7 @@ def test_revoking_ends_all_of_it(store: Store) -> None:
     assert tokens.by_token(store.database, other).name == "bob"
     with pytest.raises(UserError, match="no valid token has the name 'ann'"):
         tokens.revoke(store.database, "ann")
-    tokens.add(store.database, "ann")  # the name is free again
+    tokens.add(store.database, "ann")  # the name can be used again
     listed = [
         (t.name, t.revoked is None, t.jobs) for t in tokens.listing(store.database)
     ]

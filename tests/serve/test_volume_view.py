@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A volume as Neuroglancer's precomputed image, put together from its chunks again."""
+"""Tests of a volume as Neuroglancer's precomputed image, read chunk by chunk."""
 
 import itertools
 import pathlib
@@ -30,7 +30,7 @@ def _volume(
 
 
 def _names(info: dict) -> list[str]:
-    """Of all chunks, as volume.md has them."""
+    """Returns the names of all chunks, as Neuroglancer's volume.md defines them."""
     [scale] = info["scales"]
     axes = []
     for size, chunk, offset in zip(
@@ -82,7 +82,7 @@ def test_a_precomputed_reader_reads_the_volume(
     [
         "0-64_0-64_0-17",  # too thick
         "0-64_0-64_1-17",  # off the grid
-        "64-128_0-64_0-16",  # past the end: it stops at 100
+        "64-128_0-64_0-16",  # past the end, which is 100
         "128-192_0-64_0-16",
         "-64-0_0-64_0-16",
         "0-0_0-64_0-16",
@@ -103,7 +103,7 @@ def test_chunks_that_the_grid_has_not(tmp_path: pathlib.Path, name: str) -> None
         "0-64_0-64_0-16.gz",
         "../0-64_0-64_0-16",
         "0-64_0-64_0-16_0-1",
-        "٠-64_0-64_0-16",  # another script's digit
+        "٠-64_0-64_0-16",  # a digit of another script
         "0-64_0-64_0-99999999999",
         "0x0-64_0-64_0-16",
         "0-64_0-64_0-16\n",

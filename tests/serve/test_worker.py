@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that computes, alone with its store."""
+"""Tests of the process that computes, with a store but without a web server."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ BATCH = 8
 
 
 class Service:
-    """A state folder with one token and one model, and workers when asked for."""
+    """A state folder with a token and two models (one broken), and its workers."""
 
     def __init__(
         self, root: pathlib.Path, run: pathlib.Path, volume: pathlib.Path
@@ -39,7 +39,7 @@ class Service:
         )
         (self.state / "jobs").mkdir(parents=True)
         self.store = Store(self.state / "service.sqlite")
-        tokens.add(self.store.database, "me")  # the token 1
+        tokens.add(self.store.database, "me")  # this is token 1
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
@@ -117,7 +117,7 @@ def test_job_is_answered_as_the_command_answers(
         tmp_path / "own",
         lambda *told: None,
     )
-    # Another number of devices than the worker's: rounding, not bits.
+    # The worker has another number of devices, so the results differ by rounding.
     ours = predictions.load(tmp_path / "own" / "predictions.feather")
     its = predictions.load(folder / "predictions.feather")
     assert its["synapse_id"].to_pylist() == ours["synapse_id"].to_pylist()
@@ -146,7 +146,7 @@ def test_killed_in_the_middle_another_goes_on(service: Service) -> None:
     job = service.wait("b" * 16, lambda job: job.state == "done")
     assert job.attempts == 2
     folder = service.state / "jobs" / job.id
-    for path in parts:  # what was finished was not done again
+    for path in parts:  # finished parts were not computed again
         assert path.stat().st_mtime_ns == kept[path.name]
     table = predictions.load(folder / "predictions.feather")
     assert table["synapse_id"].to_pylist() == list(range(4_000))
@@ -157,18 +157,18 @@ def test_cancelled_leaves_room_for_the_next_and_points_pass(service: Service) ->
     service.submit("d" * 16, 10)
     worker = service.start("w1")
     service.wait("c" * 16, lambda job: job.done > 8)
-    point = service.store.ask_point(1, "tiny", "none", 160.0, 160.0, 160.0)
-    wrong = service.store.ask_point(1, "broken", "none", 160.0, 160.0, 160.0)
+    point = service.store.points.ask(1, "tiny", "none", 160.0, 160.0, 160.0)
+    wrong = service.store.points.ask(1, "broken", "none", 160.0, 160.0, 160.0)
     until = time.monotonic() + 20
-    while service.store.point_result(point) is None and time.monotonic() < until:
+    while service.store.points.result(point) is None and time.monotonic() < until:
         time.sleep(0.02)
-    answer = service.store.point_result(point)
+    answer = service.store.points.result(point)
     assert service.store.job("c" * 16, 1).state == "running"
     assert answer["status"] == "ok"
     assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     top = max(answer["probabilities"], key=answer["probabilities"].get)
     assert answer["neurotransmitter_name"] == top
-    assert "cannot be used" in service.store.point_result(wrong)["problem"]
+    assert "cannot be used" in service.store.points.result(wrong)["problem"]
     service.store.cancel("c" * 16, 1)
     service.wait("d" * 16, lambda job: job.state == "done")
     assert service.store.job("c" * 16, 1).state == "cancelled"
@@ -194,7 +194,7 @@ def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -
     worker._do(job)
     job = service.store.job("f" * 16, 1)
     assert job.state == "failed" and "cannot be used" in job.message
-    # A job whose request is damaged: the worker lives on.
+    # The worker also survives a job whose request is damaged.
     service.submit("0" * 16, 5)
     (service.state / "jobs" / ("0" * 16) / "asked.feather").write_bytes(b"nothing")
     worker._do(service.store.claim("w1"))
@@ -204,7 +204,7 @@ def test_what_cannot_be_done_is_told(service: Service, tmp_path: pathlib.Path) -
 
 
 def test_begun_with_something_else_it_begins_anew(service: Service) -> None:
-    """As after a restart with another batch size, or another table of neurons."""
+    """This happens after a restart with another batch size or another synapse table."""
     found = served_models.load(service.models)
     worker = Worker(service.store, found, service.state, "w1", BATCH, 10, None)
     worker.open_models()

@@ -19,7 +19,7 @@ def brute_force(
     "half_box_nm_zyx", [(40, 40, 40), (0, 12.5, 40), (80, 0, 0), (0, 0, 0)]
 )
 def test_as_brute_force(half_box_nm_zyx: tuple[float, ...]) -> None:
-    """On a grid, so that many synapses lie at the very border of the box."""
+    """The synapses are on a grid, so many of them are exactly on the box's border."""
     rng = np.random.default_rng(0)
     voxels = rng.integers(0, (8, 80, 80), (1_500, 3))
     positions = voxels * (40.0, 4.0, 4.0) + (1_234_560.0, 600_000.0, 300_000.0)
@@ -46,7 +46,7 @@ def test_synapses_at_one_position() -> None:
 
 
 def test_kept_synapses_weigh_as_much_as_their_clusters() -> None:
-    """Clusters of 1 to 40 synapses far apart: each is accepted once, on average."""
+    """Every cluster (1 to 40 synapses) gives one accepted synapse on average."""
     sizes = np.arange(1, 41)
     cluster = np.repeat(np.arange(40), sizes)
     positions = np.zeros((len(cluster), 3))

@@ -23,7 +23,7 @@ RECORD = (6, 20, 20)
 
 
 def settings(**change: object) -> augment.AugmentSettings:
-    """Everything off but for what is named."""
+    """Returns settings in which all augmentation is off, except what `change` says."""
     config = tiny_config()
     config.augment.update(
         jitter_zyx=(0, 0, 0),
@@ -37,7 +37,7 @@ def settings(**change: object) -> augment.AugmentSettings:
 
 
 def full(config: ml_collections.ConfigDict | None = None) -> augment.AugmentSettings:
-    """The whole chain, on a small crop unless a config is given."""
+    """Returns settings of the whole chain. Without a config, the crop is small."""
     if config is None:
         config = skeleton.get_config()
         config.crop_shape_zyx = (8, 40, 40)
@@ -98,15 +98,15 @@ def test_jitter_reaches_the_margin_and_no_further() -> None:
     ("shape", "spacing", "sigma", "axes", "per_section"),
     [
         ((8, 40, 40), (4, 10, 10), (0.0, 2.0, 2.0), (1, 2), True),  # as published
-        ((8, 40, 40), (4, 8, 20), (0.0, 2.0, 2.0), (1, 2), True),  # unlike grids
+        ((8, 40, 40), (4, 8, 20), (0.0, 2.0, 2.0), (1, 2), True),  # uneven grid
         ((16, 16, 16), (8, 4, 5), (1.0, 2.0, 2.0), (0, 1, 2), False),
-        ((16, 16, 16), (4, 4, 4), (0.0, 2.0, 2.0), (2, 0), True),  # sections stand up
+        ((16, 16, 16), (4, 4, 4), (0.0, 2.0, 2.0), (2, 0), True),  # z and x
     ],
 )
 def test_the_whole_chain_agrees_with_scipy(
     shape: tuple, spacing: tuple, sigma: tuple, axes: tuple, per_section: bool
 ) -> None:
-    """The same draws, through ndimage and NumPy, in the published order."""
+    """SciPy and NumPy give the same crop for the same draws, in the published order."""
     config = skeleton.get_config()
     config.crop_shape_zyx = shape
     config.augment.update(
@@ -163,7 +163,7 @@ def test_draws_follow_the_published_distributions() -> None:
 
 
 def test_some_crops_stay_sharp() -> None:
-    """As many as are asked for are not interpolated; sections may slip all the same."""
+    """Crops are warped only with `warp_probability`; sections may slip in all crops."""
     config = skeleton.get_config()
     config.augment.warp_probability = 0.25
     drawn = draws(augment.AugmentSettings.of(config), 2_000)
@@ -178,7 +178,7 @@ def test_some_crops_stay_sharp() -> None:
     expected = record[z, y, x].astype(np.float32) / 255 * 2 - 1
     crop = augment.apply(jnp.asarray(record), still, chosen)
     np.testing.assert_allclose(crop, expected, atol=1e-6)  # not interpolated
-    # None at all need no context for it.
+    # If no crop is ever warped, the records need no margin for it.
     never = settings(rotation=(0.3, 0.4), warp_probability=0.0)
     assert never.margin_vx_zyx == (0, 0, 0) and not never.resamples
 
@@ -190,26 +190,27 @@ def test_slips_displace_a_section_and_shifts_all_that_follow() -> None:
     )
     slipped = draws(slips, 3_000).offset_yx
     moved = (slipped != 0).any(axis=2)
-    # An offset of (0, 0) is one of 49.
+    # One of the 49 possible offsets is (0, 0), which moves nothing.
     np.testing.assert_allclose(moved.mean(), 0.25 * 48 / 49, atol=0.015)
-    assert np.abs(np.corrcoef(moved.T)[0, 1]) < 0.06  # sections slip on their own
+    assert np.abs(np.corrcoef(moved.T)[0, 1]) < 0.06  # independent sections
     assert np.abs(slipped).max() == 3
     shifted = draws(shifts, 3_000).offset_yx
     changed = (np.diff(shifted, axis=1) != 0).any(axis=2)
-    assert 0.2 < changed.mean() < 0.26  # else a section lies where the one before does
+    # Without a shift, a section has the same offset as the section before.
+    assert 0.2 < changed.mean() < 0.26
     assert np.abs(shifted).max() == warp.MISALIGN_STEPS * 3  # the limit
     together = draws(full(skeleton.get_config()), 3_000).offset_yx
     assert np.abs(together).max() == 20
 
 
 def worst_draws(chosen: augment.AugmentSettings) -> list[augment.Draws]:
-    """Draws at their limits, all pushing the same way, at many angles."""
+    """Returns draws at their limits, which add up in one direction, at many angles."""
     points = warp.control_shape_zyx(chosen.crop_shape_zyx, chosen.elastic_spacing_zyx)
     up = [
         warp.upsampling(size, n, chosen.elastic_subsample)
         for size, n in zip(chosen.crop_shape_zyx, points, strict=True)
     ]
-    # Where the splines overshoot most: the signs of the matrices' worst rows.
+    # Splines overshoot most with control points of these signs (the worst rows).
     signs = [m[np.abs(m).sum(axis=1).argmax()] for m in up]
     grid = np.sign(np.einsum("a,b,c->abc", *signs))
     corner = np.sign(np.einsum("a,b,c->abc", *(m[0] for m in up)))
@@ -222,7 +223,7 @@ def worst_draws(chosen: augment.AugmentSettings) -> list[augment.Draws]:
     for sign in itertools.product((-1, 1), repeat=3):
         for angle in np.linspace(*chosen.rotation, 9):
             for bend in (grid, corner, low, high):
-                # The sign that pushes each axis outwards.
+                # The sign moves the voxels outwards on each axis.
                 found.append(
                     draws_like(
                         chosen,
@@ -261,7 +262,7 @@ def draws_like(
 def test_no_voxel_comes_from_beyond_the_margin(
     config: ml_collections.ConfigDict,
 ) -> None:
-    """Neither at the limits of every draw, nor in many random ones."""
+    """All voxels are in the record, for draws at their limits and for random draws."""
     chosen = augment.AugmentSettings.of(config)
     shape = np.array(record_shape(chosen))
 
@@ -284,12 +285,12 @@ def test_no_voxel_comes_from_beyond_the_margin(
     lowest = np.min([low for low, _ in ends], axis=0)
     highest = np.max([high for _, high in ends], axis=0)
     assert (lowest >= 0).all() and (highest <= shape - 1).all()
-    # And the margin is not wasted: the worst draws come within two voxels of its end.
+    # The margin is not too large: the worst draws come within two voxels of its end.
     assert (lowest < 2).all() and (highest > shape - 3).all()
 
 
 def test_no_fill_reaches_the_network() -> None:
-    """A record that is white everywhere stays white, wherever the crop is taken."""
+    """Crops of a white record are white, so no voxel comes from outside the record."""
     chosen = full()
     white = np.full((64, *record_shape(chosen)), 255, np.uint8)
     drawn = draws(chosen, 64)
@@ -401,8 +402,8 @@ def test_it_lowers_for_accelerators_without_going_to_the_host(platform: str) -> 
         ({"elastic_sigma_zyx": (0.0, math.nan, 2.0)}, "elastic_sigma_zyx"),
         ({"elastic_subsample": 0}, "elastic_subsample is 0"),
         ({"rotation": (0, 90)}, "rotation is .* from -6.28319 to 6.28319"),
-        ({"transpose_axes": (1, 3)}, "of 0, 1, 2, each once"),
-        ({"transpose_axes": (1, 1)}, "of 0, 1, 2, each once"),
+        ({"transpose_axes": (1, 3)}, "some of 0, 1 and 2, each once"),
+        ({"transpose_axes": (1, 1)}, "some of 0, 1 and 2, each once"),
         ({"warp_probability": 1.5}, "warp_probability is 1.5"),
         ({"slip_probability": math.nan}, "slip_probability nan"),
         ({"transpose_axes": (0, 1)}, "swaps axes of different size"),

@@ -24,7 +24,7 @@ Cut = Callable[..., shards.Shards]
 
 @pytest.fixture
 def cut(volume_path: pathlib.Path, synapse_table: pa.Table) -> Cut:
-    """Cuts into a folder as `shards_folder` was cut; also another table or volume."""
+    """A function that cuts shards into a folder, with the data of `shards_folder`."""
 
     def cut(
         folder: pathlib.Path,
@@ -40,7 +40,7 @@ def cut(volume_path: pathlib.Path, synapse_table: pa.Table) -> Cut:
 def cutting_program(
     tmp_path: pathlib.Path, volume_path: pathlib.Path, synapse_table: pa.Table
 ) -> Callable[..., list[str]]:
-    """A command that does as `cut` in a process of its own, after `prelude`."""
+    """A function that returns a command: it runs `prelude`, and then cuts as `cut`."""
     table_path = tmp_path / "table.feather"
     files.write_feather(table_path, synapse_table)
 
@@ -100,8 +100,8 @@ def test_rows_left_out_are_listed(
     tmp_path: pathlib.Path, cut: Cut, volume_path: pathlib.Path, synapse_table: pa.Table
 ) -> None:
     far = synapse_table.to_pylist()
-    far[0]["x_nm"] = 1e6  # outside
-    far[1]["x_nm"] = 0.0  # partly
+    far[0]["x_nm"] = 1e6  # the whole crop is outside the volume
+    far[1]["x_nm"] = 0.0  # a part of the crop is outside
     table = pa.Table.from_pylist(far, schema=synapse_table.schema)
     path = shutil.copytree(volume_path, tmp_path / "raw.n5")
     z, y, x = np.array([far[40][n] for n in synapses.POSITION], int) // (40, 4, 4)
@@ -128,7 +128,7 @@ def test_killed_anywhere_and_rerun_gives_the_same_bytes(
     cut: Cut,
     cutting_program: Callable[..., list[str]],
 ) -> None:
-    """kill -9 after 1, 2, … renames or removals of the writer."""
+    """The writer is killed (kill -9) after its 1st, 2nd, … rename or removal."""
     prelude = """
 left = int(sys.argv[1])
 def die_after(function):
@@ -164,7 +164,7 @@ def test_killed_in_the_middle_of_a_shard(
     cut: Cut,
     cutting_program: Callable[..., list[str]],
 ) -> None:
-    """The writer, killed by the clock while it writes records."""
+    """The writer is killed while it writes records."""
     prelude = """
 encode = shards.encode
 def slowly(*args):
@@ -242,7 +242,7 @@ def test_nothing_readable_is_an_error(
     shutil.copy(volume_path / "attributes.json", empty)
     with pytest.raises(UserError, match="none of 81 crops could be read"):
         cut(tmp_path / "shards", volume=empty)
-    # The volume comes back: the same command cuts all of it.
+    # When the volume is back, the same command cuts all crops.
     shutil.copytree(volume_path, empty, dirs_exist_ok=True)
     written = cut(tmp_path / "shards", volume=empty)
     assert written.manifest["dropped"] == {"no_class": 9}

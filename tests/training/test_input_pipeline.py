@@ -56,7 +56,7 @@ def test_classes_are_uniform_and_only_train_examples_appear(
     assert set(seen) == set(np.flatnonzero(in_train))
     for label in range(3):
         counts = [n for row, n in seen.items() if labels[row] == label]
-        # Epoch by epoch: no example is seen twice before all are seen once.
+        # No example is seen a second time before all are seen once.
         assert max(counts) - min(counts) <= 1
 
 
@@ -64,19 +64,19 @@ def test_classes_are_uniform_and_only_train_examples_appear(
 def test_every_part_of_a_batch_has_every_class_in_the_long_run(
     opened: shards.Shards,
 ) -> None:
-    """Accumulated parts are every n-th example: turns must not put a class in one."""
+    """Part i of 3 is every third example, and no part always gets the same class."""
     examples = input_pipeline.TrainBatches.of(opened, config())
     counts = np.zeros((3, 3), int)
     for step in range(60):
         labels = examples.labels[examples.rows(step)]
         for part in range(3):
             counts[part] += np.bincount(labels[part::3], minlength=3)
-    # Hypergeometric: mean 80, standard deviation about 6.
+    # The counts are hypergeometric: their mean is 80, their standard deviation about 6.
     assert counts.sum() == 720 and counts.min() > 55 and counts.max() < 105
 
 
 def test_clustered_synapses_share_one_chance(opened: shards.Shards) -> None:
-    """Ten train synapses of a class moved to one place are drawn as often as one."""
+    """Ten synapses at one place are together drawn as often as one other synapse."""
     index = opened.index
     in_train = synapses.in_part(index, "skeleton", "train")
     rows = np.flatnonzero(in_train & (synapses.labels(index, CLASSES) == 0))
@@ -90,11 +90,11 @@ def test_clustered_synapses_share_one_chance(opened: shards.Shards) -> None:
     drawn = np.concatenate([examples.rows(step) for step in range(600)])
     counts = np.bincount(drawn, minlength=len(index))
     assert np.bincount(examples.labels[drawn]).tolist() == [2400] * 3
-    chances = len(rows) - 9  # the ten count as one
-    # Binomial(2400, 1/chances).
+    chances = len(rows) - 9  # the ten synapses count as one
+    # The counts are Binomial(2400, 1/chances); 5 standard deviations are allowed.
     for count in (counts[rows[:10]].sum(), *counts[rows[10:]]):
         assert abs(count - 2400 / chances) < 5 * (2400 / chances) ** 0.5
-    # Within a class that has no clusters all are alike.
+    # The draws are the same every time.
     again = input_pipeline.TrainBatches.of(clustered, config(balance_clusters=True))
     np.testing.assert_array_equal(again.rows(7), examples.rows(7))
 

@@ -17,7 +17,7 @@ STEPS = 8
 
 
 def given(**change: object) -> ml_collections.ConfigDict:
-    """The published recipe for `STEPS` steps of three classes, but for what is named.
+    """Returns the published recipe for `STEPS` steps and three classes, with changes.
 
     The rate is larger than the published one, so that few steps show a difference.
     """
@@ -29,7 +29,7 @@ def given(**change: object) -> ml_collections.ConfigDict:
 
 
 def problem() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """Parameters, and their gradients at every step: of very different sizes."""
+    """Returns parameters and their gradients at every step, of very different sizes."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "bias": (4,), "scale": (1,)}
 
@@ -82,7 +82,7 @@ def descend_in_torch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]
         {},
         {"schedule": "cosine"},
         {"weight_decay": 0.1},
-        {"clip_norm": 1.0},  # below some of the norms, above others
+        {"clip_norm": 1.0},  # some norms are above this, some below
         {"weight_decay": 0.1, "clip_norm": 0.5, "schedule": "cosine"},
     ],
 )
@@ -93,7 +93,7 @@ def test_the_optimizer_is_torch_s(change: dict[str, object]) -> None:
         np.testing.assert_allclose(values, theirs[name], rtol=2e-5, atol=1e-6)
     if change:
         plain = descend(given())["kernel"]
-        assert np.abs(ours["kernel"] - plain).max() > 1e-3  # the option does something
+        assert np.abs(ours["kernel"] - plain).max() > 1e-3  # the option has an effect
 
 
 def rates(**change: object) -> np.ndarray:
@@ -132,7 +132,7 @@ def test_warm_up_before_a_cosine_leaves_it_the_other_steps() -> None:
 
 
 def examples() -> tuple[np.ndarray, np.ndarray]:
-    """Logits [32, 3] from sure to unsure, right and wrong; labels."""
+    """Returns logits [32, 3], sure and unsure, right and wrong, and the labels."""
     rng = np.random.default_rng(0)
     logits = (6 * rng.standard_normal((32, 3))).astype(np.float32)
     return logits, rng.integers(0, 3, 32).astype(np.int32)
@@ -176,7 +176,7 @@ def test_class_weights_alone_multiply() -> None:
 def test_loss_and_gradient_are_finite_for_sure_examples(
     gamma: float, logit: float
 ) -> None:
-    """p of the true class from 0 to 1, both in float32."""
+    """The probability of the true class goes from exactly 0 to exactly 1 in float32."""
     config = given(focal_gamma=gamma, label_smoothing=0.1)
     value, grad = jax.value_and_grad(
         lambda x: loss_and_optimizer.losses(x, jnp.zeros(1, jnp.int32), config).sum()
@@ -191,7 +191,7 @@ def test_average_follows_its_formula() -> None:
     for step, value in ((0, values[0]), (1_000, values[1])):
         params = {"kernel": jnp.asarray(value)}
         ema = loss_and_optimizer.average(ema, params, 0.9, jnp.int32(step))
-        decay = 0.1 if step == 0 else 0.9  # the first weights go fast
+        decay = 0.1 if step == 0 else 0.9  # early weights decay faster
         expected = decay * expected + (1 - decay) * value
     np.testing.assert_allclose(ema["kernel"], expected, rtol=1e-6)
 

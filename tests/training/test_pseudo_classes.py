@@ -24,7 +24,7 @@ FACTS = ("neuron_id", "hemilineage", "brain_region", "cell_type")
 
 @pytest.fixture(scope="module")
 def cube_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """190 × 160 × 130 voxels of noise, about 8 µm each way, which 2 to 4 µm fit in."""
+    """A volume of noise, about 8 µm per axis, so that moves of 2 to 4 µm fit in it."""
     array = np.random.default_rng(0).integers(0, 256, (190, 160, 130), dtype=np.uint8)
     path = tmp_path_factory.mktemp("cube") / "raw.n5"
     volumes.write_n5(path, array, VOXEL_SIZE_NM_ZYX, OFFSET_NM_ZYX, (32, 64, 64))
@@ -38,7 +38,7 @@ def cube(cube_path: pathlib.Path) -> volumes.Volume:
 
 @pytest.fixture(scope="module")
 def table(cube: volumes.Volume) -> pa.Table:
-    """300 synapses anywhere in the cube; classes, parts and neurons partly missing."""
+    """300 synapses in the cube; some have no class or no part of a split."""
     rng = np.random.default_rng(1)
     voxels = rng.integers(0, cube.shape_zyx, (300, 3))
     return synapse_table(voxels * VOXEL_SIZE_NM_ZYX + np.array(OFFSET_NM_ZYX))
@@ -71,7 +71,7 @@ def parts(rng: np.random.Generator, count: int, shares: list[float]) -> np.ndarr
 def extra_rows(
     table: pa.Table, volume: volumes.Volume, change: dict[str, Any] | None = None
 ) -> pa.Table:
-    """The rows that are added, after a look at the others."""
+    """Returns the added rows, and checks that the other rows are unchanged."""
     options = {"classes": CLASSES, "split": "skeleton", "seed": 0}
     options |= {"record_shape_zyx": RECORD_SHAPE_ZYX}
     options |= {"neither_crops": 50, "unknown_per_class": 20} | (change or {})
@@ -89,7 +89,7 @@ def test_neither_is_anywhere_and_shared_among_the_parts(
     assert all(rows[name].null_count == len(rows) for name in FACTS)
     voxels = (synapses.positions_nm_zyx(rows) - OFFSET_NM_ZYX) / VOXEL_SIZE_NM_ZYX
     assert (voxels == voxels.round()).all()
-    # Anywhere that the record lies inside: so far from either border, and no further.
+    # The records are uniform over all places at which they are inside the volume.
     starts = (voxels - np.array(RECORD_SHAPE_ZYX) // 2).astype(int)
     room = np.array(cube.shape_zyx) - RECORD_SHAPE_ZYX + 1
     for axis, length in enumerate(room):
@@ -106,7 +106,7 @@ def test_neither_is_anywhere_and_shared_among_the_parts(
 
 
 def test_unknown_is_a_synapse_moved(tmp_path: pathlib.Path) -> None:
-    """Synapses 10 µm apart: the nearest to where one was moved is its parent."""
+    """Synapses are 10 µm apart, so a moved synapse is nearest to the original one."""
     coarse = (500.0, 500.0, 500.0)
     array = np.zeros((230, 230, 230), np.uint8)
     volumes.write_n5(tmp_path / "raw.n5", array, coarse, (0, 0, 0), (64, 64, 64))
@@ -129,7 +129,7 @@ def test_unknown_is_a_synapse_moved(tmp_path: pathlib.Path) -> None:
     assert radius.round().min() >= 2_000 and radius.round().max() < 4_000
     assert np.histogram(radius, 4, (2_000, 4_000))[0].min() > len(rows) / 6
     towards = steps[np.arange(len(rows)), parents] / radius[:, None]
-    # On a sphere each coordinate is uniform in [-1, 1].
+    # For uniform directions, each coordinate is uniform in [-1, 1].
     for axis in range(3):
         assert np.histogram(towards[:, axis], 4, (-1, 1))[0].min() > len(rows) / 6
     for split in ("split_skeleton", "split_region"):
@@ -208,7 +208,7 @@ def test_places_near_the_border_are_not_used(
     more = extra_rows(table, cube)["neurotransmitter"].to_pylist()
     assert names.count("neither") == more.count("neither") == 50
     assert 0 < names.count("unknown") < more.count("unknown")
-    with pytest.raises(UserError, match="no place for random or moved crops"):
+    with pytest.raises(UserError, match="random or moved crops do not fit"):
         extra_rows(table, cube, {"record_shape_zyx": (191, 1, 1)})
 
 
@@ -268,7 +268,8 @@ def get_config():
         start = middle - shape // 2 + shape  # in the padded array
         box = [slice(a, a + n) for a, n in zip(start, shape, strict=True)]
         np.testing.assert_array_equal(crop, array[tuple(box)])
-        if synapse_id < 0:  # no black border gives it away
+        # Without a black border, the network cannot recognise an added crop by it.
+        if synapse_id < 0:
             assert (start >= shape).all() and (start <= shape + cube.shape_zyx).all()
             assert row["status"] == crops.OK
     assert counts["neither"] == 40 and counts["unknown"] > 5
@@ -292,7 +293,7 @@ def get_config():
 
 
 def test_unknown_in_a_table_is_no_class(tmp_path: pathlib.Path) -> None:
-    """It is an output of networks; in tables it means that nobody knows."""
+    """`unknown` is an output of networks. A table must leave the cell empty instead."""
     synapses.check_classes(CLASSES)
     assert synapses.CLASSES[:-1] == synapses.NEUROTRANSMITTERS
     text = "synapse_id,z_nm,y_nm,x_nm,neurotransmitter\n1,0,0,0,unknown\n"

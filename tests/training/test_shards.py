@@ -39,9 +39,9 @@ def damage_index(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_missing, "is missing, the manifest says"),
-        (damage_cut_short, "bytes long, the manifest says"),
-        (damage_index, "index.feather has 80 rows, the manifest says 81"),
+        (damage_missing, "is missing, but the manifest says"),
+        (damage_cut_short, "bytes long, but the manifest says"),
+        (damage_index, "index.feather has 80 rows, but the manifest says 81"),
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     ],
 )

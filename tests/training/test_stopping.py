@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may happen to a run: every test is of the real command or of train itself."""
+"""Runs that stop early or fail: the tests start the real command or call `train`."""
 
 import pathlib
 import resource
@@ -41,7 +41,7 @@ def test_sigterm_saves_and_ends_well(
     config.checkpoint_every_steps = 10_000
     config.eval_every_steps = 10_000
     process = runs.start(runs.command(tmp_path, config, tmp_path / "run"))
-    while len(metrics_log.read(tmp_path / "run")) < 20:  # lines of the log
+    while len(metrics_log.read(tmp_path / "run")) < 20:  # lines in the log
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -50,7 +50,7 @@ def test_sigterm_saves_and_ends_well(
     [step] = checkpoint.steps(tmp_path / "run")
     assert step >= 20
     assert f"SIGTERM: saved at step {step}; the same command continues" in output
-    config.num_train_steps = step + 1  # and it does
+    config.num_train_steps = step + 1  # the run continues
     training_run.train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == [step, step + 1]
     logged = [line["step"] for line in metrics_log.read(tmp_path / "run")]
@@ -60,9 +60,9 @@ def test_sigterm_saves_and_ends_well(
 def test_divergence_stops_with_its_step_and_batch(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-    """What is ruined is never saved: the same command stops at the same step again.
+    """No checkpoint has values that are not finite, so a rerun stops at the same step.
 
-    Nor does it matter how often the log asks.
+    How often the log is written makes no difference.
     """
     config.checkpoint_every_steps = 1
     config.learning_rate = 1e30
@@ -103,7 +103,7 @@ def test_early_stop_keeps_the_best(
     lines = [x for x in metrics_log.read(tmp_path) if checkpoint.BEST_BY in x]
     history = [line[checkpoint.BEST_BY] for line in lines]
     stopped_at = lines[-1]["step"]
-    assert stopped_at < 200  # 200 steps of it would reach 1 and stay there
+    assert stopped_at < 200  # after 200 steps, the accuracy would stay at 1
     counted = [stopping.Patience(3, [*enumerate(h)]) for h in (history, history[:-1])]
     assert [each.is_over for each in counted] == [True, False]
     kept = checkpoint.steps(tmp_path)
@@ -111,7 +111,7 @@ def test_early_stop_keeps_the_best(
     assert set(kept) == {best, stopped_at}
     assert history[best // 2 - 1] == max(history)
     before = metrics_log.read(tmp_path)
-    training_run.train(config, tmp_path)  # the same command: it stays stopped
+    training_run.train(config, tmp_path)  # does nothing
     assert metrics_log.read(tmp_path) == before
 
 
@@ -121,9 +121,9 @@ def test_patience_is_counted_in_evaluations() -> None:
 
     assert not is_over(2, [])
     assert not is_over(2, [0.1, 0.3, 0.2])
-    assert is_over(2, [0.1, 0.3, 0.2, 0.3])  # an equal one is no better
+    assert is_over(2, [0.1, 0.3, 0.2, 0.3])  # an equal value is not better
     assert not is_over(2, [0.1, 0.3, 0.2, 0.4])
-    assert not is_over(0, [0.5, 0.4, 0.3])  # off
+    assert not is_over(0, [0.5, 0.4, 0.3])  # 0 means no limit
 
 
 def test_sigterm_before_a_validation_leaves_it_to_the_next_start(
@@ -131,7 +131,7 @@ def test_sigterm_before_a_validation_leaves_it_to_the_next_start(
     config: ml_collections.ConfigDict,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cluster gives seconds: the state is saved at once, the log gets its line."""
+    """The state is saved at once after SIGTERM; the next start does the validation."""
     training_run.train(config, tmp_path / "whole")
     with monkeypatch.context() as patched:
         patched.setattr(stopping.StopRequest, "reached", lambda self, step: step == 3)
@@ -161,7 +161,7 @@ def test_two_starts_in_one_folder(
     second = runs.start(command)
     output, _ = second.communicate(timeout=300)
     assert second.returncode == 1 and "another process is at work in" in output
-    first.kill()  # even so the folder is free
+    first.kill()  # this frees the folder
     first.communicate()
     config.num_train_steps = checkpoint.steps(tmp_path / "run")[-1] + 1
     third = runs.start(runs.command(tmp_path, config, tmp_path / "run"))
@@ -201,8 +201,8 @@ def test_milestones_and_latest_are_kept(
 def test_full_disk_leaves_the_last_checkpoint(
     tmp_path: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-    """A limit on the size of files stands for a disk that is full."""
-    config.model.dense_features = 256  # a checkpoint of some 3 MB
+    """A limit on the size of files acts like a full disk."""
+    config.model.dense_features = 256  # a checkpoint of about 3 MB
     config.num_train_steps = 3
     training_run.train(config, tmp_path / "run")
     config.num_train_steps = 6
@@ -220,7 +220,7 @@ def test_full_disk_leaves_the_last_checkpoint(
     assert process.returncode == 1, output
     assert "cannot write a checkpoint to" in output.splitlines()[-1]
     assert checkpoint.steps(tmp_path / "run") == [3]
-    training_run.train(config, tmp_path / "run")  # room again
+    training_run.train(config, tmp_path / "run")  # without the limit
     assert checkpoint.steps(tmp_path / "run") == [3, 6]
 
 
@@ -236,7 +236,7 @@ def test_vanished_shards_stop_the_run(
     process = runs.start(runs.command(tmp_path, config, tmp_path / "run"))
     wait_for(tmp_path / "run" / "checkpoints" / "5", process)
     for path in folder.glob("*.array_record"):
-        with path.open("rb+") as file:  # as a network disk that loses its content
+        with path.open("rb+") as file:  # like lost data
             file.truncate(16)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
@@ -268,7 +268,7 @@ def test_fine_tuning_starts_from_the_other_run(
     training_run.train(config, tmp_path / "first")
     first = runs.saved_state(tmp_path / "first", 6, config)
     config.init_from = str(tmp_path / "first")
-    config.learning_rate = 1e-9  # as good as none
+    config.learning_rate = 1e-9  # practically no training
     config.num_train_steps = 1
     training_run.train(config, tmp_path / "same")
     same = runs.saved_state(tmp_path / "same", 1, config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Against SciPy, on the original's own path: displacement fields made by zooming."""
+"""Compares warping with SciPy and with the original, which zooms coarse fields."""
 
 import math
 
@@ -20,10 +20,10 @@ def reference_field(
     shape: tuple[int, ...],
     subsample: int,
 ) -> np.ndarray:
-    """Absolute source positions [3, *shape], built up grid by grid as the original.
+    """Returns the absolute source positions [3, *shape], computed as in the original.
 
-    Identity, elastic and rotation on a coarse grid, all three added and upsampled
-    linearly, misalignment added last.
+    The original adds identity, elastic field and rotation on a coarse grid. It
+    upsamples their sum linearly, and adds the misalignment last.
     """
     coarse = tuple(max(1, size // subsample) for size in shape)
 
@@ -90,7 +90,7 @@ def test_resampling_agrees_with_scipy(whole_sections: bool) -> None:
     source[1:] *= 29 / 6
     if whole_sections:
         source[0] = np.array([0, 6, 3, 3, 1])[:, None, None]
-    source[:, 2, 0, 0] = (3, 29, 30)  # the last voxel itself
+    source[:, 2, 0, 0] = (3, 29, 30)  # exactly the last voxel
     ours = warp.resample(jax.numpy.asarray(record), source, whole_sections)
     expected = ndimage.map_coordinates(
         record.astype(float), source, order=1, mode="nearest"
@@ -115,6 +115,6 @@ def test_what_lies_outside_is_the_nearest_border(
 
 def test_upsampling_meets_the_control_points_at_its_ends() -> None:
     matrix = warp.upsampling(33, 5, 1)
-    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-6)  # constants stay
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-6)  # keeps constants
     np.testing.assert_allclose(matrix[::8], np.eye(5), atol=1e-5)
     np.testing.assert_array_equal(warp.upsampling(7, 1, 8), np.ones((7, 1)))

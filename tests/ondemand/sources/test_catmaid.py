@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CATMAID's answers, from a local server (see service_servers.Catmaid)."""
+"""Tests of the source CATMAID with a local server (service_servers.Catmaid)."""
 
 import dataclasses
 import logging
@@ -14,7 +14,8 @@ from synister_jax.ondemand.sources import catmaid, credentials, http_session
 from tests.helpers.service_servers import PAGE, Answer, Catmaid, Fault, of_json
 
 TOKEN, USER, PASSWORD = "9944b09199c6", "tracer", "pässword"
-# (skeleton, connector, x, y, z): 16 and 27 share 901; 16 has two nodes at 902.
+# (skeleton, connector, x, y, z): skeletons 16 and 27 share connector 901, and skeleton
+# 16 has two nodes at connector 902.
 LINKS = [
     (27, 901, 438817.0, 164242.0, 217440.0),
     (16, 902, 1.5, 2.5, 3.5),
@@ -70,7 +71,8 @@ def test_batches_ask_for_each_skeleton_once(
     assert [f.neuron_id for f in found] == [16, 27, 30, 31, 999]
     paths = [request.path for request in server.asked]
     links = "/1/connectors/links/"
-    assert paths.count(links) == 2  # none of those that CATMAID does not know
+    # A batch without any known skeleton is not asked for links.
+    assert paths.count(links) == 2
     assert paths.count("/1/skeletons/validity") == 3
     assert server.asked[0].form == {
         "skeleton_ids[0]": ["16"],

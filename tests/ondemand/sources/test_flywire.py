@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAVE's answers to caveclient, and the way to FAFB, from local servers."""
+"""Tests of FlyWire with local servers: CAVE's answers, and positions in FAFB."""
 
 import json
 import pathlib
@@ -72,7 +72,7 @@ def test_batches(server: Cave, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_that_was_cut_is_asked_for_in_parts(
     monkeypatch: pytest.MonkeyPatch, server_rows: int
 ) -> None:
-    """By the rows that we allow, or those that the server does."""
+    """The answer is cut by the limit of the client, or by the limit of the server."""
     monkeypatch.setattr(flywire, "_MOST_ROWS", 4)
     server = Cave(ROWS, most_rows=server_rows)
     found = ask(server, [ROOT, OTHER])
@@ -124,7 +124,7 @@ def test_a_token_that_caveclient_saved(
 def test_no_browser_opens_where_terms_are_to_be_accepted(
     server: Cave, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """caveclient would open one, on whatever machine it runs."""
+    """Without a safeguard, caveclient opens a browser on the machine that runs it."""
     monkeypatch.setenv("BROWSER", "false")
     data = {"tos_form_url": "http://127.0.0.1:1/tos"}
     terms = {"error": "missing_tos", "message": "accept the terms", "data": data}
@@ -192,7 +192,7 @@ def test_it_lists_no_volume() -> None:
 
 @pytest.fixture
 def moved() -> Iterator[Transform]:
-    """x moves by 2.6 voxels and y by -0.5; nobody knows where x is 0."""
+    """A server that moves x by 2.6 and y by -0.5 voxels; positions at x = 0 fail."""
     server = Transform(lambda x, y, z: (2.6, -0.5) if x else None)
     yield server
     server.close()
@@ -209,8 +209,11 @@ def place(
 
 
 def test_flywire_positions_by_hand(moved: Transform) -> None:
-    """x 400 nm: 100 + 2.6 = 102.6 voxels, 103, 412 nm. y 804 nm: 201 - 0.5 = 200.5,
-    to the even 200, 800 nm. z 4,000 nm: section 100, less the one of CATMAID, 3,960.
+    """The position agrees with one computed by hand.
+
+    x: 400 nm is voxel 100; 100 + 2.6 = 102.6 is rounded to 103, which is 412 nm.
+    y: 804 nm is voxel 201; 201 - 0.5 = 200.5 is rounded to even, 200, which is 800 nm.
+    z: 4,000 nm is section 100, which is one less in CATMAID, 99, at 3,960 nm.
     """
     assert place(moved, [(400.0, 804.0, 4000.0)]) == [[3960.0, 800.0, 412.0]]
     asked = json.loads(moved.asked[0].body)
@@ -224,7 +227,7 @@ def test_positions_without_a_place_are_nan(moved: Transform) -> None:
     assert np.isnan(placed).all(axis=1).tolist() == [True, True, False, True]
     assert placed[2].tolist() == [40.0, 0.0, 16.0]  # section 1.5 rounds to 2
     assert place(moved, []) == []
-    assert place(moved, given[:1])[0] != place(moved, given[:1])[0]  # nothing is asked
+    assert place(moved, given[:1])[0] != place(moved, given[:1])[0]  # no request
     assert len(moved.asked) == 1
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retries, time-outs, bounds and words of `sources.http`, against a local server."""
+"""Retries, time-outs, limits and messages of `http_session`, with a local server."""
 
 import logging
 import time

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""neuPrint's answers to neuprint-python, from a local server over TLS."""
+"""Tests of the source neuPrint; a local server answers neuprint-python over TLS."""
 
 import json
 import pathlib
@@ -61,7 +61,7 @@ def ask(server: NeuPrint, ids: list[int], **changed: str) -> list[sources.Found]
 
 def test_every_body_in_the_order_asked(server: NeuPrint) -> None:
     three, unknown, empty, large = ask(server, [13, 999, 12, 5812983094])
-    # z·2^42 + y·2^21 + x by hand: 26388279066624 + 14680064 + 7, and so on
+    # An id is z·2^42 + y·2^21 + x; the first is 26388279066624 + 14680064 + 7.
     assert three.sites.to_pydict() == {
         "synapse_id": [26388293746695, 30786340257799, 9223367638810361855],
         "neuron_id": [13, 13, 13],
@@ -107,7 +107,7 @@ def test_the_listing_goes_on_behind_any_page(
     monkeypatch.setattr(neuprint, "_PAGE_SITES", 4)
     assert pages(server) == [([11, 13, 13, 13], 13), ([5812983094] * 2, 5812983094)]
     assert pages(server, 13) == pages(server)[1:]
-    monkeypatch.setattr(neuprint, "_PAGE_SITES", 1)  # a body is not split
+    monkeypatch.setattr(neuprint, "_PAGE_SITES", 1)  # a page keeps a body together
     whole = pages(server)
     assert whole == [([11], 11), ([13] * 3, 13), ([5812983094] * 2, 5812983094)]
     for done, (_, last) in enumerate(whole):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sources have in common, coordinates by hand, and the source `none`."""
+"""Tests of what all sources share, of their coordinates, and of the source `none`."""
 
 import pathlib
 import subprocess
@@ -55,7 +55,8 @@ for source in "hemibrain", "fafb-catmaid":
         assert error.endswith("pip install 'synister_jax[sources]'")
 
 
-# Hemibrain: synistereq says voxel (34427 - x - 1, z, y), times 8 nm.
+# (source, x y z of the source, z y x in nm in the volume). For hemibrain, synistereq
+# gives the voxel (34427 - x - 1, z, y), and a voxel has 8 nm.
 BY_HAND = [
     ("fafb-catmaid", (438817, 164242, 217440), (217400, 164242, 438817)),
     ("fafb-catmaid", (0.5, -1, 0), (-40, -1, 0.5)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request that nobody should send, byte for byte, and how it is sent."""
+"""Malformed requests, given as bytes, and the function that sends them."""
 
 import contextlib
 import dataclasses
@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-MOST_BYTES = 16 << 20  # that the service takes of a table
+MOST_BYTES = 16 << 20  # the service refuses a larger table
 _WAIT_SECONDS = 30.0
-_CUT_SECONDS = 10.0  # to leave a request that will not be completed
+_CUT_SECONDS = 10.0  # for a request that stays incomplete
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a request needs to come past the gate, and what is really there.
+    """The credentials that a request needs, and the ids of what exists on the server.
 
     Attributes:
-      job: Id of a finished job of the token. `other_job` is another token's.
-      cookie: Cookie of a session of the token; `csrf` is the session's secret.
+      job: Id of a finished job of the token. `other_job` belongs to another token.
+      cookie: Cookie of a session of the token. `csrf` is the secret of the session.
       positions: Rows of id, neuron, x, y, z.
     """
 
@@ -39,12 +39,12 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """Bytes to send, and what may be said of the answer beforehand.
+    """The bytes to send, and what is known about the answer beforehand.
 
     Attributes:
-      whole: Whether it is a complete request of HTTP/1.1, so that an answer is owed.
-      leave: Whether the client goes without reading the answer.
-      refused: Whether an answer of 2xx would be a mistake.
+      whole: Whether the bytes are a complete HTTP/1.1 request, which must be answered.
+      leave: Whether the client disconnects without reading the answer.
+      refused: Whether a 2xx answer would be an error of the server.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer; where there was none, `status` is 0 and `how` says what happened."""
+    """An answer. If none came, `status` is 0 and `how` says what happened."""
 
     status: int
     how: str
@@ -67,7 +67,7 @@ class Answer:
 
 
 def one(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
-    """Returns one of the choices, as it is."""
+    """Returns one of the choices, without a conversion to NumPy."""
     return choices[rng.integers(len(choices))]
 
 
@@ -80,12 +80,12 @@ def request(
     login: bool = True,
     host: bool = True,
 ) -> bytes:
-    """Makes a request of HTTP/1.1 whose own parts are right.
+    """Returns a valid HTTP/1.1 request, to which the arguments add malformed parts.
 
     Args:
-      fields: More lines of the head; what is no UTF-8 is a surrogate escape.
-      login: Whether the token comes along.
-      host: Whether there is a Host.
+      fields: More lines of the head. Bytes that are not UTF-8 are surrogate escapes.
+      login: Whether the request has the token.
+      host: Whether the request has the field Host.
     """
     lines = [f"{method} {path} HTTP/1.1"]
     lines += [f"Host: 127.0.0.1:{target.port}"] * host
@@ -98,7 +98,7 @@ def request(
 
 
 def send(target: Target, attempt: Attempt) -> Answer:
-    """Sends an attempt over a connection of its own, and reads what comes."""
+    """Sends an attempt over a new connection, and returns the answer."""
     started = time.perf_counter()
     received = b""
     how = "closed"
@@ -111,7 +111,7 @@ def send(target: Target, attempt: Attempt) -> Answer:
             if attempt.leave:
                 return Answer(0, "left", {}, b"", time.perf_counter() - started)
             if not attempt.whole:
-                with contextlib.suppress(OSError):  # it has hung up already
+                with contextlib.suppress(OSError):  # the server has already closed
                     link.shutdown(socket.SHUT_WR)
         except (BrokenPipeError, ConnectionResetError):
             how = "reset while sending"
@@ -126,7 +126,7 @@ def send(target: Target, attempt: Attempt) -> Answer:
 
 
 def _push(link: socket.socket, piece: bytes) -> None:
-    """Sends, but stops as soon as an answer is there, as curl does."""
+    """Sends a piece, but stops as soon as an answer arrives, as curl does."""
     view = memoryview(piece)
     while view:
         readable, writable, _ = select.select([link], [link], [], _WAIT_SECONDS)
@@ -142,7 +142,7 @@ def _parsed(received: bytes, how: str, seconds: float) -> Answer:
     status_line, *lines = head.decode("latin-1").split("\r\n")
     split = (line.partition(":") for line in lines)
     fields = {name.lower(): value.strip() for name, _, value in split}
-    # Bytes that are several requests have several answers.
+    # If the bytes are several requests, only the first answer is kept.
     with contextlib.suppress(KeyError, ValueError):
         body = body[: int(fields["content-length"])]
     status = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted of malformed calls, and what is called a mistake of the server."""
+"""Counts the answers to malformed calls, and decides which of them are errors."""
 
 import collections
 import dataclasses
@@ -13,7 +13,7 @@ _LEAKS = (b"Traceback (most recent", b"SQLite format 3\x00", b"root:x:0:")
 
 @dataclasses.dataclass
 class Findings:
-    """What was counted, by kind of call."""
+    """The counts of calls and errors, by kind of call."""
 
     statuses: dict[str, collections.Counter[str]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(collections.Counter)
@@ -25,7 +25,7 @@ class Findings:
     def add(
         self, kind: str, what: str, status: str, seconds: float, error: str | None
     ) -> None:
-        """Counts one call; `what` says how to make it again."""
+        """Counts one call. The text `what` says how to repeat the call."""
         with self.lock:
             self.statuses[kind][status] += 1
             if seconds > self.slowest.get(kind, (0.0, ""))[0]:
@@ -46,12 +46,12 @@ def wrong(
     secrets: tuple[bytes, ...] = (),
     refused: bool = False,
 ) -> str | None:
-    """Says what is wrong with an answer, or None where nothing is.
+    """Returns what is wrong with an answer, or None if the answer is right.
 
     Args:
-      fields: Fields of the head, with names in lower case.
-      secrets: What no answer may show.
-      refused: Whether a 2xx would be a mistake.
+      fields: The header fields, with names in lower case.
+      secrets: Bytes that no answer may contain.
+      refused: Whether a 2xx answer would be an error of the server.
     """
     shown = f"{status} {body[:300]!r}"
     if status >= 500:
@@ -67,10 +67,10 @@ def wrong(
         try:
             detail = json.loads(body)["detail"]
         except (ValueError, KeyError, TypeError):
-            return f"no detail: {shown}" if body else None  # HEAD has no body
+            return f"no detail: {shown}" if body else None  # answers to HEAD are empty
         if not isinstance(detail, str) or "\n" in detail:
             return f"detail is not one line: {shown}"
-    # A 400 in plain text comes from below the application.
+    # A 400 in plain text comes from the HTTP server below the application.
     if (status != 400 or is_json) and fields.get("x-content-type-options") != "nosniff":
         return f"no X-Content-Type-Options: {shown}"
     return None

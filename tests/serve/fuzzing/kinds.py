@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of requests that nobody should send.
+"""The kinds of malformed requests.
 
-They are `body` (tables, malformed_tables.py), `path` (ids and keys that are none),
-`head` (header fields) and `framing` (HTTP itself, both in malformed_http.py). An
-attempt is a function of its kind and number, so any one can be made again.
+The kinds are `body` (tables, from malformed_tables.py), `path` (wrong ids and keys),
+`head` (header fields) and `framing` (HTTP itself; both are in malformed_http.py). An
+attempt depends only on its kind, its number and the seed, so it can be made again.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tests.serve.fuzzing.attempts import MOST_BYTES, Attempt, Target, one, reque
 
 
 def make(target: Target, kind: str, number: int, seed: int) -> Attempt:
-    """Makes the attempt of that number."""
+    """Returns the attempt of this kind and number."""
     rng = np.random.default_rng((seed, list(_KINDS).index(kind), number))
     return _KINDS[kind](target, rng)
 
@@ -41,7 +41,7 @@ _QUERIES = {
 
 
 def _query(rng: np.random.Generator, names: Sequence[str]) -> str:
-    """Makes a query of some of the parameters, at times twice, with odd values."""
+    """Returns a query of some parameters (some of them twice) with odd values."""
     chosen = rng.choice(names, rng.integers(len(names) + 2))
     return "&".join(f"{name}={one(rng, _WORDS)}" for name in chosen)
 
@@ -70,7 +70,7 @@ def _body(target: Target, rng: np.random.Generator) -> Attempt:
     else:
         query = _query(rng, _QUERIES[path])
     path = f"{path}?{query}"
-    if rng.random() < 0.05:  # in chunks, at times more than may be
+    if rng.random() < 0.05:  # in chunks, and sometimes too large
         if rng.random() < 0.1:
             body *= 2 + MOST_BYTES // max(1, len(body))
         fields.append("Transfer-Encoding: chunked")
@@ -113,7 +113,7 @@ _TRICKS = (
 
 
 def _path(target: Target, rng: np.random.Generator) -> Attempt:
-    if rng.random() < 0.3:  # values of the query instead
+    if rng.random() < 0.3:  # the query is odd, not the path
         path, names = list(_QUERIES.items())[rng.integers(2, len(_QUERIES))]
         method, path, trick = "GET", f"{path}?{_query(rng, names)}", ""
         if path.startswith("/fetch") and rng.random() < 0.5:
@@ -124,7 +124,7 @@ def _path(target: Target, rng: np.random.Generator) -> Attempt:
         if rng.random() < 0.15:
             method = one(rng, ("GET", "HEAD", "POST", "PUT", "OPTIONS", "TRACE"))
         path = route.format(trick)
-    # The finished job is needed until the end.
+    # The finished job must not be deleted, as later attempts need it.
     deletes = method == "DELETE" and "JOB" in path
     method = "GET" if deletes else method
     for word, real in (("JOB", target.job), ("KEY", target.view_key)):

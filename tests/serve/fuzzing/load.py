@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many people at the web page at once: how fast it says how far their jobs are.
+"""Measures how fast the web page reports the state of jobs to many people at once.
 
     python -m tests.serve.fuzzing.load [--models=DIR] [--positions=TABLE] [--seconds=60]
 
 tests/serve/test_load.py runs a few clients for some seconds; this command is for
 measurements. It starts `python -m synister_jax.serve` with one worker on this machine,
 by default with the demonstration's model (`make demo`). Then 250 clients on 127.0.0.1,
-each with a connection of its own, share 10 tokens: 50 hand in jobs of a few positions,
-each its next one when the last is done, and 200 ask how far the last job of their token
-is, once a second as the page does. After `--seconds` nobody hands in any more; the jobs
-that are under way are waited for, and each answer must have as many rows as were asked.
-At last the 200 ask without a pause, for `--flat_out_seconds`. Server, worker and
-clients share this machine's cores.
+each with its own connection, share 10 tokens. Of these clients, 50 submit jobs of a few
+positions; each submits its next job when its last job is done. The other 200 ask for
+the state of the last job of their token, once a second as the page does. After
+`--seconds`, no client submits a new job. The command waits for the jobs in progress,
+and every answer must have as many rows as its request. At the end, the 200 clients ask
+without a pause for `--flat_out_seconds`. Server, worker and clients share the cores of
+this machine.
 
 The command prints one line of JSON: requests by kind and status, errors, milliseconds
-of the status call, jobs, and the most memory that the page's process had. Its exit code
-is 1 where any answer was none of 200 and 201, a connection broke, or a job did not end
-well.
+of the status call, jobs, and the peak memory of the page's process. Its exit code is 1
+if any status was not 200 or 201, a connection broke, or a job did not succeed.
 """
 
 import asyncio
@@ -39,21 +39,21 @@ from synister_jax.base.errors import UserError
 from tests.serve.fuzzing import page_server
 from tests.serve.fuzzing.page_server import PageServer
 
-# The limits of a token are not what is measured here.
+# The limits of a token are lifted, as they would slow down the clients.
 LIFTED = ("--most_jobs=1000", "--requests_per_minute=100000000")
 
 _TOKENS = 10
 _POLL_SECONDS = 1.0
-_MOST_SECONDS = 300.0  # to wait for the last jobs
+_MOST_SECONDS = 300.0  # the longest wait for a job
 _OVER = ("done", "failed", "cancelled")
 
 
 class _Broken(Exception):
-    """The answer is not what it should be."""
+    """The answer has an unexpected status, or the connection broke."""
 
 
 class _Client:
-    """One connection that is kept, with one token."""
+    """A client with one token, which keeps its connection open."""
 
     def __init__(self, server: PageServer, token: str) -> None:
         self._port = server.port
@@ -63,7 +63,7 @@ class _Client:
     async def ask(
         self, method: str, path: str, body: bytes = b""
     ) -> tuple[int, bytes, float]:
-        """Returns (status, body, seconds) of an answer."""
+        """Sends a request, and returns (status, body, seconds) of the answer."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
@@ -100,13 +100,13 @@ async def _chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 class Load:
-    """What all clients share: the server's last jobs, and what was counted.
+    """What all clients share: the last job of every token, and the counts.
 
     Attributes:
       requests: Number of requests by kind and status.
       errors: One line for each thing that went wrong.
-      submitted: Ids of the jobs that were handed in.
-      finished: Number of jobs that ended well.
+      submitted: Ids of the submitted jobs.
+      finished: Number of jobs that succeeded.
     """
 
     def __init__(self, server: PageServer, table: pathlib.Path, rows: int) -> None:
@@ -114,7 +114,7 @@ class Load:
         self._positions = list(zip(*columns.to_pydict().values(), strict=True))
         self._server, self._rows = server, rows
         self._milliseconds: list[float] = []
-        self._last: dict[str, str] = {}  # job by token
+        self._last: dict[str, str] = {}  # token to job id
         self.requests: dict[str, collections.Counter[str]] = {}
         self.errors: list[str] = []
         self.submitted: set[str] = set()
@@ -123,8 +123,8 @@ class Load:
     async def run(
         self, pollers: int, submitters: int, seconds: float, flat_out: float
     ) -> dict[str, Any]:
-        """Makes all calls, and returns the times of the status calls."""
-        # A token's watchers need a job to watch.
+        """Runs all clients, and returns the times of the status calls."""
+        # Every token gets a first job, so that the pollers have a job to ask for.
         soon = time.monotonic() + 0.01
         count = len(self._server.tokens)
         await self._all(count, lambda token, n: self._work(token, 1_000_000 + n, soon))
@@ -150,7 +150,7 @@ class Load:
         await asyncio.gather(*(start(tokens[n % len(tokens)], n) for n in range(count)))
 
     async def _watch(self, token: str, until: float, pause: float) -> None:
-        """Asks for the state of the token's last job again and again."""
+        """Asks for the state of the token's last job repeatedly until `until`."""
         client = _Client(self._server, token)
         await asyncio.sleep(pause * np.random.default_rng().random())
         while time.monotonic() < until:
@@ -162,7 +162,7 @@ class Load:
         client.close()
 
     async def _work(self, token: str, number: int, until: float) -> None:
-        """Hands in one job after the other, and waits for each."""
+        """Submits one job after another, and waits for each of them."""
         client = _Client(self._server, token)
         rng = np.random.default_rng(number)
         while time.monotonic() < until:
@@ -199,10 +199,10 @@ class Load:
     async def _ask(
         self, client: _Client, kind: str, method: str, path: str, body: bytes = b""
     ) -> bytes:
-        """Returns the body of an answer 200 or 201; everything is counted.
+        """Sends a request, counts the answer, and returns the body of a 200 or 201.
 
         Raises:
-          _Broken: another status, or the connection broke.
+          _Broken: the status is neither 200 nor 201, or the connection broke.
         """
         counts = self.requests.setdefault(kind, collections.Counter())
         try:

@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thousands of requests that nobody should send, to the web page's server.
+r"""Sends thousands of malformed requests to the web page's server.
 
     python -m tests.serve.fuzzing.malformed [--models=DIR] [--positions=TABLE] \
         [--calls=10000] [--seed=0] [--only=body:17]
 
 tests/serve/test_malformed.py makes some hundreds of these calls; this command is for
 long runs. It starts `python -m synister_jax.serve` with a worker on this machine, by
-default with the demonstration's model (`make demo`), and finishes one job. Two fifths
-of the calls are schemathesis's, from /openapi.json: what the schema allows, and what it
-does not. The others are those of kinds.py. All but a few carry a right token.
+default with the demonstration's model (`make demo`), and finishes one job. Schemathesis
+makes two fifths of the calls from /openapi.json: some follow the schema, and some do
+not. The others come from kinds.py. Almost all calls have a valid token.
 
-An error is: a status of 500 or more (but the 503 of /fetch-neurotransmitter, with
-Retry-After); no answer to a complete request, or not in 30 s; a 2xx for a wrong token,
-a forged request or another token's job; an error in JSON without its one line `detail`;
-an answer that may be sniffed, or shows a traceback, a token, the service's folder or a
-file of the machine; a traceback or a token in the log; a table that was taken and whose
-job fails; a server or worker that is gone. Each is printed with how to see it again: a
-curl command, or a `--only`.
+These are errors:
 
-The command prints one line of JSON, with the most memory that the page's process had
-before and after. Its exit code is 1 where there were errors.
+- a status of 500 or more, except the 503 of /fetch-neurotransmitter with Retry-After;
+- a complete request that gets no answer within 30 s;
+- a 2xx for a wrong token, a forged request or a job of another token;
+- an error in JSON whose `detail` is missing or has several lines;
+- an answer without `nosniff`, or with a traceback, a token, the folder of the service
+  or the content of a file of the machine;
+- a traceback or a token in the log;
+- a table that is accepted, but whose job fails;
+- a server or worker that has ended.
+
+The command prints every error with a way to repeat it: a curl command, or an `--only`.
+
+At the end it prints one line of JSON, with the peak memory of the page's process before
+and after. Its exit code is 1 if there were errors.
 """
 
 import collections
@@ -51,13 +57,13 @@ from tests.serve.fuzzing import kinds, malformed_tables, page_server
 from tests.serve.fuzzing.attempts import Target, send
 from tests.serve.fuzzing.findings import Findings, wrong
 
-# Limits of a token are the subject of other tests; here they would hide what is behind.
+# The limits of a token would refuse most calls; other tests check these limits.
 LIFTED = ("--most_jobs=100000", "--requests_per_minute=100000000")
 
 _SHARES = {"body": 0.6, "path": 0.2, "head": 0.12, "framing": 0.08}
 _SCHEMATHESIS = 0.4
 _THREADS = 4
-# What there is of a job, by its address and the key of its view.
+# All addresses of a job: {0} is the job's own address, {1} the key of its view.
 _PARTS = (
     *("{0}", "{0}/neurons", "{0}/synapses", "{0}/predictions.csv"),
     *("{0}/predictions.feather", "{0}/report.html", "/view/{1}/annotations/info"),
@@ -67,10 +73,10 @@ _OVER = ("done", "failed", "cancelled")
 
 
 def prepare(server: page_server.PageServer, table: pathlib.Path) -> Target:
-    """Makes a finished job, one of another token, a session, and rows for tables.
+    """Makes a finished job, a job of another token and a session; returns them all.
 
     Args:
-      table: Synapses in the volume, with neurons.
+      table: A table of synapses in the volume, with neuron ids.
     """
     names = ["synapse_id", "neuron_id", "x_nm", "y_nm", "z_nm"]
     columns = feather.read_table(table, names).slice(0, 200).to_pydict()
@@ -78,7 +84,7 @@ def prepare(server: page_server.PageServer, table: pathlib.Path) -> Target:
     rng = np.random.default_rng(0)
     first, other = list(server.tokens)
     path = f"/api/jobs?model={server.model}&source=none"
-    while True:  # until it is one of positions, which any model answers
+    while True:  # until the table has positions, which every model can answer
         body = malformed_tables.table(positions, rng)
         if body.startswith(b"id"):
             break
@@ -107,7 +113,7 @@ def _view_key(job: dict[str, Any]) -> str:
 
 @dataclasses.dataclass
 class Attack:
-    """All calls to one server, and what was found."""
+    """Makes all calls to one server, and keeps what was found."""
 
     server: page_server.PageServer
     target: Target
@@ -115,10 +121,10 @@ class Attack:
     findings: Findings = dataclasses.field(default_factory=Findings)
 
     def run(self, calls: int, drain_seconds: float) -> Findings:
-        """Makes all calls, and looks at the server afterwards.
+        """Makes all calls, checks the server afterwards, and returns the findings.
 
         Args:
-          drain_seconds: How long the jobs that came of it may take.
+          drain_seconds: How long to wait for the jobs that the calls started.
         """
         self._from_schema(round(calls * _SCHEMATHESIS))
         left = calls - self.findings.calls
@@ -135,7 +141,7 @@ class Attack:
         return self.findings
 
     def send_one(self, kind: str, number: int) -> bytes:
-        """Sends the attempt of that number, and returns the answer's body."""
+        """Sends the attempt of this kind and number; returns the body of the answer."""
         attempt = kinds.make(self.target, kind, number, self.seed)
         what = f"--only={kind}:{number} --seed={self.seed}  {attempt.pieces[0][:400]!r}"
         what = what.replace(self.target.token, "TOKEN")
@@ -162,7 +168,7 @@ class Attack:
         return answer.body
 
     def look(self, drain_seconds: float) -> None:
-        """Notes what is wrong with the server after all that."""
+        """Adds errors of the server, such as failed jobs or a traceback in its log."""
         server, errors = self.server, self.findings.errors
         if not server.alive():
             errors.append(f"the server has ended:\n{server.log()[-3000:]}")
@@ -201,7 +207,7 @@ class Attack:
         return tuple(text.encode() for text in shown)
 
     def _judge(self, kind: str, what: str, path: str, call: Callable[[], Any]) -> None:
-        """Makes one call of a client library, and counts it."""
+        """Makes one call with a client library, and counts its answer."""
         started = time.perf_counter()
         try:
             answer = call()
@@ -209,7 +215,7 @@ class Attack:
             status, error = type(problem).__name__, f"no answer: {problem}"
         else:
             status = str(answer.status_code)
-            # Of schemathesis's answers each field is a list.
+            # Schemathesis gives every header field as a list.
             fields = {
                 name.lower(): value if isinstance(value, str) else value[0]
                 for name, value in answer.headers.items()
@@ -258,11 +264,11 @@ class Attack:
         for index, strategy in enumerate(runs):
             goal = (calls - self.findings.calls) // (len(runs) - index)
             with contextlib.suppress(hypothesis.errors.Unsatisfiable):
-                # What takes nothing cannot be asked for wrongly.
+                # An operation without parameters has no invalid cases.
                 _make_cases(strategy, goal, self.seed, ask)
 
     def _races(self, rounds: int) -> None:
-        """Deletes jobs while all that there is of them is asked for."""
+        """Deletes jobs while other threads request all their addresses."""
         path = f"/api/jobs?model={self.target.model}&source=none"
         jobs = []
         for number in range(rounds):
@@ -299,7 +305,7 @@ def _make_cases(
     seed: int,
     ask: Callable[[schemathesis.Case], None],
 ) -> None:
-    """Makes up to `goal` cases, for there may be fewer."""
+    """Makes up to `goal` cases; some operations have fewer."""
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -314,7 +320,7 @@ def _make_cases(
         ask(case)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of hypothesis, about strategies
+        warnings.simplefilter("ignore")  # from hypothesis
         call()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Header fields, and HTTP itself, as nobody should send them."""
+"""Makes malformed header fields, and bytes that are not valid HTTP."""
 
 import base64
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from tests.serve.fuzzing.attempts import Attempt, Target, one, request
 
 
 def head(target: Target, rng: np.random.Generator) -> Attempt:
-    """Makes fields that lie about who asks, from where, or what they want."""
+    """Makes header fields that are wrong about the sender, origin or content."""
     cookie = f"Cookie: synister_session={target.cookie}"
     garbage = _coded(b"\xff:\x00")
     login, no_login = True, False
-    # (fields, whether the token comes along, whether a 2xx would be a mistake)
+    # (fields, whether the token is sent, whether a 2xx would be an error)
     cases: tuple[tuple[Sequence[str], bool, bool], ...] = (
         ([f"Host: {one(rng, ('evil.example', '', 'a b', '[::1', 'x:99999', '@'))}"],
          login, False),
@@ -87,13 +87,13 @@ def head(target: Target, rng: np.random.Generator) -> Attempt:
     path = one(rng, places if refused else places + public)
     host = not fields[0].startswith("Host")
     sent = request(target, "GET", path, fields, login=with_token, host=host)
-    # Past 64 KiB of head a server may hang up.
+    # A server may close the connection when the head is longer than 64 KiB.
     whole = host and len(sent) < 60_000 and "Upgrade" not in str(fields)
     return Attempt(path, (sent,), whole=whole, refused=refused)
 
 
 def framing(target: Target, rng: np.random.Generator) -> Attempt:
-    """Makes bytes that are no request, or one whose length is not what it says."""
+    """Makes bytes that are no request, or a request that states a wrong length."""
     path = f"{one(rng, ('/api/checks', '/api/jobs'))}?model={target.model}&source=none"
     body = malformed_tables.table(target.positions, rng)
     start = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n".encode()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables that nobody should send.
+"""Makes malformed tables.
 
-Each starts as a table that is right, and is changed in up to three ways.
+Every table starts as a valid table, and is changed in up to three ways.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.serve.fuzzing.attempts import one
 
-# Cells: numbers that are not numbers, are too large, or are spelt in other ways.
+# Cells that are not numbers, are too large, or are numbers in an unusual spelling.
 _CELLS = (
     *"""
     nan NaN inf -inf Infinity 1e400 -1e400 1e308 -0 +5 00012 0x10 0b1 1_000 1,000 1.5
@@ -39,7 +39,7 @@ _ENCODINGS = (
     *("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-7", "utf-8-sig"),
     *("cp037", "shift_jis"),
 )
-# Column names that contradict each other, or are no names.
+# Headers whose column names contradict each other or are unknown.
 _HEADERS = (
     *(b"skid,skid", b"skid,neuron_id", b"x,y", b"x,y,z,x", b"X,Y,Z", b",,,", b"z,y,x"),
     *(b"position_id,id,x,y,z", b"skid,x", b"\xef\xbb\xbfskid", b" skid ", b'"skid"'),
@@ -57,7 +57,7 @@ _RIGHT = (
 
 
 def table(positions: Sequence[Sequence[float]], rng: np.random.Generator) -> bytes:
-    """Makes a table that is right, of a few neurons or positions.
+    """Returns a valid table of a few neurons or positions.
 
     Args:
       positions: Rows of id, neuron, x, y, z.
@@ -71,21 +71,21 @@ def table(positions: Sequence[Sequence[float]], rng: np.random.Generator) -> byt
 
 
 def mutated(positions: Sequence[Sequence[float]], rng: np.random.Generator) -> bytes:
-    """Makes a table with up to three things wrong; at times none really is."""
+    """Returns a table with up to three changes, which are not always errors."""
     body = table(positions, rng)
     for _ in range(rng.integers(1, 4)):
-        if len(body) < 1 << 20:  # or it takes long
+        if len(body) < 1 << 20:  # larger tables take too long
             body = one(rng, _MUTATORS)(body, rng)
     return body
 
 
 def large(rng: np.random.Generator) -> bytes:
-    """Makes a table of megabytes, where time and memory show."""
+    """Returns a table of megabytes, which would show a waste of time or memory."""
     return one(rng, _LARGE)()
 
 
 def compressed(body: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    """Returns a value of Content-Encoding, and a body that is so, or is said to be."""
+    """Returns a Content-Encoding, and a body that is not always encoded like this."""
     bomb = b"1\n" * (30 << 20)
     if rng.random() < 0.1:
         squeezed = gzip.compress(bomb, 6)
@@ -119,7 +119,7 @@ def _insert(body: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _cell(body: bytes, rng: np.random.Generator) -> bytes:
-    """Puts another cell in the place of one, at times quoted."""
+    """Replaces a cell by an odd cell, sometimes in quotes."""
     lines = body.split(b"\n")
     line = rng.integers(len(lines))
     separator = next((s for s in (b",", b";", b"\t") if s in lines[line]), b",")
@@ -137,7 +137,7 @@ def _more_cells(body: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _repeat(body: bytes, rng: np.random.Generator) -> bytes:
-    """Repeats the header, and the whole up to 50 times."""
+    """Repeats the header, and the whole table up to 50 times."""
     return one(rng, (1, 2, 50)) * body + body.split(b"\n")[0] + b"\n" + body
 
 

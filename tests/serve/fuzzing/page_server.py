@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The web page's server with a worker that computes, for what tries it out."""
+"""Starts the web page's server with a real worker, for the tests in this folder."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ from tests.helpers import serving
 from tests.helpers.small_data import ROOT
 
 START_SECONDS = 180  # a worker imports JAX, restores a network and compiles it
-FRAME = '  File "'  # of a traceback in the log
+FRAME = '  File "'  # a traceback in the log has this
 DEMO_SYNAPSES = str(ROOT / "demo" / "synapses.feather")
-# As `make serve` writes it.
+# The same text as `make serve` writes.
 _DEMO = """[demo]
 title = "Demonstration"
 workdir = "{demo}/run"
@@ -37,7 +37,7 @@ class PageServer(serving.Command):
     """A server that answers and whose models are ready.
 
     Attributes:
-      tokens: Tokens by the names that were asked for.
+      tokens: The tokens, by the names given to the constructor.
       model: Name of the first model.
     """
 
@@ -66,7 +66,7 @@ class PageServer(serving.Command):
         try:
             super().__exit__(*error)
         finally:
-            self.process.kill()  # where it did not stop
+            self.process.kill()  # in case it did not stop
 
     def _ready_models(self) -> list[dict[str, Any]] | None:
         assert self.alive(), self.log()
@@ -74,15 +74,15 @@ class PageServer(serving.Command):
         return offered if all(model["ready"] for model in offered) else None
 
     def alive(self) -> bool:
-        """Says whether the process of the page runs."""
+        """Returns whether the process of the page still runs."""
         return self.process.poll() is None
 
     def log(self) -> str:
-        """Returns all that server and worker have printed."""
+        """Returns everything that the server and the worker have printed."""
         return "\n".join(self.output)
 
     def peak_rss_bytes(self) -> int:
-        """Returns the most memory that the page's process, without worker, ever had."""
+        """Returns the peak memory of the page's process (not the worker) in bytes."""
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
@@ -93,7 +93,7 @@ class PageServer(serving.Command):
         body: bytes | None = None,
         name: str | None = None,
     ) -> Any:
-        """Returns the JSON of an answer to the owner of a token, the first by default.
+        """Sends a request with the token `name` (by default the first); returns JSON.
 
         Raises:
           urllib.error.HTTPError: the status is not 2xx.
@@ -112,7 +112,7 @@ class PageServer(serving.Command):
         """Waits for a job and returns it.
 
         Raises:
-          RuntimeError: it did not end well, or not in time.
+          RuntimeError: the job failed, was cancelled, or did not end in time.
         """
         until = time.monotonic() + seconds
         job = self.get(f"/api/jobs/{job_id}")
@@ -130,7 +130,7 @@ def write_models(
     volume: pathlib.Path,
     synapse_table: pa.Table,
 ) -> pathlib.Path:
-    """Writes a models.toml with one model, and returns its table of synapses."""
+    """Writes a models.toml with one model; returns the path of its synapse table."""
     table = folder / "synapses.feather"
     files.write_feather(table, synapse_table)
     settings = {"workdir": str(workdir), "volume": str(volume), "synapses": str(table)}
@@ -142,7 +142,7 @@ def write_models(
 def running(
     models: str | None, names: Sequence[str], *flags: str
 ) -> Iterator[PageServer]:
-    """Starts a server, of the demonstration where `models` is None."""
+    """Runs a server. If `models` is None, it serves the demonstration."""
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         chosen = pathlib.Path(models).resolve() if models else root / "models"
