@@ -61,8 +61,7 @@ class Volume:
     store: ts.TensorStore  # domain [0, shape), axes z, y, x
     # The same array. Its reads ask the source whether cached chunks are still valid.
     fresh: ts.TensorStore
-    # The container's metadata file, if the format has one.
-    metadata: tuple[ts.KvStore, str] | None
+    metadata: tuple[ts.KvStore, str] | None  # the metadata file, if there is one
 
     @property
     def shape_zyx(self) -> tuple[int, ...]:

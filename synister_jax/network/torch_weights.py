@@ -53,7 +53,7 @@ def read_setup(
     setup = _Setup(path)
     config = base.copy_and_resolve_references()
     if setup.read("network", str, "VGG") != "VGG":
-        raise setup.error("network", "only the network VGG can be imported")
+        raise setup.error("network", "only VGG networks can be imported")
     classes = setup.read("synapse_types", _words)
     if setup.read("neither_class", str, "False") == "True":
         classes = (*classes, "neither")

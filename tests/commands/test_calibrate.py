@@ -260,7 +260,7 @@ def test_a_calibration_of_something_else_is_refused(
 def test_files_that_are_no_calibration(run: pathlib.Path) -> None:
     path = saved_calibration.path_of(run, 7)
     files.make_folder(path.parent)
-    for text, message in (("[]", "not what was written"), ("{", "not valid JSON")):
+    for text, message in (("[]", "not a file that calibrate"), ("{", "not valid JSON")):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             saved_calibration.load([(str(run), 7)], 1)
