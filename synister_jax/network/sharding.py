@@ -108,7 +108,7 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
 def abstract_state(tree: Any, mesh: Mesh) -> Any:
     """Returns the shapes, dtypes and shardings of the arrays of a training state.
 
-    Matrices are split by columns over `model`, if the number of devices divides the
+    Matrices are split by columns over `model`, if the length of `model` divides the
     number of columns. All other arrays are replicated. The optimiser's moments and the
     averages have the shape of their parameter, so they get the same sharding.
     """
