@@ -178,6 +178,7 @@ def kill_when(uri: str, arguments: list[str], wanted: str | int) -> bool:
         return process.wait() != 0
 
 
+@pytest.mark.long
 def test_killed_and_run_again(
     tmp_path: pathlib.Path, mongo_database: str, mongo_server_uri: str
 ) -> None:
