@@ -45,13 +45,15 @@ def threshold(text: str, source: Predictions) -> float:
         return value
     if "abstain_below" not in source.about:
         raise UserError(
-            f"{source.path} has no threshold of its own: predict with --calibrated"
+            f"{source.path} has no threshold for `calibrated`: give a number, or "
+            "predict with --calibrated"
         )
     value = source.about["abstain_below"]
     if value is None:
         raise UserError(
-            f"{source.path}: on validation no threshold was as precise as `calibrate` "
-            "was asked for; give a number, or calibrate with a lower --precision"
+            f"{source.path} has no threshold: on the validation part, no threshold "
+            "reached the --precision of `calibrate`; give a number, or calibrate with "
+            "a lower --precision"
         )
     return value
 
@@ -64,7 +66,10 @@ def main() -> None:
         required=True,
     )
     by_ = flags.DEFINE_enum(
-        "by", "neuron", list(GROUP_COLUMNS), "Group the synapses by this, and call it."
+        "by",
+        "neuron",
+        list(GROUP_COLUMNS),
+        "Group the synapses by this, and call every group.",
     )
     rule_names = flags.DEFINE_list(
         "rule",
@@ -83,7 +88,8 @@ def main() -> None:
         "min_probability",
         "0",
         "Do not count synapses whose highest probability is lower than this number. "
-        "`calibrated` stands for the threshold that predict --calibrated kept.",
+        "`calibrated` stands for the threshold that predict --calibrated saved in the "
+        "table.",
     )
     output = flags.DEFINE_string(
         "output",

@@ -63,12 +63,15 @@ def main() -> None:
         "check",
         None,
         ["test"],
-        "Fit nothing: measure the fitted temperature and confidence on this part.",
+        "Fit nothing. On this part, test the temperature and confidence of an earlier "
+        "fit.",
     )
 
     def run() -> None:
         if part.value is not None and flags.FLAGS["precision"].present:
-            raise UserError("--precision means nothing with --check; leave it out")
+            raise UserError(
+                "--precision means nothing with --check; leave --precision out"
+            )
         if math.isnan(precision.value):
             raise UserError("--precision=nan: give a share, from 0 to 1")
         # JAX takes seconds to import: --help and wrong flags answer without it.

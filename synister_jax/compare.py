@@ -96,7 +96,7 @@ def compare(
     if len(classes) == len(a.classes) + len(b.classes):
         raise UserError(
             f"no class in common: {a.name} has {', '.join(a.classes)}; {b.name} has "
-            f"{', '.join(b.classes)}"
+            f"{', '.join(b.classes)}; give tables that share a class"
         )
     plan = {"tables": [a.name, b.name]}
     record = output / "comparison.json"
@@ -125,8 +125,8 @@ def compare(
         raise UserError("; ".join(refused))
     if not found.predicted["both"]:
         raise UserError(
-            f"none of the {found.joined:,} synapses that both have is predicted in "
-            f"both ({found.predicted['only_a']:,} only in {a.name}, "
+            f"none of the {found.joined:,} synapses that are in both tables has a "
+            f"prediction in both ({found.predicted['only_a']:,} only in {a.name}, "
             f"{found.predicted['only_b']:,} only in {b.name})"
         )
     votes = neurons.numbers(sides, found.neuron_ids_differ)
@@ -145,7 +145,7 @@ def _ways(a: Published, b: Published, by: str | None) -> list[str]:
     possible = [way for way in asked if not lacking[way]]
     if not possible:
         why = dict.fromkeys(line for way in asked for line in lacking[way])
-        raise UserError(f"cannot join: {'; '.join(why)}")
+        raise UserError(f"cannot find the same synapses in both: {'; '.join(why)}")
     return possible
 
 
@@ -395,12 +395,12 @@ def main() -> None:
         if voxel_size.value is not None:
             size = command.three_numbers("voxel_size_nm_zyx", voxel_size.value, True)
         if tolerance.value is not None and not math.isfinite(tolerance.value):
-            raise UserError(f"--tolerance_nm={tolerance.value}: give a number of nm")
+            raise UserError(f"--tolerance_nm={tolerance.value}: give a finite number")
         a, b = published.open(first, size), published.open(second, size)
         if size and not (a.in_voxels or b.in_voxels):
             raise UserError(
                 "--voxel_size_nm_zyx: neither file has positions in voxels (columns "
-                "z, y, x); leave it out"
+                "z, y, x); leave the flag out"
             )
         folder = pathlib.Path(output.value)
         result = compare(a, b, folder, by.value, tolerance.value, largest.value)

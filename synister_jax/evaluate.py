@@ -84,17 +84,19 @@ def main() -> None:
     def run() -> None:
         selections = measured_table.NeuronSelections.of(n_min.value, cutoff.value)
         if (workdir.value is None) == (table.value is None):
-            raise UserError("give either --workdir or --predictions with --output")
+            raise UserError("give either --workdir, or both --predictions and --output")
         useless = ["output", "split"] if table.value is None else _ONLY_FOR_A_RUN
         for name in useless:
             if flags.FLAGS[name].present:
-                raise UserError(f"--{name} means nothing here; leave it out")
+                raise UserError(
+                    f"--{name} means nothing with the other flags; leave --{name} out"
+                )
         if table.value is not None:
             if output.value is None:
                 raise UserError("--predictions needs --output=FOLDER")
             of_part = (split.value, part.value) if flags.FLAGS["part"].present else None
             if of_part is None and flags.FLAGS["split"].present:
-                raise UserError(f"--split={split.value} without --part: give both")
+                raise UserError(f"--split={split.value} needs --part; give both")
             measured_table.evaluate_table(
                 pathlib.Path(table.value),
                 pathlib.Path(output.value),

@@ -39,8 +39,8 @@ CONSUMERS = {
 }
 _HELP = {
     "confusion": "=RUN/evaluation/test/step-<n>/metrics.json, of the same network",
-    "voxel_size_nm_zyx": ", as 8,8,8: no predictions.json beside the table says it",
-    "predict": ", the number in nts_<number>.gaba",
+    "voxel_size_nm_zyx": ", as 8,8,8: no predictions.json next to the table gives it",
+    "predict": ", the number for the names of the columns, nts_<number>.gaba",
 }
 
 
@@ -144,8 +144,8 @@ def main() -> None:
     predict = flags.DEFINE_integer(
         "predict",
         None,
-        "Write the predictions under this number, which the original system gives to "
-        "every prediction.",
+        "Write this predict number of the original system into the names of the "
+        "columns: with 3, nts_3.gaba.",
     )
     drop_classes = flags.DEFINE_list(
         "drop_classes",

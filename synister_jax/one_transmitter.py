@@ -70,7 +70,7 @@ def units(
     if not len(names):
         raise UserError(
             f"{source.path} names no {by.replace('_', ' ')}: its column "
-            f"{GROUP_COLUMNS[by]} is empty"
+            f"{GROUP_COLUMNS[by]} is empty; choose another --by"
         )
     predicted = neurons.predicted
     if small := int(((predicted > 0) & (predicted < n_min)).sum()):
@@ -124,8 +124,8 @@ def model(confusion: Confusion, level: str, correlation: float | None) -> CallMo
         clusters = clusters[order]
     if (counts.sum(axis=1) > 0).sum() < 2:
         raise UserError(
-            f"{confusion.name} has labelled {level} of fewer than two classes; give "
-            "the confusion of a part with more"
+            f"{confusion.name} has {level} of only one true class, but two classes are "
+            "needed; give the confusion matrix of a part that has more classes"
         )
     fractions = not confusion.is_of_counts
     confusion.require_rows()
@@ -266,8 +266,8 @@ def main() -> None:
     correlation = flags.DEFINE_float(
         "correlation",
         None,
-        "Take this correlation of the calls within a group, from 0 to below 1, instead "
-        "of the one in metrics.json.",
+        "Say how strongly the calls within a group depend on each other: a correlation "
+        "from 0 to below 1. By default the correlation in metrics.json.",
     )
     fdr = flags.DEFINE_float(
         "fdr", 0.05, "Allow this false discovery rate, above 0 and below 1."
@@ -283,8 +283,8 @@ def main() -> None:
         "n_min",
         None,
         "With --by=hemilineage or cell_type, leave out neurons that have fewer "
-        "predicted synapses than this. By default the size that a tenth of the neurons "
-        "in metrics.json do not reach.",
+        "predicted synapses than this. By default the number below which a tenth of "
+        "the neurons in metrics.json are.",
         lower_bound=1,
     )
     output = flags.DEFINE_string(

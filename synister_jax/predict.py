@@ -32,13 +32,17 @@ def _options() -> Options:
     """
     given = flags.FLAGS
     if (given.synapses is None) == (given.roi_nm_zyx is None):
-        raise UserError("give either --synapses or --roi_nm_zyx with --step_nm_zyx")
+        raise UserError(
+            "give either --synapses, or both --roi_nm_zyx and --step_nm_zyx"
+        )
     on_grid = given.roi_nm_zyx is not None
     useless = ["part", "split", "format"] if on_grid else ["step_nm_zyx"]
     useless += ["workers"] if given.cluster is None else []
     for name in useless:
         if given[name].present:
-            raise UserError(f"--{name} means nothing here; leave it out")
+            raise UserError(
+                f"--{name} means nothing with the other flags; leave --{name} out"
+            )
     return Options(
         workdirs=given.workdir,
         steps=given.step,

@@ -121,8 +121,8 @@ def main() -> None:
         looked_up = source.value == "none" and neurons.value is not None
         if looked_up != (table.value is not None):
             raise UserError(
-                "--synapses=TABLE is where --source=none looks up the --neurons; "
-                f"{'give it' if looked_up else 'leave it out'}"
+                "--neurons with --source=none needs --synapses=TABLE, and nothing else "
+                f"uses this table; {'give it' if looked_up else 'leave it out'}"
             )
         asked = _asked(neurons.value, positions.value)
         settings = sources.settings(

@@ -128,9 +128,9 @@ def load() -> None:
 
 
 def _check_not_itself(source: str) -> None:
-    """Raises if --overwrite would replace a database by its own content.
+    """Raises an error if --overwrite would replace a database by its own content.
 
-    If this were killed half-way, no complete copy of the content would be left.
+    If such an import were killed half-way, no complete copy of the content would exist.
     """
     if not flags.FLAGS.overwrite or not source.startswith(address.SCHEMES):
         return

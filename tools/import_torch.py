@@ -57,8 +57,8 @@ def main() -> None:
     network = config.model.get("network", "vgg3d")
     if network != "vgg3d" and _SETUP.value is not None:
         raise UserError(
-            f"--setup={_SETUP.value}: a setup has a vgg3d, --config has a {network}; "
-            "leave one of the two flags out"
+            f"--setup={_SETUP.value}: a setup always describes a vgg3d, but --config "
+            f"has a {network}; leave one of the two flags out"
         )
     if _SETUP.value is not None:
         config = torch_weights.read_setup(pathlib.Path(_SETUP.value), config)

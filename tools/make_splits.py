@@ -37,8 +37,8 @@ _BY = flags.DEFINE_enum(
     "by",
     None,
     list(synapses.GROUP_COLUMNS),
-    "Keep all synapses of such a group in one part. Without this flag, only write the "
-    "report.",
+    "Keep all synapses of a group of this kind in one part. Without this flag, only "
+    "write the report.",
 )
 _FRACTIONS = flags.DEFINE_list(
     "fractions",
@@ -113,7 +113,8 @@ def main() -> None:
     if by is None:
         if _OUTPUT.value is not None or _REPORT.value is None:
             raise UserError(
-                "give --by=… and --output to make a split, or only --report to report"
+                "to make a split, give --by=… and --output; to write only a report, "
+                "give --report without --by and --output"
             )
     else:
         table = _split(table, by)

@@ -51,7 +51,10 @@ def main() -> None:
     table = reading.load(_SYNAPSES.value)
     volume = volumes.open(_VOLUME.value, config.voxel_size_nm_zyx)
     if doubt := spaces.doubt(synapses.positions_nm_zyx(table), volume):
-        raise UserError(f"{_SYNAPSES.value}: {doubt}; see tools/import_synapses.py")
+        raise UserError(
+            f"{_SYNAPSES.value}: {doubt}; convert the table with "
+            "tools/import_synapses.py"
+        )
     options = ("neither_crops", "unknown_per_class", "seed")
     extra = {name: config[name] for name in options}
     margin_vx_zyx = augment.AugmentSettings.of(config).margin_vx_zyx

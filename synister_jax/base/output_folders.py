@@ -89,8 +89,8 @@ def claim(
     there = [name for name in (*known, *half) if os.path.lexists(folder / name)]
     if there and not earlier:
         raise UserError(
-            f"{folder} has a {there[0]}, and no {record.name} which says that it may "
-            "be replaced; choose another --output"
+            f"{folder} has {there[0]} already, but no {record.name} which says that "
+            "this command wrote it; choose another --output"
         )
     if there:
         require_same(record, made_from)

@@ -70,7 +70,8 @@ def run(
             if raised:
                 raise raised[0] from None
             raise UserError(
-                f"cannot query in {folder or 'memory'}: {error}; fix that and try again"
+                f"cannot query the table with temporary files in {folder or 'memory'}: "
+                f"{error}; fix that and try again"
             ) from None
 
 

@@ -85,9 +85,9 @@ def execute(
                 progress.add(times.synapses)
         except distributed.KilledWorker as error:
             raise UserError(
-                f"{_LOST_WORKERS + 1} workers were lost over one unit ({error.task}); "
-                "read the logs of the workers, remove the cause and run the command "
-                "again"
+                f"{_LOST_WORKERS + 1} workers ended, one after the other, while they "
+                f"computed the same work unit ({error.task}); read the logs of the "
+                "workers, remove the cause and run the command again"
             ) from None
         finally:
             client.cancel(futures)

@@ -75,7 +75,7 @@ class Grid:
             if low >= high:
                 raise UserError(
                     f"{given}: the range {low:g}:{high:g} is empty; the end must be "
-                    "greater than the begin"
+                    "greater than the start"
                 )
             # With a smaller step, neighbouring points would be the same float.
             apart = math.ulp(max(-low, high))
@@ -210,7 +210,7 @@ def _slabs(
         if z * rows_a_section + filled + len(piece) > total:
             raise UserError(
                 f"cannot write {path}: there are more than {total:,} predictions for "
-                f"the {total:,} points of the grid; predict the same grid"
+                f"the {total:,} points of the grid; give one for each point"
             )
         while len(piece):
             here = min(depth, sections - z)
@@ -223,7 +223,7 @@ def _slabs(
     if z < sections:
         raise UserError(
             f"cannot write {path}: there are {z * rows_a_section + filled:,} "
-            f"predictions for the {total:,} points of the grid; predict the same grid"
+            f"predictions for the {total:,} points of the grid; give one for each point"
         )
 
 

@@ -80,7 +80,10 @@ def chunk_codes(
 
 
 def _spread(cells: np.ndarray) -> np.ndarray:
-    """Moves bit i of a 21-bit number to bit 3·i. Five steps halve the distances."""
+    """Moves bit i of every 21-bit number to bit 3·i.
+
+    There are five steps. Each moves bits half as far as the step before.
+    """
     code = cells.astype(np.int64)
     code = (code | code << 32) & 0x001F00000000FFFF
     code = (code | code << 16) & 0x001F0000FF0000FF

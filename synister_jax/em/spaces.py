@@ -127,9 +127,10 @@ def doubt(
     The function tries three simple changes of the positions that are outside the
     volume. It names the first change that moves at least 90 % of them into the volume.
 
-    If at most half of all positions are outside, positions near the volume do not
-    count. Then only positions further away than a length of the volume are
-    changed, and they must be more than `least_share` of all positions.
+    If more than half of all positions are outside, the function tries the changes on
+    all positions outside. Otherwise it tries them only on the positions that are
+    further away than a length of the volume. If these are at most `least_share` of all
+    positions, it returns None.
 
     Args:
       positions_nm_zyx: [n, 3] in nm. Positions that are not finite are ignored.

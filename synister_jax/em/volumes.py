@@ -335,16 +335,24 @@ def _find_of_spec(
     try:
         spec = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"volume spec is not valid JSON: {error}") from None
+        raise UserError(
+            "a volume that begins with a brace is a TensorStore spec, but this one is "
+            f"not valid JSON: {error}"
+        ) from None
     if "driver" not in spec:
-        raise UserError('volume spec has no "driver"')
+        raise UserError(
+            'the TensorStore spec of the volume has no "driver"; add it, for example '
+            '"driver": "zarr"'
+        )
     names = [name for name, driver in _METADATA.items() if driver == spec["driver"]]
     if not names:
         return spec, {}, None
     base = _open_kvstore(spec.get("kvstore"), context, text)
     metadata = _read_metadata(base, names[0], text)
     if not metadata:
-        raise UserError(f"no volume at {text}: {names[0]} cannot be read there")
+        raise UserError(
+            f"no volume at {text}: {names[0]} cannot be read there; check the kvstore"
+        )
     return spec, metadata, (base, names[0])
 
 

@@ -131,8 +131,8 @@ def load(path: str | os.PathLike[str], level: str = "synapses") -> Confusion:
     k = len(classes)
     if k < 2 or counts.shape != (k, k) or len(set(classes)) < k:
         raise UserError(
-            f"{path}: {k} classes need {k} rows of {k} numbers; name two or more "
-            "classes, each class once"
+            f"{path} names {k} classes, which need {k} rows of {k} numbers; give two "
+            "or more classes, each once, and all their numbers"
         )
     if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
         raise UserError(
@@ -147,7 +147,7 @@ def _only_step(folder: pathlib.Path) -> pathlib.Path:
     if len(found) != 1:
         steps = ", ".join(path.parent.name for path in found) or "none"
         raise UserError(
-            f"{folder} must have exactly one evaluated step, and has {steps}; give the "
+            f"{folder} must have exactly one evaluated step, but has {steps}; give the "
             "metrics.json of one step"
         )
     return found[0]

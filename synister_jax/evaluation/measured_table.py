@@ -39,7 +39,9 @@ class NeuronSelections:
         try:
             found = cls(tuple(map(int, n_mins)), tuple(map(float, cutoffs)))
         except ValueError as error:
-            raise UserError(f"--n_min or --cutoff: {error}") from None
+            raise UserError(
+                f"--n_min or --cutoff: {error}; give numbers, whole numbers for --n_min"
+            ) from None
         if min(found.n_mins, default=1) < 1:
             raise UserError(f"--n_min={','.join(n_mins)}: give numbers from 1 up")
         if not all(0 <= cutoff <= 1 for cutoff in found.cutoffs):

@@ -212,7 +212,8 @@ def weights(table: pa.Table) -> np.ndarray:
     found = pc.fill_null(table[WEIGHT], 0).to_numpy().astype(np.float32)
     if (wrong := (found < 0) | np.isinf(found)).any():
         raise UserError(
-            f"{WEIGHT} is {found[wrong][0]} in a row; give finite scores from 0 up"
+            f"{WEIGHT} is {found[wrong][0]} in a row of the table; correct the column: "
+            "its values must be finite and not negative"
         )
     return np.nan_to_num(found)
 

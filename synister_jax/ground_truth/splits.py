@@ -244,16 +244,17 @@ def make(table: pa.Table, scheme: Scheme) -> Split:
 def _check_rows(labels: np.ndarray, classes: Sequence[str], by: str) -> None:
     if not len(labels):
         raise UserError(
-            "--synapses: no row has one known neurotransmitter "
-            f"({', '.join(classes) or 'none is in the table'}) and a "
-            f"{GROUP_COLUMNS[by]} and is not held out; give a table with such rows"
+            "--synapses: no row can be split; a row must have one known "
+            f"neurotransmitter ({', '.join(classes) or 'none is in the table'}) and a "
+            f"{GROUP_COLUMNS[by]}, and must not be held out; give a table with such "
+            "rows"
         )
     there = np.bincount(labels, minlength=len(classes))
     missing = [name for name, n in zip(classes, there, strict=True) if not n]
     if missing:
         raise UserError(
-            f"no row that can take part has the class {' or '.join(missing)}; leave "
-            "the class out of --classes"
+            f"--synapses: no row that can be split has the class "
+            f"{' or '.join(missing)}; leave the class out of --classes"
         )
 
 

@@ -57,7 +57,7 @@ def require_same_config(
         if key not in may_change and before.get(key) != now.get(key):
             raise UserError(
                 f"{workdir} holds a run with {key} = {before.get(key)}, but "
-                f"this start has {now.get(key)}; choose another --workdir"
+                f"this command has {now.get(key)}; choose another --workdir"
             )
 
 
@@ -86,7 +86,10 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
       UserError: the folder has no config.json.
     """
     if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
+        raise UserError(
+            f"{workdir} is not the folder of a run: it has no config.json; give the "
+            "folder of a trained network"
+        )
     return ml_collections.ConfigDict(files.read_json(workdir / "config.json"))
 
 

@@ -54,10 +54,11 @@ def make_classify(
     network = model.from_config(config, sharding.head_input(mesh))
     crop_shape_zyx = tuple(config.crop_shape_zyx)
     if views not in (1, 8):
-        raise UserError(f"views is {views}; choose 1 or 8")
+        raise UserError(f"--tta: the number of views is {views}; choose 1 or 8")
     if views == 8 and crop_shape_zyx[1] != crop_shape_zyx[2]:
         raise UserError(
-            f"views is 8, which swaps y and x, but config.crop_shape_zyx is "
+            "--tta: the number of views is 8, and some of them swap y and x, but y and "
+            "x have different sizes in config.crop_shape_zyx = "
             f"{crop_shape_zyx}; choose 1"
         )
 
@@ -259,8 +260,8 @@ def _require_alike(
         a, b = list(first_config[name]), list(other_config[name])
         if a != b:
             raise UserError(
-                f"{first} has {name} {a}, {other} has {b}; only runs that agree in "
-                "this can be averaged"
+                f"{first} has {name} {a}, but {other} has {b}; a mean over networks "
+                "needs runs with the same value"
             )
 
 

@@ -89,7 +89,10 @@ class _Setup:
         if path.is_dir():
             there = [path / name for name in names if (path / name).exists()]
             if not there:
-                raise UserError(f"{path} is not a setup: it has no {names[0]}")
+                raise UserError(
+                    f"{path} is not the folder of an original setup: it has no "
+                    f"{names[0]}; give the folder with this file"
+                )
             path = there[0]
         self._path = path
         # Without interpolation, a % in a path stays a plain character.
@@ -101,7 +104,10 @@ class _Setup:
             raise UserError(f"{path} cannot be read as an .ini file: {why}") from None
         sections = [name for name in ("Training", "Predict") if name in parser]
         if not sections:
-            raise UserError(f"{path} has neither a section [Training] nor [Predict]")
+            raise UserError(
+                f"{path} has neither a section [Training] nor [Predict]; give the "
+                "train_config.ini of an original setup"
+            )
         self._section = parser[sections[0]]
 
     def read(
@@ -312,7 +318,8 @@ def _convert(
     variables = tree_util.tree_map_with_path(leaf, inference.abstract_variables(config))
     if left:
         raise UserError(
-            f"the checkpoint has {min(left)}, but the network of the config does not"
+            "choose the config of this checkpoint: the checkpoint has the array "
+            f"{min(left)}, but the network of the config does not"
             + (f" (and {len(left) - 1} more such array(s))" if len(left) > 1 else "")
         )
     return variables

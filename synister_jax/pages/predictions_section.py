@@ -32,7 +32,7 @@ class Counter:
 
     @classmethod
     def of(cls, source: predictions.Predictions) -> "Counter":
-        """Returns the counts over all rows of the table."""
+        """Returns how often each status, class and hemilineage is in the table."""
         counter = cls(source.classes)
         columns = ["status", "hemilineage", "neuron_id"]
         columns += map(predictions.probability_column, source.classes)

@@ -215,7 +215,7 @@ _neuroglancer = functools.lru_cache(maxsize=1000)(annotations.link)
 
 
 def _shape(job: StoredJob, queue: Sequence[int]) -> schemas.Job:
-    """Returns the API's form of a job of the store.
+    """Returns a stored job in the form in which the API sends it.
 
     Args:
       queue: The numbers of all queued jobs, ascending.

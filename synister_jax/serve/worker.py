@@ -280,7 +280,10 @@ def main() -> None:
         required=True,
     )
     state = flags.DEFINE_string(
-        "state", None, "Take the jobs from this folder of the service.", required=True
+        "state",
+        None,
+        "Take the jobs from this folder, the --state of the server.",
+        required=True,
     )
     name = flags.DEFINE_string(
         "name",

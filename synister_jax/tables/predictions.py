@@ -161,12 +161,14 @@ def check(schema: pa.Schema, path: str | os.PathLike[str]) -> None:
         wanted = [probability_column(name) for name in classes(schema)]
     except (KeyError, json.JSONDecodeError):
         raise UserError(
-            f"{path} is not a prediction table: its metadata has no class order"
+            f"{path} is not a prediction table: its metadata has no class order; give "
+            "a table that predict wrote"
         ) from None
     for name in [*synapses.SCHEMA.names, "status", *wanted]:
         if name not in columns:
             raise UserError(
-                f"{path} is not a prediction table: it has no column {name}"
+                f"{path} is not a prediction table: it has no column {name}; give a "
+                "table that predict wrote"
             )
     kinds = [
         (field.name, field.type) for field in (*synapses.SCHEMA, *synapses.OPTIONAL)

@@ -103,7 +103,8 @@ class AugmentSettings:
         if len({settings.crop_shape_zyx[axis] for axis in axes}) > 1:
             raise UserError(
                 f"config.augment.transpose_axes {axes} swaps axes of different size "
-                f"(config.crop_shape_zyx {settings.crop_shape_zyx})"
+                f"(config.crop_shape_zyx {settings.crop_shape_zyx}); name only axes of "
+                "the same size"
             )
         chances = settings.slip_probability, settings.shift_probability
         if not (min(chances) >= 0 and sum(chances) <= 1):
@@ -125,7 +126,7 @@ class AugmentSettings:
 
     @property
     def resamples(self) -> bool:
-        """Whether voxels move inside the crop. Jitter alone only moves the window."""
+        """Whether voxels move inside the crop; jitter only moves the whole crop."""
         warps = any((*self.elastic_sigma_zyx, *self.rotation)) or self.misaligns
         return warps or self.mirror or bool(self.transpose_axes)
 

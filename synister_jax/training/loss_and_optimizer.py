@@ -40,12 +40,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config.warmup_steps >= config.num_train_steps:
         raise UserError(
             f"config.warmup_steps = {config.warmup_steps} leaves no step of "
-            f"config.num_train_steps = {config.num_train_steps} for training"
+            f"config.num_train_steps = {config.num_train_steps} for training; set a "
+            "smaller number of warmup steps"
         )
     if len(config.class_weights) not in (0, len(config.classes)):
         raise UserError(
             f"config.class_weights has {len(config.class_weights)} numbers for "
-            f"{len(config.classes)} classes"
+            f"{len(config.classes)} classes; give one number for each class, or none"
         )
     if not all(0 <= weight < math.inf for weight in config.class_weights):
         raise UserError(

@@ -104,10 +104,10 @@ class Monitor:
                 np.savez_compressed(file, **batch)
             saved = f" (saved in {path})"
         raise UserError(
-            f"the update after step {step} gave no finite loss or parameters; its batch"
-            f"{saved} may show why. The last checkpoint is complete: fix the data, or "
-            "start in another --workdir with a lower config.learning_rate or with "
-            "config.clip_norm"
+            f"the update after step {step} made the loss or the parameters NaN or "
+            f"infinite; its batch{saved} may show why. The last checkpoint is "
+            "complete: fix the data, or start in another --workdir with a lower "
+            "config.learning_rate or with config.clip_norm"
         )
 
     def _augmented(self, step: int, records: np.ndarray) -> np.ndarray:

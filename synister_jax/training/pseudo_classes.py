@@ -66,8 +66,9 @@ def with_extra_classes(
     room = np.asarray(volume.shape_zyx) - record_shape_zyx + 1
     if (room < 1).any():
         raise UserError(
-            f"volume {volume.uri} has {tuple(volume.shape_zyx)} voxels, a crop with "
-            f"its context {tuple(record_shape_zyx)}: random or moved crops do not fit"
+            f"volume {volume.uri} has {tuple(volume.shape_zyx)} voxels, but a crop "
+            f"with its margin has {tuple(record_shape_zyx)}: random or moved crops do "
+            "not fit; use a larger volume"
         )
     nowhere, parts = _random_locations(
         table, volume, lowest, room, classes, neither_crops, seed
@@ -77,8 +78,9 @@ def with_extra_classes(
     is_inside = ((starts >= 0) & (starts < room)).all(axis=1)
     if len(moved) and not is_inside.any():
         raise UserError(
-            f"all {len(moved):,} synapses moved for {UNKNOWN!r} lie at the border of "
-            f"volume {volume.uri} or beyond; set config.unknown_per_class to 0"
+            f"all {len(moved):,} synapses that were moved to make examples of "
+            f"{UNKNOWN!r} are too close to the border of volume {volume.uri} or "
+            "outside; set config.unknown_per_class to 0"
         )
     moved, parents = moved[is_inside], parents[is_inside]
     positions = np.concatenate([nowhere, moved])
@@ -122,14 +124,15 @@ def _check(
         if name in classes and not count and not has_rows:
             raise UserError(
                 f"config.classes names {name!r}, but the synapse table has no row of "
-                f"it and {option} is 0; set {option}, or remove the class"
+                f"this class and {option} is 0; set {option} above 0, or remove the "
+                "class"
             )
         negative = table["synapse_id"].to_numpy() < 0
         if count and negative.any():
             raise UserError(
-                f"{option} is {count:,}: its rows need negative ids, but row "
-                f"{negative.argmax()} of the synapse table has a negative id; give the "
-                f"synapses other ids, or set {option} to 0"
+                f"{option} is {count:,}: the rows that it adds get negative ids, but "
+                f"row {negative.argmax()} of the synapse table already has a negative "
+                f"id; give the synapses other ids, or set {option} to 0"
             )
 
 

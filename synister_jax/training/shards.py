@@ -124,8 +124,9 @@ def decode(record: bytes, shape_zyx: Sequence[int]) -> tuple[int, np.ndarray]:
     expected = _ID.size + math.prod(shape_zyx)
     if len(record) != expected:
         raise UserError(
-            f"a record has {len(record)} bytes, {tuple(shape_zyx)} needs {expected}; "
-            "the shards are damaged: cut them again"
+            f"a record has {len(record)} bytes, but a crop of shape "
+            f"{tuple(shape_zyx)} needs {expected}; the shards are damaged: cut them "
+            "again"
         )
     crop = np.frombuffer(record, np.uint8, offset=_ID.size).reshape(shape_zyx)
     return _ID.unpack_from(record)[0], crop
@@ -147,7 +148,10 @@ def open(folder: str | pathlib.Path) -> Shards:
         )
     manifest = files.read_json(manifest_path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{manifest_path} is not a manifest of {FORMAT!r}")
+        raise UserError(
+            f"{manifest_path} is not a manifest of {FORMAT!r}; give a folder that "
+            "tools/shard_crops.py wrote"
+        )
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         size = path.stat().st_size if path.exists() else None
@@ -184,12 +188,15 @@ def verify(shards: Shards) -> None:
     for number, entry in enumerate(shards.manifest["shards"]):
         path = shards.folder / entry["name"]
         if files.sha256(path) != entry["sha256"]:
-            raise UserError(f"shard {path} does not have the checksum of the manifest")
+            raise UserError(
+                f"shard {path} does not have the checksum of the manifest; restore the "
+                "file, or cut the shards again"
+            )
         reader = ArrayRecordReader(str(path))
         if reader.num_records() != entry["records"]:
             raise UserError(
                 f"shard {path} holds {reader.num_records()} records, but the manifest "
-                f"says {entry['records']}"
+                f"says {entry['records']}; restore the file, or cut the shards again"
             )
         for offset, record in enumerate(reader.read_all() if entry["records"] else []):
             row = first + offset
@@ -198,7 +205,8 @@ def verify(shards: Shards) -> None:
             if synapse_id != ids[row] or found != wanted:
                 raise UserError(
                     f"record {offset} of {path} is synapse {synapse_id}, but row {row} "
-                    f"of index.feather says synapse {ids[row]} at {wanted}"
+                    f"of index.feather says synapse {ids[row]} at (shard, position) "
+                    f"{wanted}; cut the shards again"
                 )
             progress.add()
         reader.close()

@@ -90,7 +90,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if first_step > config.num_train_steps:
         raise UserError(
             f"{workdir} is at step {first_step} already, beyond "
-            f"config.num_train_steps = {config.num_train_steps}"
+            f"config.num_train_steps = {config.num_train_steps}; set a larger number, "
+            "or choose another --workdir"
         )
     if jax.process_index() == 0:
         checkpoint.save_config(workdir, config, crops_sha256)

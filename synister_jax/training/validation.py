@@ -35,7 +35,8 @@ class SplitPart:
         rows = np.flatnonzero(synapses.in_part(shards.index, split, name))
         if not len(rows):
             raise UserError(
-                f"shards {shards.folder}: part {name!r} of {split!r} is empty"
+                f"shards {shards.folder} have no crop in part {name!r} of split "
+                f"{split!r}; choose another part or split"
             )
         return cls(name, shards, rows, shards.index.take(pa.array(rows)))
 

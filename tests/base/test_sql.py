@@ -88,7 +88,7 @@ def test_too_little_memory_is_told_in_one_way(
     try:
         found = rows_of(sql.run(QUERY, SCHEMA, batches(10), tmp_path))
     except UserError as error:
-        assert f"cannot query in {tmp_path}: Out of Memory" in str(error)
+        assert f"temporary files in {tmp_path}: Out of Memory" in str(error)
     else:
         np.testing.assert_array_equal(found, expected_rows(10))
     assert not list(tmp_path.iterdir())
@@ -101,7 +101,7 @@ def test_a_disk_that_takes_no_more_is_told(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(UserError, match=f"cannot query in {tmp_path}: IO Error"):
+        with pytest.raises(UserError, match=f"temporary files in {tmp_path}: IO Error"):
             rows_of(sql.run(QUERY, SCHEMA, batches(12), tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -113,7 +113,7 @@ def test_an_error_while_rows_come_out_is_told_the_same_way(
 ) -> None:
     query = f"""SELECT CASE WHEN "row" = 150_000 THEN error('the disk is full')
         ELSE "row" END AS "row" FROM ({QUERY})"""
-    with pytest.raises(UserError, match=f"cannot query in {tmp_path}: .*disk is full"):
+    with pytest.raises(UserError, match=f"files in {tmp_path}: .*disk is full"):
         rows_of(sql.run(query, SCHEMA, batches(10), tmp_path))
     assert not list(tmp_path.iterdir())
 

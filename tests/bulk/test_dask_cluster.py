@@ -223,7 +223,7 @@ def test_an_array_of_jobs(
     [
         ("--units=one", "I from 0 to N - 1"),
         ("--cluster=slurm", "sbatch is not on this machine"),
-        ("--step_nm_zyx=1,1,1", "--step_nm_zyx means nothing here"),
+        ("--step_nm_zyx=1,1,1", "--step_nm_zyx means nothing with the other"),
     ],
 )
 def test_mistakes_are_one_line(

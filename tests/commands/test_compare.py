@@ -312,7 +312,9 @@ def test_a_folder_of_others_is_refused(tmp_path: pathlib.Path, case: Case) -> No
     with pytest.raises(UserError, match=r"tables was .*theirs.* now .*--output"):
         compare.compare(a, a, output)
     (output / "comparison.json").unlink()
-    with pytest.raises(UserError, match="has a confusion.png, and no comparison.json"):
+    with pytest.raises(
+        UserError, match="has confusion.png already, but no comparison.json"
+    ):
         case.compare(output)
     before.pop("comparison.json")
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
@@ -358,7 +360,9 @@ def test_a_voxel_size_is_asked_for(tmp_path: pathlib.Path, case: Case) -> None:
     a, b = published.open(case.a), published.open(case.b)
     result = compare.compare(a, b, tmp_path / "out")
     assert result["joined"]["by"] == "id" and result["positions"] is None
-    with pytest.raises(UserError, match="cannot join: positions of .*theirs.* are vox"):
+    with pytest.raises(
+        UserError, match="same synapses in both: positions of .*theirs.* are vox"
+    ):
         compare.compare(a, b, tmp_path / "out", by="position")
     write(case.b, theirs(case.ids_b, case.q, id=case.ids_b + 10**15))
     with pytest.raises(UserError, match="0 ids in common; .*give --voxel_size_nm_zyx"):
@@ -368,7 +372,10 @@ def test_a_voxel_size_is_asked_for(tmp_path: pathlib.Path, case: Case) -> None:
 def test_what_cannot_be_compared_is_told(tmp_path: pathlib.Path, case: Case) -> None:
     write(case.a, ours(case.ids_a, np.full_like(case.p, np.nan)))
     text = message(tmp_path, case)
-    assert "none of the 300 synapses that both have is predicted in both" in text
+    assert (
+        "none of the 300 synapses that are in both tables has a prediction in both"
+        in text
+    )
     write(case.a, ours(case.ids_a[:0], case.p[:0]))
     assert message(tmp_path, case) == f"{case.a} has no rows"
     with pytest.raises(UserError, match="z of 55960 nm is too large for a grid of 1e-"):

@@ -80,7 +80,7 @@ def test_files_of_others_stay(tmp_path: pathlib.Path) -> None:
         output = tmp_path / f"has {name}"
         output.mkdir()
         (output / name).write_text("mine")
-        with pytest.raises(UserError, match=f"has a {name}, and no export.json"):
+        with pytest.raises(UserError, match=f"has {name} already, but no export.json"):
             export.export(path, "fafbseg", output, ExportOptions())
         assert contents(output) == {name: b"mine"}
     for text in ("[]", '{"to": "fafbseg"}'):

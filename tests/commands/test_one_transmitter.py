@@ -160,7 +160,7 @@ def test_what_cannot_be_a_model(tmp_path: pathlib.Path) -> None:
         one_transmitter.model(unknown, "synapses", None)
     with pytest.raises(UserError, match="a correlation of 1 .* is not possible"):
         one_transmitter.model(unknown, "synapses", 1.0)
-    with pytest.raises(UserError, match="fewer than two classes"):
+    with pytest.raises(UserError, match="of only one true class"):
         one_class = csv(tmp_path, np.array([[8, 1, 0], [0, 0, 0], [0, 0, 0]]))
         one_transmitter.model(one_class, "synapses", 0.1)
 

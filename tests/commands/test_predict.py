@@ -580,7 +580,7 @@ def test_a_grid_is_a_volume_of_probabilities(
     refusals(
         command,
         [
-            ([roi, "--synapses=x.csv"], "give either --synapses or --roi_nm_zyx"),
+            ([roi, "--synapses=x.csv"], "either --synapses, or both --roi_nm_zyx"),
             ([roi, "--step_nm_zyx=160,64,20"], "rows was 684, now"),
         ],
     )

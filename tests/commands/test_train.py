@@ -328,7 +328,9 @@ def test_other_config_in_the_same_folder_is_refused(
     config.num_train_steps = 7  # a longer training is fine
     training_run.train(config, tmp_path)
     config.learning_rate = 1e-3
-    with pytest.raises(UserError, match="learning_rate = 0.01, now 0.001"):
+    with pytest.raises(
+        UserError, match="learning_rate = 0.01, but this command has 0.001"
+    ):
         training_run.train(config, tmp_path)
     config.learning_rate = 1e-2
     config.num_train_steps = 5

@@ -38,8 +38,8 @@ def test_classes_in_another_order(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "0 classes need"),
-        ("true,gaba\ngaba,1\n", "1 classes need"),
+        ("", "names 0 classes"),
+        ("true,gaba\ngaba,1\n", "names 1 classes"),
         (
             CSV.replace("acetylcholine,0,0", "gaba,0,0"),
             "the rows must name the classes",
@@ -49,7 +49,7 @@ def test_classes_in_another_order(tmp_path: pathlib.Path) -> None:
         (CSV.replace("8", "0").replace("2", "0"), "one must be above 0"),
         (CSV.replace("8", "many"), "a number in every cell"),
         (CSV.replace("8,2", "8"), "a number in every cell"),
-        (CSV.replace("acetylcholine", "gaba"), "each class once"),
+        (CSV.replace("acetylcholine", "gaba"), "each once"),
     ],
 )
 def test_mistakes_in_a_csv_file(tmp_path: pathlib.Path, text: str, why: str) -> None:
@@ -70,7 +70,7 @@ def test_no_such_file_no_such_level(tmp_path: pathlib.Path) -> None:
 
 def test_a_folder_of_one_step(tmp_path: pathlib.Path) -> None:
     metrics = {"classes": ["a", "b"], "synapses": {"confusion": [[1, 2], [3, 4]]}}
-    with pytest.raises(UserError, match="one evaluated step, and has none"):
+    with pytest.raises(UserError, match="one evaluated step, but has none"):
         confusions.load(tmp_path)
     for step in (10, 20):
         (tmp_path / f"step-{step}").mkdir()

@@ -150,7 +150,7 @@ def test_mistakes_are_named(tmp_path: pathlib.Path, setup: pathlib.Path) -> None
     config = tmp_path / "banc.py"
     config.write_text(BANC_CONFIG)
     wrong = refused(f"--setup={setup}", "--step=1", f"--config={config}")
-    assert "a setup has a vgg3d, --config has a resnet18" in wrong
+    assert "describes a vgg3d, but --config has a resnet18" in wrong
     ini = setup / "train_config.ini"
     ini.write_text(SETUP.replace("input_shape", "shape"))
     wrong = refused(f"--setup={setup}", "--step=1")

@@ -190,9 +190,9 @@ def to_volume_nm_zyx(
     space = spaces.SPACES[find(source).space]
     if source == "hemibrain" and tuple(volume_shape_zyx or ()) == _PUBLIC_HEMIBRAIN:
         raise UserError(
-            "source hemibrain: the volume is hemibrain's public volume, which has the "
-            "axes of neuPrint, but this source is for the N5 export, which has other "
-            "axes; give positions in nm (8 · x, y, z) with --source=none"
+            "source hemibrain: this source converts positions to the axes of the N5 "
+            "export, but the volume is hemibrain's public volume, which has the axes "
+            "of neuPrint; give positions in nm (8 · x, y, z) with --source=none"
         )
     return spaces.to_volume(space, coordinates, volume_shape_zyx)
 

@@ -59,8 +59,9 @@ def resolve(target: str, credentials: str | None = None) -> str:
         raise UserError("give --mongo=mongodb://… or --credentials, not both")
     if _URI.fullmatch(target) is None:
         raise UserError(
-            "a MongoDB URI is mongodb://[user:password@]host[:port]/DB[?options]; in "
-            "user and password, write special characters as %40 for @ and so on"
+            "the address of the database is not usable: a MongoDB URI is "
+            "mongodb://[user:password@]host[:port]/DB[?options]; in user and password, "
+            "write special characters as %40 for @ and so on"
         )
     complaint = f"{redact(target)} does not end with a database name"
     _check_name(database_name(target), complaint)
@@ -69,7 +70,7 @@ def resolve(target: str, credentials: str | None = None) -> str:
 
 def _check_name(name: str, complaint: str) -> None:
     if not name or set(name) & set('/\\. "$\0*<>:|?@'):
-        raise UserError(f'{complaint} (without blanks and /\\."$*<>:|?@)')
+        raise UserError(f'{complaint} (a name has no blanks and none of /\\."$*<>:|?@)')
 
 
 def _from_ini(path: pathlib.Path, database: str) -> str:

@@ -212,9 +212,9 @@ def publish(
         unfinished = recorded(database, what).get("state") in (DROPPING, FILLING)
         if filled and not overwrite and not unfinished:
             raise UserError(
-                f"database {database.name} holds {', '.join(filled)} and nothing says "
-                "that they are from this import; give --overwrite to replace them, or "
-                "choose another name"
+                f"database {database.name} holds {', '.join(filled)}, but has no "
+                "record that this import wrote them; give --overwrite to replace them, "
+                "or choose another name"
             )
         record(database, what, plan, DROPPING)
         for name in contents:
@@ -264,8 +264,9 @@ def _fill(database: Database, name: str, content: Content) -> None:
     if not ours or collection.count_documents({}) != content.count:
         database.drop_collection(name)
         raise UserError(
-            f"{database.name}.{name} does not hold the documents of this import, and "
-            "was dropped; make sure that no other program writes to it and run again"
+            f"{database.name}.{name} held other documents than those of this import, "
+            "so the import has dropped the collection; make sure that no other program "
+            "writes to it and run again"
         )
     for index, fields in content.indexes.items():
         collection.create_index(

@@ -229,9 +229,10 @@ def _neurons(table: pa.Table) -> list[Document]:
     lost = table.filter(pc.and_(lost, pc.is_null(table["neuron_id"])))
     if len(lost):
         raise UserError(
-            f"{len(lost):,} rows have no neuron_id but a {', '.join(_OF_A_NEURON)} "
-            f"(synapse {lost['synapse_id'][0]} first); the original's layout stores "
-            "these values with the neuron: give the rows a neuron_id"
+            f"{len(lost):,} rows have no neuron_id, but have a value in one of the "
+            f"columns {', '.join(_OF_A_NEURON)} (the first is synapse "
+            f"{lost['synapse_id'][0]}); the original's layout stores these values with "
+            "the neuron: give the rows a neuron_id, or remove the values"
         )
     facts = table.filter(pc.is_valid(table["neuron_id"])).select(
         ["neuron_id", *_OF_A_NEURON]
@@ -302,9 +303,9 @@ def in_batches(rows: Iterable[Document], schema: pa.Schema) -> Iterator[pa.Recor
         several.append(line)
         if unforeseen := line.keys() - names:
             raise UserError(
-                f"synapse {line['synapse_id']} has {', '.join(unforeseen)}, which was "
-                "not there when the reading began; stop the program that writes to the "
-                "database and run again"
+                f"synapse {line['synapse_id']} has {', '.join(unforeseen)}, which no "
+                "synapse had when the reading began; stop the program that writes to "
+                "the database and run again"
             )
         if len(several) == _BATCH_ROWS:
             yield batch()

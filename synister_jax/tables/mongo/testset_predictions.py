@@ -221,7 +221,8 @@ def read_test_set(
                 if document["synapse_id"] not in by_id:
                     raise UserError(
                         f"{there.name}.{name}: synapse {document['synapse_id']} is not "
-                        f"in {database.name}.synapses"
+                        f"in {database.name}.synapses; import the synapse table of "
+                        "these predictions first"
                     )
                 synapse = by_id[document["synapse_id"]]
                 line = documents.row(synapse, skeletons, hemi_lineages)
@@ -272,7 +273,7 @@ def finished(database: databases.Database, name: str, what: str) -> Document:
 
 
 def classes_of(record: Document, given: Sequence[str] | None) -> list[str] | None:
-    """Returns the classes of an import, or the given ones, or None if both are absent.
+    """Returns the given classes, else those that the import recorded, else None.
 
     Raises:
       UserError: a given class is unknown or given twice, or the given classes are not

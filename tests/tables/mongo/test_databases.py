@@ -115,7 +115,7 @@ def test_what_is_there_stays_unless_told(mongo_database: str) -> None:
     assert contents(mongo_database) == before
     with databases.connect(mongo_database) as database:
         database.synapses.delete_one({"synapse_id": first["synapse_id"][3].as_py()})
-    with pytest.raises(UserError, match="nothing says that they are from this import"):
+    with pytest.raises(UserError, match="no record that this import wrote them"):
         load_table(mongo_database, first)
 
 
@@ -209,7 +209,9 @@ def test_something_else_in_a_half_filled_collection(
             strange = [{"_id": -5 - i, "synapse_id": -5 - i} for i in range(foreign)]
             database.synapses.drop()
             database.synapses.insert_many(strange)
-        with pytest.raises(UserError, match="not hold the documents of this import"):
+        with pytest.raises(
+            UserError, match="held other documents than those of this import"
+        ):
             load_table(mongo_database, table)
         load_table(mongo_database, table)
         assert reading.load(mongo_database).equals(table)
@@ -312,7 +314,7 @@ def test_a_split_named_while_reading(mongo_database: str) -> None:
         schema, batches = databases.read_batches(database)
         synapse = {"synapse_id": table["synapse_id"][3].as_py()}
         database.synapses.update_one(synapse, {"$set": {"splits": {"new": "test"}}})
-        with pytest.raises(UserError, match="has split_new, which was not there when"):
+        with pytest.raises(UserError, match="has split_new, which no synapse had when"):
             pa.Table.from_batches(batches, schema)
 
 

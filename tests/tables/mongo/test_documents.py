@@ -82,7 +82,7 @@ def test_there_and_back() -> None:
         ({"cell_type": ["a", None, "b"]}, "two values of cell_type"),
         (
             {"neuron_id": [2**62, 3, None]},
-            r"1 rows have no neuron_id but a neurotransmitter.*\(synapse 7 first\)",
+            r"1 rows have no neuron_id, .*nsmitter.*\(the first is synapse 7\)",
         ),
     ],
 )
@@ -152,5 +152,5 @@ def test_a_value_that_does_not_fit_its_column() -> None:
     rows = [{"synapse_id": 1}, {"synapse_id": 2, "split_s": 3}]
     with pytest.raises(UserError, match="synapse 2: split_s: "):
         list(documents.in_batches(rows, schema))
-    with pytest.raises(UserError, match="synapse 1 has split_t, which was not there"):
+    with pytest.raises(UserError, match="synapse 1 has split_t, which no synapse had"):
         list(documents.in_batches([{"synapse_id": 1, "split_t": "test"}], schema))
