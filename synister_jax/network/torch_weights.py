@@ -317,9 +317,9 @@ def _convert(
 
     variables = tree_util.tree_map_with_path(leaf, inference.abstract_variables(config))
     if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise UserError(
-            "choose the config of this checkpoint: the checkpoint has the array "
-            f"{min(left)}, but the network of the config does not"
-            + (f" (and {len(left) - 1} more such array(s))" if len(left) > 1 else "")
+            f"the checkpoint has {min(left)}{more}, but the network of the config does "
+            "not; choose the config of this checkpoint"
         )
     return variables

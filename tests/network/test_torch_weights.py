@@ -494,7 +494,7 @@ def test_state_that_does_not_fit_is_refused() -> None:
         torch_weights.vgg3d(state, config)
 
     config = small_config()
-    with pytest.raises(UserError, match="the array head.weight, but .* not$"):
+    with pytest.raises(UserError, match="has head.weight, but .* not; choose"):
         torch_weights.vgg3d(state | {"head.weight": np.zeros(2)}, config)
     more = {"head.weight": np.zeros(2), "head.bias": np.zeros(2)}
     with pytest.raises(UserError, match=r"has head.bias.*and 1 more"):
