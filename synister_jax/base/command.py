@@ -3,6 +3,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -20,7 +21,11 @@ def _parse_flags(argv: Sequence[str], positional: Sequence[str]) -> list[str]:
             config: Any = flags.FLAGS["config"].value
             config.keys()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        _exit(f"flags: {error.args[0]}", 2)
+        text = str(error.args[0])
+        # absl names a missing flag with its value None.
+        if absent := re.match(r"flag --(\w+)=None: ", text):
+            text = f"--{absent[1]} is missing; --help explains it"
+        _exit(f"flags: {text}", 2)
     except Exception as error:  # the config file of the user may raise anything
         _exit(f"--config: {type(error).__name__}: {error}", 2)
     given = arguments[1:]

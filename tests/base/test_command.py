@@ -40,7 +40,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ([*TRAIN, "--workdir=HERE/w", "--config.learning_rat=1"], 2, "learning_rat"),
         ([*TRAIN, "--workdir=HERE/w", "--config.batch_size=many"], 2, "batch_size"),
-        ([*TRAIN], 2, "workdir"),
+        ([*TRAIN], 2, "flags: --workdir is missing; --help explains it"),
         ([*TRAIN, "--workdir=HERE/w", "extra"], 2, "unexpected argument 'extra'"),
         (
             ["-m", "synister_jax.train", "--config=no.py", "--workdir=HERE/w"],
