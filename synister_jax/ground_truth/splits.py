@@ -253,7 +253,7 @@ def _check_rows(labels: np.ndarray, classes: Sequence[str], by: str) -> None:
     missing = [name for name, n in zip(classes, there, strict=True) if not n]
     if missing:
         raise UserError(
-            f"--synapses: no row that can be split has the class "
+            "--synapses: no row that can be split has the class "
             f"{' or '.join(missing)}; leave the class out of --classes"
         )
 

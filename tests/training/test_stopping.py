@@ -69,7 +69,7 @@ def test_divergence_stops_with_its_step_and_batch(
     messages = []
     for every in (5, 1):
         config.log_every_steps = every
-        with pytest.raises(UserError, match="update after step [01] gave no fin") as e:
+        with pytest.raises(UserError, match="update after step [01] made the loss") as e:
             training_run.train(config, tmp_path)
         messages.append(str(e.value))
     assert messages[0] == messages[1]
