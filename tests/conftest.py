@@ -23,9 +23,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-# The tests spend most of their time compiling. With less optimisation of the machine
-# code, the same programs compile a quarter faster.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import ml_collections
 import numpy as np
